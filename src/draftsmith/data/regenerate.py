@@ -1,0 +1,162 @@
+"""Stage 2: the target answers the prompts; its token ids are kept as they were generated.
+
+A completion is {"id", "category", "source", "ids", "spans", "finish_reason", "sampling"}: `ids` is the whole
+conversation, `spans` are the half-open ranges that the target wrote and that carry the loss.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from draftsmith.data.templates import ChatFormat
+from draftsmith.decoding.sampling import Sampling
+from draftsmith.errors import DataError
+from draftsmith.files import digest, read_jsonl, write_json, write_jsonl
+from draftsmith.progress import Meter, say
+from draftsmith.recipe import Recipe, RegenerateRecipe
+from draftsmith.targets.base import Target
+
+Completion = dict[str, Any]
+
+
+def completion_files(directory: Path) -> list[Path]:
+    return sorted(directory.glob("[0-9]*.jsonl"))
+
+
+def read_completions(directory: Path) -> Iterator[Completion]:
+    for path in completion_files(directory):
+        yield from read_jsonl(path)
+
+
+def loss_tokens(completion: Completion) -> list[int]:
+    return [i for start, end in completion["spans"] for i in completion["ids"][start:end]]
+
+
+def shard_sampling(settings: RegenerateRecipe, shard: int) -> Sampling:
+    """Greedy for `greedy_share` of the shards, spread evenly."""
+    greedy = int((shard + 1) * settings.greedy_share) > int(shard * settings.greedy_share)
+    return Sampling() if greedy else Sampling(settings.temperature, settings.top_p, settings.top_k)
+
+
+def answer(
+    prompts: list[dict], target: Target, chat: ChatFormat, settings: RegenerateRecipe, sampling: Sampling, seed: int
+) -> Iterator[tuple[int, Completion | None]]:
+    """Answer the prompts of one shard, turn by turn; yields (completion tokens made, completion when whole).
+
+    None stands for a prompt that is too long.
+    """
+    states = []
+    for prompt in prompts:
+        users = [m["content"] for m in prompt["messages"] if m["role"] == "user"]
+        system = next((m["content"] for m in prompt["messages"] if m["role"] == "system"), None)
+        ids = chat.first_turn(users[0], system)
+        if len(ids) > settings.max_prompt_tokens:
+            yield 0, None
+        else:
+            states.append({"prompt": prompt, "users": users[1:], "ids": ids, "spans": [], "finish": ""})
+    turn = 0
+    while states:
+        following = []
+        generations = target.generate(
+            [state["ids"] for state in states],
+            sampling,
+            settings.max_new_tokens,
+            chat.stop,
+            int(digest(seed, turn), 16) % 2**63,
+            settings.stop_loops,
+        )
+        for index, generation in generations:
+            state = states[index]
+            start = len(state["ids"])
+            state["ids"] = state["ids"] + generation.ids
+            state["finish"] = generation.finish_reason
+            if generation.ids:
+                state["spans"].append([start, len(state["ids"])])
+            more = state["users"] and generation.finish_reason in ("eos", "stop")
+            if more:
+                after = chat.next_turn(generation.ids, state["users"].pop(0))
+                if len(state["ids"]) + len(after) <= settings.max_prompt_tokens:
+                    state["ids"] = state["ids"] + after
+                    following.append(state)
+                    yield len(generation.ids), {}
+                    continue
+            prompt = state["prompt"]
+            yield (
+                len(generation.ids),
+                {
+                    "id": prompt["id"],
+                    "category": prompt["category"],
+                    "source": prompt["source"],
+                    "ids": state["ids"],
+                    "spans": state["spans"],
+                    "finish_reason": state["finish"],
+                    "sampling": [sampling.temperature, sampling.top_p, sampling.top_k],
+                },
+            )
+        states = following
+        turn += 1
+
+
+def regenerate(recipe: Recipe, target: Target, chat: ChatFormat, prompts_file: Path, out: Path) -> dict[str, Any]:
+    """Stage `regenerate`: one file per shard of prompts, each written whole; finished shards are never redone."""
+    settings = recipe.regenerate
+    prompts = list(read_jsonl(prompts_file))
+    out.mkdir(parents=True, exist_ok=True)
+    shards = [prompts[i : i + settings.shard_prompts] for i in range(0, len(prompts), settings.shard_prompts)]
+    total = settings.max_tokens
+    tokens = 0
+    counts: Counter[str] = Counter()
+    by_category: Counter[str] = Counter()
+    made_tokens, started = 0, time.monotonic()
+    with Meter("regenerate", total or len(prompts), "tokens" if total else "prompts") as meter:
+        for number, shard in enumerate(shards):
+            if total and tokens >= total:
+                break
+            path = out / f"{number:05d}.jsonl"
+            if path.exists():
+                rows = list(read_jsonl(path))
+                meter.resume(meter.done + (sum(len(loss_tokens(r)) for r in rows) if total else len(shard)))
+            else:
+                rows = []
+                sampling = shard_sampling(settings, number)
+                for new_tokens, row in answer(shard, target, chat, settings, sampling, int(digest(recipe.seed, number), 16)):
+                    made_tokens += new_tokens
+                    meter.advance(new_tokens if total else (0 if row == {} else 1), new_tokens)
+                    if row:
+                        rows.append(row)
+                rows.sort(key=lambda row: row["id"])
+                write_jsonl(path, rows)
+            counts["too_long"] += len(shard) - len(rows)
+            for row in rows:
+                counts[row["finish_reason"]] += 1
+                counts["empty"] += not row["spans"]
+                size = sum(end - start for start, end in row["spans"])
+                tokens += size
+                by_category[row["category"]] += size
+    if not tokens:
+        raise DataError(
+            "regenerate: the completions hold no loss tokens; check target.template (does a stop text come at once?)"
+        )
+    summary = {
+        "completion_tokens": tokens,
+        "completions": sum(counts[r] for r in ("eos", "stop", "length", "loop")),
+        "finish_reasons": {r: counts[r] for r in ("eos", "stop", "length", "loop")},
+        "empty": counts["empty"],
+        "prompts_too_long": counts["too_long"],
+        "tokens_by_category": dict(by_category),
+    }
+    write_json(out / "summary.json", summary)
+    if made_tokens:
+        seconds = time.monotonic() - started
+        write_json(
+            out / "timing.json",
+            {"completion_tokens": made_tokens, "seconds": seconds, "tokens_per_s": made_tokens / seconds},
+        )
+    say(
+        f"regenerate: {tokens:,} completion tokens in {summary['completions']:,} completions "
+        f"({', '.join(f'{n} {r}' for r, n in summary['finish_reasons'].items() if n)}; {counts['empty']} empty, "
+        f"{counts['too_long']} prompts too long)"
+    )
+    return summary

@@ -1,0 +1,88 @@
+"""Progress of anything that takes more than two seconds: a bar on a terminal, log lines otherwise."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+LOG_EVERY_S = 15.0
+QUIET_S = 2.0
+
+
+def say(text: str) -> None:
+    """One line for the user, on stderr so that stdout stays for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def short_duration(seconds: float) -> str:
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    return f"{seconds // 60} min {seconds % 60:02d} s" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+class Meter:
+    """Counts `total` units (`unit`) and, beside them, tokens; shows rate, tokens/s and time left."""
+
+    def __init__(self, label: str, total: float, unit: str = "steps"):
+        self.label, self.total, self.unit = label, total, unit
+        self.done = 0.0
+        self.tokens = 0
+        self.note = ""
+        self._start = self._last_line = time.monotonic()
+        self._skipped = 0.0
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> "Meter":
+        if sys.stderr.isatty():
+            from rich.console import Console
+
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[detail]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self.label, total=self.total, detail="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+        if kind is None and self.seconds > QUIET_S:
+            say(f"{self.label}: {self._detail()} in {short_duration(self.seconds)}")
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / max(self.seconds, 1e-9)
+
+    def resume(self, done: float) -> None:
+        """Units finished by an earlier process: they count as done but not towards the rate."""
+        self.done = self._skipped = done
+
+    def advance(self, amount: float = 1, tokens: int = 0, note: str = "") -> None:
+        self.done += amount
+        self.tokens += tokens
+        self.note = note or self.note
+        if self._bar:
+            self._bar.update(self._task, completed=self.done, detail=self._detail())
+        elif time.monotonic() - self._last_line > LOG_EVERY_S:
+            self._last_line = time.monotonic()
+            fresh = self.done - self._skipped
+            left = (self.total - self.done) * self.seconds / fresh if fresh else 0.0
+            say(f"{self.label}: {self._detail()}, {short_duration(left)} left")
+
+    def _detail(self) -> str:
+        parts = [f"{self.done:,.0f}/{self.total:,.0f} {self.unit}"]
+        if self.tokens:
+            parts.append(f"{self.tokens_per_s:,.0f} tokens/s")
+        return ", ".join([*parts, self.note] if self.note else parts)

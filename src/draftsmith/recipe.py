@@ -1,0 +1,330 @@
+"""The recipe: everything a run depends on, as frozen pydantic models. Imports no torch.
+
+A YAML file gives the values, command-line flags of the same names override them, and nothing else exists.
+The string under each field is its help text.
+"""
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from draftsmith.errors import RecipeError
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Template(Model):
+    """How a conversation becomes tokens where the tokenizer has no chat template of its own."""
+
+    prefix: str = ""
+    """Text before the first turn (the tokenizer adds its own beginning-of-sequence token)."""
+    user: str = "User: {content}\n"
+    """One user turn; must contain {content}."""
+    assistant: str = "Assistant:"
+    """What stands before every assistant turn."""
+    close: str = "\n\n"
+    """What stands after an assistant turn that is followed by another user turn."""
+    stop: tuple[str, ...] = ("\nUser:",)
+    """Texts that end a completion; they are cut off."""
+
+    @model_validator(mode="after")
+    def _has_content(self) -> "Template":
+        if "{content}" not in self.user:
+            raise ValueError(f"template.user: {self.user!r} does not contain {{content}}")
+        return self
+
+
+class TargetRecipe(Model):
+    """The model to speed up."""
+
+    engine: Literal["transformers"] = "transformers"
+    """Where the target runs: in this process, by transformers."""
+    model: str
+    """Directory, hub name, or `gemma3-270m` for the embedded target."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["bf16", "fp32", "fp16"] = "bf16"
+    """Number format that the target is served in; hidden states are captured in the same."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you trust its author."""
+    template: Template | None = None
+    """Prompt format; leave out to use the tokenizer's own chat template."""
+
+
+class Source(Model):
+    """One source of prompts."""
+
+    name: str
+    """`bundled`, a path to .jsonl or .parquet, or a hub data set: ultrachat, opencodeinstruct, codealpaca, gsm8k,
+    hendrycks-math."""
+    category: str | None = None
+    """Category of rows that carry none."""
+    limit: Positive | None = None
+    """Take at most this many prompts, chosen by the recipe's seed."""
+
+
+class PromptsRecipe(Model):
+    """Prompts to train on, and the ones to keep for evaluation."""
+
+    sources: tuple[Source, ...] = (Source(name="bundled"),)
+    """Where training prompts come from."""
+    evaluation: tuple[Source, ...] = ()
+    """Where evaluation prompts come from; empty: `held_out` of each category are split off the sources."""
+    held_out: Positive = 8
+    """Prompts per category split off when `evaluation` is empty."""
+    max_turns: Positive = 1
+    """User turns kept of a conversation."""
+    skip_bad: bool = False
+    """Count malformed lines and go on instead of stopping at the first."""
+
+
+class RegenerateRecipe(Model):
+    """On-policy completions, written by the target itself."""
+
+    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    """0 is greedy."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus filter; 1.0 switches it off."""
+    top_k: Count = 0
+    """Keep the k most probable tokens; 0 switches it off."""
+    greedy_share: Share = 0.0
+    """Share of shards decoded greedily instead (drafts are also served at temperature 0)."""
+    max_new_tokens: Positive = 512
+    """Longest completion."""
+    max_prompt_tokens: Positive = 1024
+    """Prompts longer than this are dropped and counted."""
+    max_tokens: Positive | None = None
+    """Stop once this many completion tokens exist."""
+    stop_loops: bool = False
+    """End a completion that repeats itself (small base models do); the repetition seen so far is kept."""
+    batch_size: Positive = 64
+    """Completions decoded together."""
+    shard_prompts: Positive = 256
+    """Prompts per file; an interrupted run loses at most the file in flight."""
+
+
+class VocabRecipe(Model):
+    """The draft vocabulary: the target's most frequent loss tokens."""
+
+    size: Positive = 32000
+    """Number of tokens; equal to the target's vocabulary for a full head."""
+
+
+class DraftRecipe(Model):
+    """Shape of the EAGLE-3 draft; what is left out follows the target."""
+
+    taps: tuple[int, ...] | None = None
+    """Layers whose input is fused, ascending; left out: [2, L//2, L-3]."""
+    intermediate_size: Positive | None = None
+    """Width of the SwiGLU; left out: the target's."""
+    num_attention_heads: Positive | None = None
+    """Query heads; left out: the target's."""
+    num_key_value_heads: Positive | None = None
+    """Key and value heads; left out: the target's."""
+    head_dim: Positive | None = None
+    """Width of a head; left out: the target's."""
+    rope_theta: float | None = None
+    """RoPE base; left out: the target's (its full-attention layers')."""
+    norm_before_fc: bool = False
+    """EAGLE-3.1: one RMSNorm over the concatenated taps before fc."""
+    fc_norm: bool = False
+    """EAGLE-3.1: one RMSNorm per tap before fc."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> "DraftRecipe":
+        if self.taps is not None and list(self.taps) != sorted(set(self.taps)):
+            raise ValueError(f"draft.taps: {list(self.taps)} must be ascending and distinct (vLLM sorts them)")
+        if self.norm_before_fc and self.fc_norm:
+            raise ValueError("draft.norm_before_fc and draft.fc_norm: choose one")
+        return self
+
+
+class TrainRecipe(Model):
+    """Training-time test (EAGLE-3) on packed documents."""
+
+    epochs: Positive = 1
+    """Passes over the completions."""
+    max_steps: Positive | None = None
+    """Stop after this many optimiser steps; left out: all epochs."""
+    pack_tokens: Positive = 2048
+    """Tokens per forward; documents are packed into it."""
+    max_document_tokens: Positive = 2048
+    """Longer conversations are cut."""
+    accumulate: Positive = 1
+    """Packs per optimiser step."""
+    ttt_steps: Positive = 7
+    """Depth of the training-time test."""
+    step_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
+    """Step i weighs step_decay ** i."""
+    objective: Literal["soft_ce", "lk_alpha", "lk_lambda"] = "soft_ce"
+    """soft_ce: cross-entropy to the target's distribution; lk_alpha, lk_lambda: arXiv 2602.23881."""
+    lk_eta: Annotated[float, Field(gt=0.0)] = 3.0
+    """lk_lambda only: how fast the weight moves from KL to acceptance."""
+    true_probabilities: bool = False
+    """Compare with the target's full distribution instead of the one renormalised over the draft vocabulary; costs a
+    product with every head row."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
+    """Peak of the schedule."""
+    warmup_share: Share = 0.02
+    """Share of steps spent warming up."""
+    final_share: Share = 0.0
+    """The cosine ends at this share of the peak."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW's decoupled decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moments."""
+    clip_norm: Annotated[float, Field(gt=0.0)] = 0.5
+    """Gradient norm is clipped to this."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Compute format; master weights are always fp32."""
+    capture: Literal["online", "offline"] = "online"
+    """online: hidden states never touch the disk; offline: written once, read every epoch."""
+    held_out: Positive = 24
+    """Completions kept from training for its own evaluation."""
+    log_every: Positive = 10
+    """Steps between lines of metrics.jsonl."""
+    evaluate_every: Positive = 100
+    """Steps between evaluations on held-out completions."""
+    checkpoint_every: Positive = 200
+    """Steps between checkpoints."""
+    keep_checkpoints: Positive = 2
+    """Checkpoints kept on disk."""
+    patience: Positive = 4
+    """Converged once tau rose by less than 1 % over this many evaluations."""
+
+
+class DraftShape(Model):
+    """Steps, top-k and draft tokens, as SGLang counts them; top-k 1 is a chain."""
+
+    steps: Positive
+    topk: Positive
+    draft_tokens: Positive
+    """Tokens verified at once, the root included."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "DraftShape":
+        if self.topk == 1 and self.draft_tokens != self.steps + 1:
+            raise ValueError(
+                f"a chain of {self.steps} steps verifies {self.steps + 1} tokens, not draft_tokens: {self.draft_tokens}"
+            )
+        most = 1 + self.topk + (self.steps - 1) * self.topk**2
+        if not 2 <= self.draft_tokens <= most:
+            raise ValueError(
+                f"draft_tokens: {self.draft_tokens} not in 2..{most} for steps {self.steps}, topk {self.topk}"
+            )
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.steps}/{self.topk}/{self.draft_tokens}"
+
+
+class EvaluateRecipe(Model):
+    """What is measured on the exported draft."""
+
+    shapes: tuple[DraftShape, ...] = (
+        DraftShape(steps=3, topk=1, draft_tokens=4),
+        DraftShape(steps=3, topk=4, draft_tokens=8),
+    )
+    """Drafting shapes to measure."""
+    temperatures: tuple[Annotated[float, Field(ge=0.0)], ...] = (0.0, 1.0)
+    """0.0 is greedy."""
+    prompts: Positive | None = None
+    """Evaluation prompts used, an equal number per category; left out: all."""
+    max_new_tokens: Positive = 128
+    """Longest completion."""
+    speed_prompts: Positive = 6
+    """Prompts on which plain and speculative decoding alternate."""
+    lossless_prompts: Positive = 50
+    """Prompts on which greedy output must equal plain decoding, in fp32."""
+    lossless_tokens: Positive = 128
+    """Tokens compared per prompt."""
+
+
+class Recipe(Model):
+    """One run, from prompts to a proven draft."""
+
+    name: str
+    """Name of the run directory under `runs/`."""
+    seed: int = 0
+    """Every random choice follows from it."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    target: TargetRecipe
+    prompts: PromptsRecipe = PromptsRecipe()
+    regenerate: RegenerateRecipe = RegenerateRecipe()
+    vocab: VocabRecipe = VocabRecipe()
+    draft: DraftRecipe = DraftRecipe()
+    train: TrainRecipe = TrainRecipe()
+    evaluate: EvaluateRecipe = EvaluateRecipe()
+
+
+def _submodel(annotation: Any) -> type[BaseModel] | None:
+    """The model class inside Optional[...] or tuple[..., ...]."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation if issubclass(annotation, BaseModel) else None
+    return next((found for arg in typing.get_args(annotation) if (found := _submodel(arg))), None)
+
+
+def _known_keys(path: tuple) -> list[str]:
+    model: type[BaseModel] | None = Recipe
+    for part in path:
+        if isinstance(part, str) and model is not None:
+            model = _submodel(model.model_fields[part].annotation)
+    return list(model.model_fields) if model is not None else []
+
+
+def one_line(error: ValidationError) -> str:
+    """The first problem of a pydantic error as one line that names the key and what is allowed."""
+    problem = error.errors()[0]
+    *parents, last = problem["loc"] or ("",)
+    key = ".".join(str(part) for part in problem["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(tuple(parents))
+        near = difflib.get_close_matches(str(last), known, n=1, cutoff=0.0)
+        return f"{key}: unknown key; did you mean {near[0]!r}?{more}" if near else f"{key}: unknown key{more}"
+    if problem["type"] == "missing":
+        return f"{key}: missing; give it a value{more}"
+    if problem["type"] == "value_error":
+        return f"{problem['ctx']['error']}{more}"
+    return f"{key}: {problem['input']!r} given; {problem['msg'][0].lower()}{problem['msg'][1:]}{more}"
+
+
+def parse_recipe(values: Any, origin: str) -> Recipe:
+    """Validate plain values; raises `RecipeError` of one line that starts with `origin`."""
+    if not isinstance(values, dict):
+        raise RecipeError(f"{origin}: a recipe is a mapping of keys to values, not {type(values).__name__}")
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{origin}: {one_line(error)}") from None
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a YAML recipe. Paths in it are relative to the working directory, as on the command line."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot read the recipe: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{path}{where}: not YAML: {getattr(error, 'problem', error)}") from None
+    return parse_recipe(values, str(path))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
