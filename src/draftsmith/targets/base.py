@@ -48,6 +48,7 @@ class TargetIdentity:
 
 class Target(Protocol):
     identity: TargetIdentity
+    logit_softcap: float | None
 
     def generate(
         self,
@@ -65,6 +66,10 @@ class Target(Protocol):
 
     def head_rows(self, ids: Tensor) -> Tensor:
         """Rows [len(ids), H] of the output head."""
+        ...
+
+    def norm_gain(self) -> Tensor:
+        """Gain [H] of the final norm, as a plain RMSNorm has it."""
         ...
 
     def embedding_rows(self) -> Tensor:

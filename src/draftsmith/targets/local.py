@@ -180,6 +180,14 @@ class LocalTarget:
             logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
         return logits
 
+    @torch.inference_mode()
+    def norm_gain(self) -> Tensor:
+        """Gain [H] of the final norm as a plain RMSNorm has it: what it makes of a vector of ones.
+
+        So a norm stored as 1 + w (Gemma) needs no special case.
+        """
+        return self.decoder.norm(torch.ones(self.identity.hidden_size, dtype=self.head.weight.dtype, device=self.device))
+
     def head_rows(self, ids: Tensor) -> Tensor:
         return self.head.weight[ids.to(self.device)]
 

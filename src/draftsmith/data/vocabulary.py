@@ -1,0 +1,118 @@
+"""Stage 3: the draft vocabulary, the target's most frequent loss tokens.
+
+`d2t` is stored as an offset (target id = draft id + d2t[draft id]), as both engines read it; `t2d` is a bool per
+target id. The map is named by its content, and a draft refuses any other.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from draftsmith.data.regenerate import loss_tokens, read_completions
+from draftsmith.errors import CheckpointError, DataError
+from draftsmith.files import digest, write_json
+from draftsmith.progress import say
+from draftsmith.recipe import Recipe
+
+SIZES = [1024 * 2**i for i in range(7)]  # 1 k .. 64 k
+
+
+@dataclass(frozen=True)
+class DraftVocabulary:
+    """`ids_D`: target id of every draft id, ascending."""
+
+    ids_D: Tensor
+    target_size: int
+
+    @property
+    def name(self) -> str:
+        """Content address."""
+        return digest(self.ids_D.tolist(), self.target_size)
+
+    @property
+    def d2t(self) -> Tensor:
+        return self.ids_D - torch.arange(len(self.ids_D))
+
+    @property
+    def t2d(self) -> Tensor:
+        present = torch.zeros(self.target_size, dtype=torch.bool)
+        present[self.ids_D] = True
+        return present
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        save_file({"d2t": self.d2t, "t2d": self.t2d}, temporary, metadata={"name": self.name})
+        temporary.replace(path)
+
+    @classmethod
+    def from_tensors(cls, d2t: Tensor, t2d: Tensor, origin: Path) -> "DraftVocabulary":
+        ids = d2t.long() + torch.arange(len(d2t))
+        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= len(t2d) or bool((ids.diff() <= 0).any())):
+            raise CheckpointError(f"{origin}: d2t does not give ascending target ids below {len(t2d)}")
+        vocabulary = cls(ids, len(t2d))
+        if not torch.equal(vocabulary.t2d, t2d.bool()):
+            raise CheckpointError(f"{origin}: d2t and t2d name different tokens")
+        return vocabulary
+
+    @classmethod
+    def load(cls, path: Path) -> "DraftVocabulary":
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot read the draft vocabulary: {error}") from None
+        return cls.from_tensors(tensors["d2t"], tensors["t2d"], path)
+
+
+def choose(counts: Counter[int], size: int, target_size: int, always: set[int]) -> DraftVocabulary:
+    """The `size` most frequent tokens; `always` (special and end tokens) are in first; ties go to the lower id."""
+    if size > target_size:
+        raise DataError(f"vocab.size: {size} is larger than the target's vocabulary of {target_size}")
+    if size < len(always):
+        raise DataError(f"vocab.size: {size} is too small for the target's {len(always)} special tokens")
+    kept = set(always)
+    by_count = sorted(counts, key=lambda token: (-counts[token], token))
+    for token in (*by_count, *range(target_size)):  # what the data never shows fills up from the lowest id
+        if len(kept) == size:
+            break
+        kept.add(token)
+    return DraftVocabulary(torch.tensor(sorted(kept)), target_size)
+
+
+def coverage_table(counts: dict[str, Counter[int]], always: set[int]) -> dict[str, Any]:
+    """Share of loss tokens covered at each size, by category: the `size` tokens most frequent over all."""
+    total: Counter[int] = sum(counts.values(), Counter())
+    order = list(always) + [t for t, _ in sorted(total.items(), key=lambda kv: (-kv[1], kv[0])) if t not in always]
+    rows = {}
+    for name, counter in {"all": total, **counts}.items():
+        covered = np.cumsum([counter[token] for token in order]) / max(1, counter.total())
+        rows[name] = [float(covered[min(size, len(covered)) - 1]) for size in SIZES]
+    return {"sizes": SIZES, "coverage": rows, "distinct_tokens": len(total), "loss_tokens": total.total()}
+
+
+def build_vocabulary(
+    recipe: Recipe, completions: Path, target_size: int, always: set[int], out: Path
+) -> DraftVocabulary:
+    """Stage `vocab`: writes vocab.safetensors and coverage.json."""
+    counts: dict[str, Counter[int]] = {}
+    for completion in read_completions(completions):
+        counts.setdefault(completion["category"], Counter()).update(loss_tokens(completion))
+    vocabulary = choose(sum(counts.values(), Counter()), recipe.vocab.size, target_size, always)
+    chosen = set(vocabulary.ids_D.tolist())
+    table = coverage_table(counts, always)
+    table["chosen_size"] = len(chosen)
+    table["chosen"] = {
+        name: sum(n for token, n in counter.items() if token in chosen) / max(1, counter.total())
+        for name, counter in {"all": sum(counts.values(), Counter()), **counts}.items()
+    }
+    vocabulary.save(out / "vocab.safetensors")
+    write_json(out / "coverage.json", {"name": vocabulary.name, **table})
+    say(f"vocab: {len(chosen):,} of {target_size:,} tokens cover {table['chosen']['all']:.2%} of the loss tokens")
+    return vocabulary

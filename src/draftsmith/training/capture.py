@@ -1,0 +1,83 @@
+"""Where the trainer gets a pack's hidden states: from the target at once (online) or from disk (offline)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from draftsmith.files import read_json, write_json
+from draftsmith.progress import Meter, say
+from draftsmith.targets.base import Capture, Target
+
+SHARD_TOKENS = 16384
+
+
+def hidden_state_bytes(tokens: int, taps: int, hidden_size: int) -> int:
+    """Bytes of stored 16-bit states: every tap and the last hidden state."""
+    return tokens * (taps + 1) * hidden_size * 2
+
+
+class CaptureSource(Protocol):
+    def __call__(self, names: list[str], documents: list[list[int]]) -> Capture: ...
+
+
+class OnlineCapture:
+    """The target runs in this process; its hidden states live for one pack and never touch the disk."""
+
+    def __init__(self, target: Target, taps: Sequence[int]):
+        self.target, self.taps = target, tuple(taps)
+
+    def __call__(self, names: list[str], documents: list[list[int]]) -> Capture:
+        return self.target.capture(documents, self.taps)
+
+
+class OfflineCapture:
+    """Hidden states written once as sharded safetensors and read in every epoch."""
+
+    def __init__(self, directory: Path, target: Target, taps: Sequence[int], documents: dict[str, list[int]]):
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        tokens = sum(map(len, documents.values()))
+        size = hidden_state_bytes(tokens, len(taps), target.identity.hidden_size)
+        say(f"capture: offline, {tokens:,} tokens, {size / 1e9:.2f} GB in {directory}")
+        self.place: dict[str, tuple[Path, int, int]] = {}
+        shards: list[list[str]] = [[]]
+        room = SHARD_TOKENS
+        for name, ids in documents.items():
+            if len(ids) > room and shards[-1]:
+                shards.append([])
+                room = SHARD_TOKENS
+            shards[-1].append(name)
+            room -= len(ids)
+        with Meter("capture", len(shards), "shards") as meter:
+            for number, names in enumerate(shards):
+                path = directory / f"{number:05d}.safetensors"
+                if not self._holds(path, names):
+                    states = target.capture([documents[name] for name in names], tuple(taps))
+                    temporary = path.with_name(f".{path.name}.tmp")
+                    save_file({"taps": states.taps_TKH.cpu(), "last": states.last_TH.cpu()}, temporary)
+                    temporary.replace(path)
+                    write_json(path.with_suffix(".json"), names)
+                start = 0
+                for name in names:
+                    self.place[name] = (path, start, len(documents[name]))
+                    start += len(documents[name])
+                meter.advance(tokens=start)
+
+    @staticmethod
+    def _holds(path: Path, names: list[str]) -> bool:
+        index = path.with_suffix(".json")
+        return path.exists() and index.exists() and read_json(index) == names
+
+    def __call__(self, names: list[str], documents: list[list[int]]) -> Capture:
+        taps, last = [], []
+        for name, ids in zip(names, documents, strict=True):
+            path, start, length = self.place[name]
+            assert length == len(ids)
+            with safe_open(path, "pt") as file:
+                taps.append(file.get_slice("taps")[start : start + length])
+                last.append(file.get_slice("last")[start : start + length])
+        return Capture(torch.cat(taps), torch.cat(last))
