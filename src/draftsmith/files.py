@@ -38,7 +38,9 @@ def read_jsonl(path: Path) -> Iterator[Any]:
             try:
                 yield orjson.loads(line)
             except orjson.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: not JSON ({error}); delete the file and run the stage again") from None
+                raise DataError(
+                    f"{path}:{number}: not JSON ({error}); delete the file and run the stage again"
+                ) from None
 
 
 def digest(*parts: Any) -> str:

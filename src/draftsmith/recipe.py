@@ -174,6 +174,8 @@ class TrainRecipe(Model):
     true_probabilities: bool = False
     """Compare with the target's full distribution instead of the one renormalised over the draft vocabulary; costs a
     product with every head row."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon: Muon for the matrices of the layer and fc, AdamW for the head and the norms."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
     """Peak of the schedule."""
     warmup_share: Share = 0.02

@@ -121,7 +121,9 @@ def regenerate(recipe: Recipe, target: Target, chat: ChatFormat, prompts_file: P
             else:
                 rows = []
                 sampling = shard_sampling(settings, number)
-                for new_tokens, row in answer(shard, target, chat, settings, sampling, int(digest(recipe.seed, number), 16)):
+                for new_tokens, row in answer(
+                    shard, target, chat, settings, sampling, int(digest(recipe.seed, number), 16)
+                ):
                     made_tokens += new_tokens
                     meter.advance(new_tokens if total else (0 if row == {} else 1), new_tokens)
                     if row:

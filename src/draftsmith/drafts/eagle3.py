@@ -45,9 +45,7 @@ class DraftLayer(nn.Module):
     def __init__(self, config: Eagle3Config):
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = Attention(
-            size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        )
+        self.self_attn = Attention(size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         self.mlp = SwiGLU(size, config.intermediate_size)
         self.input_layernorm = RMSNorm(size, eps)  # over the embedding
         self.hidden_norm = RMSNorm(size, eps)  # over the feature

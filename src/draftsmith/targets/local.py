@@ -186,7 +186,9 @@ class LocalTarget:
 
         So a norm stored as 1 + w (Gemma) needs no special case.
         """
-        return self.decoder.norm(torch.ones(self.identity.hidden_size, dtype=self.head.weight.dtype, device=self.device))
+        return self.decoder.norm(
+            torch.ones(self.identity.hidden_size, dtype=self.head.weight.dtype, device=self.device)
+        )
 
     def head_rows(self, ids: Tensor) -> Tensor:
         return self.head.weight[ids.to(self.device)]
@@ -236,9 +238,7 @@ class LocalTarget:
         past = torch.ones(width, length, dtype=torch.bool, device=self.device)
         visible = torch.cat([past, ancestors.to(self.device)], dim=1)
         plan = MaskedPlan(visible[None], positions[None], key_positions[None])
-        tapped, last = self._forward(
-            torch.tensor([ids], device=self.device), positions[None], cache, plan, taps
-        )
+        tapped, last = self._forward(torch.tensor([ids], device=self.device), positions[None], cache, plan, taps)
         return tapped[0], last[0]
 
     @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 checkpoint-000200/
     draft.safetensors       fp32 master weights
-    optimizer.safetensors   AdamW moments
+    optimizer.safetensors   moments of the optimisers
     state.json              step, draft configuration, vocabulary name, target identity, status, running sums
 
 A checkpoint is written beside its place and renamed, so one that exists is whole. Training draws no random numbers
@@ -29,17 +29,19 @@ def checkpoint_paths(directory: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    directory: Path, draft: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+    directory: Path, draft: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any], keep: int
 ) -> Path:
     path = directory / f"checkpoint-{state['step']:06d}"
     partial = directory / f".partial-{state['step']:06d}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    names = {id(p): name for name, p in draft.named_parameters()}
     save_file({name: p.detach().cpu() for name, p in draft.named_parameters()}, partial / "draft.safetensors")
     moments: dict[str, Tensor] = {}
-    for name, parameter in draft.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            moments[f"{name}/{key}"] = value.detach().cpu()
+    for optimizer in optimizers:
+        for parameter, values in optimizer.state.items():
+            for key, value in values.items():
+                moments[f"{names[id(parameter)]}/{key}"] = value.detach().cpu().clone()
     save_file(moments, partial / "optimizer.safetensors")
     write_json(partial / "state.json", state)
     shutil.rmtree(path, ignore_errors=True)
@@ -53,7 +55,9 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         return read_json(path / "state.json")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot read state.json: {error}; delete the directory to use the one before") from None
+        raise CheckpointError(
+            f"{path}: cannot read state.json: {error}; delete the directory to use the one before"
+        ) from None
 
 
 def load_weights(path: Path, draft: nn.Module) -> None:
@@ -70,14 +74,22 @@ def load_weights(path: Path, draft: nn.Module) -> None:
             parameter.copy_(tensors[name])
 
 
-def load_optimizer(path: Path, draft: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizers(path: Path, draft: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Put every parameter's moments back into the optimiser that owns it."""
     try:
         moments = load_file(path / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot read optimizer.safetensors: {error}") from None
-    for name, parameter in draft.named_parameters():
-        optimizer.state[parameter] = {
-            key.rsplit("/", 1)[1]: value.to(parameter.device) if "step" not in key.rsplit("/", 1)[1] else value
-            for key, value in moments.items()
-            if key.rsplit("/", 1)[0] == name
-        }
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, value in moments.items():
+        name, field = key.rsplit("/", 1)
+        by_name.setdefault(name, {})[field] = value
+    names = {id(p): name for name, p in draft.named_parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter] = {
+                    # AdamW keeps its step counter on the CPU
+                    field: value if field == "step" else value.to(parameter.device)
+                    for field, value in by_name.get(names[id(parameter)], {}).items()
+                }

@@ -32,9 +32,7 @@ def truncate_jsonl(path: Path, last_step: int) -> None:
     write_jsonl(path, rows)
 
 
-def evaluate_heldout(
-    draft: Eagle3Draft, packs: Iterable[PackInputs], d2t: torch.Tensor, steps: int
-) -> dict[str, Any]:
+def evaluate_heldout(draft: Eagle3Draft, packs: Iterable[PackInputs], d2t: torch.Tensor, steps: int) -> dict[str, Any]:
     """Acceptance per depth and chain accept length on completions that training never sees.
 
     `match[i]`: share of step-i first choices that the target wrote, given that serving reached depth i with the target's

@@ -23,7 +23,7 @@ from draftsmith.targets.local import DTYPES
 from draftsmith.training.capture import CaptureSource, OfflineCapture, OnlineCapture
 from draftsmith.training.checkpoints import (
     checkpoint_paths,
-    load_optimizer,
+    load_optimizers,
     load_state,
     load_weights,
     save_checkpoint,
@@ -74,7 +74,13 @@ def draft_config(recipe: Recipe, target_config: Any, num_layers: int, draft_voca
 
 class Trainer:
     def __init__(
-        self, recipe: Recipe, target: Target, target_config: Any, completions: Path, vocabulary: DraftVocabulary, out: Path
+        self,
+        recipe: Recipe,
+        target: Target,
+        target_config: Any,
+        completions: Path,
+        vocabulary: DraftVocabulary,
+        out: Path,
     ):
         settings = recipe.train
         self.recipe, self.settings, self.target, self.vocabulary, self.out = recipe, settings, target, vocabulary, out
@@ -101,13 +107,7 @@ class Trainer:
             target.head_rows(vocabulary.ids_D), target.norm_gain(), torch.Generator().manual_seed(recipe.seed)
         )
         self.loss = TTTLoss(self.draft, settings.ttt_steps, Objective(settings.objective, settings.lk_eta))
-        self.optimizer = torch.optim.AdamW(
-            self.draft.parameters(),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        self.optimizers = self._make_optimizers()
         self.head_rows = target.head_rows(vocabulary.ids_D).contiguous()
         self.step = 0
         self.quarantined: list[str] = []
@@ -120,7 +120,9 @@ class Trainer:
         """Run to the end of the schedule; returns the summary that is also written to summary.json."""
         self._resume()
         settings, capture = self.settings, self._capture_source()
-        tokens = sum(min(len(self.rows[i]["ids"]), settings.max_document_tokens) for p in self.steps for q in p for i in q)
+        tokens = sum(
+            min(len(self.rows[i]["ids"]), settings.max_document_tokens) for p in self.steps for q in p for i in q
+        )
         say(
             f"train: {sum(p.numel() for p in self.draft.parameters()):,} parameters, {len(self.rows):,} completions, "
             f"{len(self.steps):,} steps, {tokens:,} tokens, {settings.dtype} on {self.device}"
@@ -129,7 +131,9 @@ class Trainer:
             meter.resume(self.step)
             while self.step < len(self.steps):
                 started = time.perf_counter()
-                packs = [make_pack([self.rows[i] for i in p], settings.max_document_tokens) for p in self.steps[self.step]]
+                packs = [
+                    make_pack([self.rows[i] for i in p], settings.max_document_tokens) for p in self.steps[self.step]
+                ]
                 self._optimiser_step(packs, capture)
                 self.step += 1
                 last = self.step == len(self.steps)
@@ -162,8 +166,9 @@ class Trainer:
     def _optimiser_step(self, packs: list[Pack], capture: CaptureSource) -> None:
         inputs = [i for pack in packs if (i := self._inputs(pack, capture)) is not None]
         lr = self._learning_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
         weights = self._step_weights([i.pack for i in inputs])
         total = 0.0
         alpha_sums, alpha_counts = [0.0] * self.settings.ttt_steps, [0] * self.settings.ttt_steps
@@ -181,10 +186,17 @@ class Trainer:
                 f"train: step {self.step + 1}: the gradient is not finite (norm {norm}, loss {total}); samples: "
                 f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''}; the last checkpoint is untouched"
             )
-        if inputs:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        sums = self.sums or {"loss": 0.0, "norm": 0.0, "count": 0, "alpha": [0.0] * len(alpha_sums), "alpha_n": [0] * len(alpha_sums)}
+        for optimizer in self.optimizers:
+            if inputs:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        sums = self.sums or {
+            "loss": 0.0,
+            "norm": 0.0,
+            "count": 0,
+            "alpha": [0.0] * len(alpha_sums),
+            "alpha_n": [0] * len(alpha_sums),
+        }
         sums["loss"] += total
         sums["norm"] += norm
         sums["count"] += 1
@@ -198,6 +210,37 @@ class Trainer:
             return self.loss(inputs, weights)
         cast = {name: p.to(self.dtype) for name, p in self.loss.named_parameters()}
         return functional_call(self.loss, cast, (inputs, weights))
+
+    def _make_optimizers(self) -> list[torch.optim.Optimizer]:
+        """AdamW for everything, or Muon for the layer's and fc's matrices and AdamW for the head and the norms.
+
+        Muon's steps are scaled to AdamW's size, so one learning rate serves both.
+        """
+        settings = self.settings
+        use_muon = settings.optimizer == "muon"
+        matrices = [
+            p for n, p in self.draft.named_parameters() if use_muon and p.ndim == 2 and not n.startswith("lm_head")
+        ]
+        chosen = {id(p) for p in matrices}
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                [p for p in self.draft.parameters() if id(p) not in chosen],
+                lr=settings.learning_rate,
+                betas=settings.betas,
+                weight_decay=settings.weight_decay,
+                fused=True,
+            )
+        ]
+        if matrices:
+            optimizers.append(
+                torch.optim.Muon(
+                    matrices,
+                    lr=settings.learning_rate,
+                    weight_decay=settings.weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
+        return optimizers
 
     # --- the parts ----------------------------------------------------------------------------------------------
 
@@ -222,9 +265,20 @@ class Trainer:
             taps, last = (torch.cat([x[part] for _, part in good]) for x in (taps, last))
         # Captured under inference mode: cloned by the casts below where they change the dtype, here where they do not.
         taps, last = taps.clone(), last.clone()
-        full_head = self.target.head_rows(torch.arange(self.vocabulary.target_size)) if self.settings.true_probabilities else None
+        full_head = (
+            self.target.head_rows(torch.arange(self.vocabulary.target_size))
+            if self.settings.true_probabilities
+            else None
+        )
         return prepare(
-            pack, taps, last, self.target.embedding_rows(), self.head_rows, full_head, self.target.logit_softcap, self.dtype
+            pack,
+            taps,
+            last,
+            self.target.embedding_rows(),
+            self.head_rows,
+            full_head,
+            self.target.logit_softcap,
+            self.dtype,
         )
 
     def _step_weights(self, packs: list[Pack]) -> list[float]:
@@ -309,7 +363,7 @@ class Trainer:
             "sums": self.sums,
             "quarantined": self.quarantined,
         }
-        save_checkpoint(self.out, self.draft, self.optimizer, state, self.settings.keep_checkpoints)
+        save_checkpoint(self.out, self.draft, self.optimizers, state, self.settings.keep_checkpoints)
 
     def _resume(self) -> None:
         """Continue from the newest checkpoint, which must belong to this very run."""
@@ -322,7 +376,7 @@ class Trainer:
                         f"{paths[-1]}: was trained with another {key}; use another --out, or delete the directory"
                     )
             load_weights(paths[-1], self.draft)
-            load_optimizer(paths[-1], self.draft, self.optimizer)
+            load_optimizers(paths[-1], self.draft, self.optimizers)
             self.step, self.taus = state["step"], state["taus"]
             self.sums, self.quarantined = state["sums"], state["quarantined"]
             say(f"train: continuing from {paths[-1].name}")

@@ -49,9 +49,7 @@ class TTTLoss(nn.Module):
         x = self.draft.norm(torch.cat([output[r] for output, r in zip(outputs, rows, strict=True)]))
         # The distribution after the root of chain r + i is the one that step i of chain r is judged by.
         teacher_rows = torch.cat([r + step for step, r in enumerate(rows)])
-        weights = torch.cat(
-            [torch.full((len(r),), w, device=device) for r, w in zip(rows, step_weights, strict=True)]
-        )
+        weights = torch.cat([torch.full((len(r),), w, device=device) for r, w in zip(rows, step_weights, strict=True)])
         loss, alphas = HeadLoss.apply(
             x, self.draft.lm_head.weight, inputs.teacher_RD, teacher_rows, weights, self.objective
         )

@@ -1,0 +1,123 @@
+"""The command line. Flags mirror the recipe; errors of the user are one line and exit code 2."""
+
+import dataclasses
+import errno
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from pydantic import ValidationError
+
+from draftsmith.errors import DraftsmithError, RecipeError
+from draftsmith.progress import say
+from draftsmith.recipe import Recipe, TargetRecipe, load_recipe, one_line
+
+StageName = Literal["run", "prompts", "regenerate", "vocab", "train", "export", "evaluate", "report"]
+STAGE_NAMES = StageName.__args__  # type: ignore[attr-defined]
+PLACEHOLDER = Recipe(name="from the recipe", target=TargetRecipe(model="from the recipe"))
+
+
+@dataclass
+class StageCommand:
+    """Make a draft model for speculative decoding.
+
+    `run` goes through all stages; a stage's name runs that stage alone. Finished stages are skipped.
+    """
+
+    command: tyro.conf.Positional[StageName]
+    """run, or one stage: prompts, regenerate, vocab, train, export, evaluate, report."""
+    recipe: tyro.conf.Positional[Path]
+    """YAML file, for example recipes/gemma3-270m-quick.yaml."""
+    out: Path | None = None
+    """Run directory; left out: runs/NAME."""
+    dry_run: bool = False
+    """Print the resolved recipe and what each stage would do, then stop."""
+    overrides: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=lambda: PLACEHOLDER)
+
+
+@dataclass
+class InspectCommand:
+    """Read any EAGLE-3 draft directory and name every problem an engine would swallow silently."""
+
+    command: tyro.conf.Positional[Literal["inspect"]]
+    directory: tyro.conf.Positional[Path]
+    """Directory with config.json and .safetensors files."""
+
+
+@dataclass
+class _Positions:
+    """Only what is needed to find the recipe, whose values are the flags' defaults."""
+
+    command: tyro.conf.Positional[str]
+    recipe: tyro.conf.Positional[Path]
+
+
+def parse(arguments: list[str]) -> StageCommand | InspectCommand:
+    """Two passes: the first finds the recipe file, the second takes every flag with the recipe's values as defaults."""
+    if arguments[:1] == ["inspect"]:
+        return tyro.cli(InspectCommand, args=arguments, prog="draftsmith")
+    default = PLACEHOLDER
+    if arguments[:1] and arguments[0] in STAGE_NAMES and arguments[1:2] and not arguments[1].startswith("-"):
+        first, _ = tyro.cli(_Positions, args=arguments, return_unknown_args=True, add_help=False)
+        default = load_recipe(first.recipe)
+    try:
+        return tyro.cli(
+            StageCommand,
+            args=arguments,
+            default=StageCommand(command="run", recipe=Path("RECIPE"), overrides=default)
+            if default is PLACEHOLDER
+            else dataclasses.replace(StageCommand("run", Path("RECIPE")), overrides=default),
+            prog="draftsmith",
+        )
+    except ValidationError as error:
+        raise RecipeError(f"flags: {one_line(error)}") from None
+
+
+def execute(command: StageCommand | InspectCommand) -> int:
+    if isinstance(command, InspectCommand):
+        from draftsmith.publishing.inspect import inspect
+
+        return 0 if inspect(command.directory) else 1
+    from draftsmith.pipeline import Run, command_line, explain, run_pipeline
+
+    directory = command.out or Path("runs") / command.overrides.name
+    run = Run(command.overrides, directory, command_line())
+    if command.dry_run:
+        print(explain(run))
+        return 0
+    import logging
+    import warnings
+
+    from draftsmith.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    warnings.filterwarnings("ignore", module="transformers")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    report = run_pipeline(run, None if command.command == "run" else command.command)
+    if command.command in ("run", "report"):
+        print(f"report: {report}\ndraft:  {run.draft_directory}")
+    return 0
+
+
+def main() -> int:
+    try:
+        return execute(parse(sys.argv[1:]))
+    except DraftsmithError as error:
+        say(f"draftsmith: {error}")
+    except KeyboardInterrupt:
+        say("draftsmith: interrupted; what is finished is kept, the same command goes on from there")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        say(f"draftsmith: {error.strerror}{place}; free space or give another --out; what is finished is kept")
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

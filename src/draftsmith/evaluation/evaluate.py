@@ -1,0 +1,244 @@
+"""Stage 6: measure the exported draft by decoding with it; writes results.json.
+
+Schema of results.json (version 1); every tau comes as {tau, low, high, prompts, steps}:
+    schema, created_with      version of this schema; package versions, commit, hardware
+    settings                  prompt set, prompts used, max_new_tokens, target and its dtype
+    acceptance[]              one entry per shape and temperature: shape, temperature, all, by_category,
+                              acceptance_by_depth, looping_share, tau_with_loops, tokens, prompts[] (raw counts);
+                              for chains at temperature > 0 also oracle {tau, ...} and share_of_oracle
+    lossless                  greedy identity in fp32: prompts, tokens, shapes, differences[], identical
+    speed[]                   per shape: plain_tokens_per_s, drafted_tokens_per_s, speedup (median over prompts),
+                              tau on the same tokens, differences[] of the bf16 outputs with their logit gaps
+    partial                   true where fewer prompts were used than the set holds
+"""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from draftsmith.data.loops import loop_onset
+from draftsmith.data.templates import ChatFormat
+from draftsmith.decoding.sampling import Sampling
+from draftsmith.decoding.speculate import Decoder, Eagle3Drafter
+from draftsmith.decoding.tree import Shape
+from draftsmith.drafts.checkpoint import load_draft
+from draftsmith.errors import CheckpointError
+from draftsmith.evaluation.acceptance import PromptAcceptance, bootstrap_tau, count, oracle_walk, summarise
+from draftsmith.evaluation.lossless import compare, greedy_identity
+from draftsmith.files import read_jsonl, write_json
+from draftsmith.progress import Meter, say
+from draftsmith.recipe import EvaluateRecipe, Recipe
+from draftsmith.targets.local import DTYPES, LocalTarget
+
+SCHEMA = 1
+
+
+def balanced(prompts: list[dict], limit: int | None) -> list[dict]:
+    """The first prompts of every category in turn, so that a few are as many of each."""
+    queues = defaultdict(list)
+    for prompt in prompts:
+        queues[prompt["category"]].append(prompt)
+    order: list[dict] = []
+    while any(queues.values()):
+        order += [queue.pop(0) for queue in queues.values() if queue]
+    return order[:limit]
+
+
+def stop_text_end(tokenizer, stop: tuple[str, ...]) -> Callable[[list[int]], int | None] | None:
+    """A check that returns the length to cut a completion to once a stop text has appeared."""
+    if not stop:
+        return None
+
+    def ends(ids: list[int]) -> int | None:
+        tail = ids[-12:]
+        if not any(s in tokenizer.decode(tail) for s in stop):
+            return None
+        while tail and any(s in tokenizer.decode(tail) for s in stop):
+            tail = tail[:-1]
+        return len(ids) - len(ids[-12:]) + len(tail)
+
+    return ends
+
+
+def drafter_for(target: LocalTarget, directory: Path, dtype: str) -> Eagle3Drafter:
+    draft, ids = load_draft(directory, DTYPES[dtype])
+    if draft.config.hidden_size != target.identity.hidden_size or draft.config.vocab_size != target.identity.vocab_size:
+        raise CheckpointError(
+            f"{directory}: made for hidden size {draft.config.hidden_size} and {draft.config.vocab_size} tokens, but "
+            f"{target.identity.model} has {target.identity.hidden_size} and {target.identity.vocab_size}"
+        )
+    target.check_taps(draft.config.taps)
+    return Eagle3Drafter(draft.to(target.device), ids, target.embedding_rows())
+
+
+class Evaluation:
+    def __init__(self, recipe: Recipe, target: LocalTarget, directory: Path, prompts_file: Path):
+        self.recipe, self.settings, self.target, self.directory = recipe, recipe.evaluate, target, directory
+        chat = ChatFormat(target.tokenizer, recipe.target.template)
+        available = list(read_jsonl(prompts_file))
+        chosen = balanced(available, self.settings.prompts)
+        self.partial = len(chosen) < len(available)
+        self.prompts = [
+            (p["id"], p["category"], chat.first_turn(next(m["content"] for m in p["messages"] if m["role"] == "user")))
+            for p in chosen
+        ]
+        self.ends = stop_text_end(target.tokenizer, chat.stop)
+        self.shapes = [Shape(s.steps, s.topk, s.draft_tokens) for s in self.settings.shapes]
+        self.plain = Decoder(target)
+        self.speculative = Decoder(target, drafter_for(target, directory, recipe.target.dtype))
+
+    def acceptance(self, shape: Shape, temperature: float) -> dict[str, Any]:
+        settings, sampling = self.settings, Sampling(temperature)
+        rows: list[PromptAcceptance] = []
+        oracle: list[tuple[int, int]] = []
+        with Meter(f"tau {shape} T={temperature:g}", len(self.prompts), "prompts") as meter:
+            for number, (name, category, prompt) in enumerate(self.prompts):
+                decoded = self.speculative.generate(
+                    prompt, sampling, settings.max_new_tokens, shape, seed=self.recipe.seed + number, ends=self.ends
+                )
+                rows.append(count(name, category, decoded, shape.steps))
+                if shape.topk == 1 and temperature:
+                    oracle.append(self._oracle(prompt, decoded.ids, shape.steps))
+                meter.advance(
+                    1,
+                    len(decoded.ids),
+                    f"tau {1 + sum(r.accepted for r in rows) / max(1, sum(r.steps for r in rows)):.2f}",
+                )
+        result = {
+            "shape": str(shape),
+            "temperature": temperature,
+            **summarise(rows),
+            "prompts": [row.to_dict() for row in rows],
+        }
+        if oracle:
+            result["oracle"] = bootstrap_tau([a for a, _ in oracle], [v for _, v in oracle])
+            own = result["all"]["tau"]
+            best = result["oracle"]["tau"]
+            result["share_of_oracle"] = (own - 1) / (best - 1) if own and best and best > 1 else None
+        return result
+
+    @torch.inference_mode()
+    def _oracle(self, prompt: list[int], ids: list[int], steps: int) -> tuple[int, int]:
+        last = self.target.capture([[*prompt, *ids]], ()).last_TH[len(prompt) - 1 : -1]
+        hits = (self.target.logits(last).argmax(-1).cpu() == torch.tensor(ids)).tolist()
+        onset = loop_onset(ids)
+        return oracle_walk(hits, steps, len(ids) if onset is None else onset)
+
+    def speed(self, shape: Shape) -> dict[str, Any]:
+        """Plain and drafted decoding alternate on the same prompts; the prompt's own forward is not counted."""
+        ratios, plain_s, drafted_s, tokens = [], 0.0, 0.0, 0
+        accepted = steps = 0
+        differences = []
+        chosen = self.prompts[: self.settings.speed_prompts]
+        longest = self.settings.max_new_tokens
+        self.plain.generate(chosen[0][2], Sampling(), 8)
+        self.speculative.generate(chosen[0][2], Sampling(), 8, shape)
+        with Meter(f"speed {shape}", len(chosen), "prompts") as meter:
+            for name, _, prompt in chosen:
+                plain = self.plain.generate(prompt, Sampling(), longest)
+                drafted = self.speculative.generate(prompt, Sampling(), longest, shape)
+                ratios.append((plain.seconds / len(plain.ids)) / (drafted.seconds / len(drafted.ids)))
+                plain_s, drafted_s = (
+                    plain_s + plain.seconds / len(plain.ids),
+                    drafted_s + drafted.seconds / len(drafted.ids),
+                )
+                tokens += len(plain.ids)
+                accepted += sum(s.accepted for s in drafted.steps)
+                steps += len(drafted.steps)
+                difference = compare(self.target, name, prompt, plain.ids, drafted.ids)
+                if difference:
+                    differences.append(difference)
+                meter.advance(1, len(plain.ids) + len(drafted.ids))
+        return {
+            "shape": str(shape),
+            "prompts": len(chosen),
+            "tokens": tokens,
+            "plain_tokens_per_s": len(chosen) / plain_s,
+            "drafted_tokens_per_s": len(chosen) / drafted_s,
+            "speedup": statistics.median(ratios),
+            "tau": 1 + accepted / max(1, steps),
+            "dtype": self.target.identity.dtype,
+            "differences": differences,
+        }
+
+
+def lossless(recipe: Recipe, evaluation: Evaluation) -> dict[str, Any]:
+    """Greedy identity in fp32, where ties do not hide behind rounding."""
+    settings, target_recipe = recipe.evaluate, recipe.target
+    target = LocalTarget(
+        target_recipe.model, target_recipe.revision, "fp32", recipe.device, target_recipe.trust_remote_code
+    )
+    speculative = Decoder(target, drafter_for(target, evaluation.directory, "fp32"))
+    prompts = [(name, ids) for name, _, ids in evaluation.prompts[: settings.lossless_prompts]]
+    return greedy_identity(
+        target, Decoder(target), speculative, evaluation.shapes, prompts, settings.lossless_tokens, "fp32"
+    )
+
+
+def verdict_line(result: dict[str, Any]) -> str:
+    if result["identical"]:
+        return (
+            f"lossless: yes; greedy output identical on {result['prompts']} prompts x {result['tokens_per_prompt']} "
+            f"tokens in {result['dtype']}, shapes {', '.join(result['shapes'])}"
+        )
+    first = result["differences"][0]
+    return (
+        f"lossless: NO; {len(result['differences'])} differences, the first in {first['id']} at token {first['token']} "
+        f"(shape {first['shape']}, logit gap {first['logit_gap']:.2g})"
+    )
+
+
+def tau_line(entry: dict[str, Any]) -> str:
+    """`tau 2.10 [2.02, 2.19] at 3/1/4, T=0 (chat 1.9, code 2.3, math 2.2)`"""
+
+    def short(value: dict[str, Any]) -> str:
+        return "-" if value["tau"] is None else f"{value['tau']:.2f}"
+
+    whole = entry["all"]
+    interval = "" if whole["tau"] is None else f" [{whole['low']:.2f}, {whole['high']:.2f}]"
+    categories = ", ".join(f"{name} {short(value)}" for name, value in entry["by_category"].items())
+    line = f"tau {short(whole)}{interval} at {entry['shape']}, T={entry['temperature']:g} ({categories})"
+    if entry.get("share_of_oracle") is not None:
+        line += f"; oracle {short(entry['oracle'])}, share {entry['share_of_oracle']:.0%}"
+    return line
+
+
+def evaluate(
+    recipe: Recipe, target: LocalTarget, directory: Path, prompts_file: Path, out: Path, created_with: dict[str, Any]
+) -> dict[str, Any]:
+    """Stage `evaluate`."""
+    evaluation = Evaluation(recipe, target, directory, prompts_file)
+    acceptance = []
+    for temperature in recipe.evaluate.temperatures:
+        for shape in evaluation.shapes:
+            acceptance.append(evaluation.acceptance(shape, temperature))
+            say(tau_line(acceptance[-1]))
+    speed: Sequence[dict[str, Any]] = [evaluation.speed(shape) for shape in evaluation.shapes]
+    for entry in speed:
+        say(
+            f"speed {entry['shape']}: {entry['drafted_tokens_per_s']:.1f} tokens/s against "
+            f"{entry['plain_tokens_per_s']:.1f} plain, {entry['speedup']:.2f}x"
+        )
+    proof = lossless(recipe, evaluation)
+    say(verdict_line(proof))
+    results = {
+        "schema": SCHEMA,
+        "created_with": created_with,
+        "settings": {
+            "prompts": len(evaluation.prompts),
+            "max_new_tokens": recipe.evaluate.max_new_tokens,
+            "target": recipe.target.model,
+            "dtype": recipe.target.dtype,
+            "threads": torch.get_num_threads(),
+        },
+        "acceptance": acceptance,
+        "lossless": proof,
+        "speed": speed,
+        "partial": evaluation.partial,
+    }
+    write_json(out / "results.json", results)
+    return results

@@ -1,0 +1,333 @@
+"""The nine steps as stages that meet through files: run what is missing or changed, skip the rest.
+
+A stage is a function from files to files in a directory of its own. `stage.json` in that directory holds the key of
+the last finished run: a digest of the code's format version, the stage's part of the recipe and the content of its
+inputs. An unchanged key skips the stage; another key moves the old directory aside, so that nothing produced is lost.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from draftsmith import files
+from draftsmith.errors import DataError
+from draftsmith.progress import say
+from draftsmith.recipe import Recipe, dump_recipe
+
+FORMAT = 1  # raise when a stage's output changes meaning
+PACKAGES = ("draftsmith", "torch", "transformers", "safetensors", "pydantic", "numpy")
+
+
+def commit() -> str | None:
+    """Commit of the checkout that this package runs from, with `+dirty` where files differ."""
+    here = Path(__file__).parent
+
+    def git(*command: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(here), *command], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    return f"{head}+dirty" if head and git("status", "--porcelain", "--untracked-files=no") else head
+
+
+def hardware() -> dict[str, Any]:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    cpu = (
+        next(
+            (
+                line.split(":", 1)[1].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            platform.processor(),
+        )
+        if Path("/proc/cpuinfo").exists()
+        else platform.processor()
+    )
+    return {"cpu": cpu, "cores": os.cpu_count(), "gpus": gpus, "system": platform.platform()}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`key` and `inputs` decide whether it runs; `resume_key` whether its directory can be continued."""
+
+    name: str
+    what: str
+    key: Callable[["Run"], Any]
+    inputs: Callable[["Run"], list[Path]]
+    run: Callable[["Run", Path], Any]
+    resume_key: Callable[["Run"], Any] | None = None
+
+
+class Run:
+    """A run directory and the recipe that fills it."""
+
+    def __init__(self, recipe: Recipe, directory: Path, command: list[str]):
+        self.recipe, self.directory, self.command = recipe, directory, command
+
+    @cached_property
+    def target(self):
+        from draftsmith.targets.local import LocalTarget
+
+        wish = self.recipe.target
+        return LocalTarget(
+            wish.model,
+            wish.revision,
+            wish.dtype,
+            self.recipe.device,
+            wish.trust_remote_code,
+            self.recipe.regenerate.batch_size,
+        )
+
+    @cached_property
+    def tokenizer(self):
+        from draftsmith.targets.local import load_tokenizer
+
+        wish = self.recipe.target
+        return load_tokenizer(wish.model, wish.revision, wish.trust_remote_code)
+
+    @property
+    def special_tokens(self) -> set[int]:
+        return set(self.tokenizer.all_special_ids) | set(self.target.eos_ids)
+
+    @cached_property
+    def created_with(self) -> dict[str, Any]:
+        return {
+            "command": " ".join(self.command),
+            "commit": commit(),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "seed": self.recipe.seed,
+            "hardware": hardware(),
+        }
+
+    # Where things lie.
+    def path(self, *parts: str) -> Path:
+        return self.directory.joinpath(*parts)
+
+    @property
+    def completion_files(self) -> list[Path]:
+        return sorted(self.path("completions").glob("[0-9]*.jsonl"))
+
+    @property
+    def draft_directory(self) -> Path:
+        exported = [self.path("export", name) for name in ("draft", "sglang", "vllm")]
+        return next((path for path in exported if path.exists()), exported[0])
+
+
+def _source_files(run: Run) -> list[Path]:
+    names = [s.name for s in (*run.recipe.prompts.sources, *run.recipe.prompts.evaluation)]
+    return [Path(name) for name in names if Path(name).is_file()]
+
+
+def _prompts(run: Run, out: Path) -> None:
+    from draftsmith.data.prompts import gather
+
+    gather(run.recipe, out)
+
+
+def _regenerate(run: Run, out: Path) -> None:
+    from draftsmith.data.regenerate import regenerate
+    from draftsmith.data.templates import ChatFormat
+
+    chat = ChatFormat(run.tokenizer, run.recipe.target.template)
+    regenerate(run.recipe, run.target, chat, run.path("prompts", "prompts.jsonl"), out)
+
+
+def _vocab(run: Run, out: Path) -> None:
+    from draftsmith.data.vocabulary import build_vocabulary
+
+    size = run.target.identity.vocab_size
+    build_vocabulary(run.recipe, run.path("completions"), size, run.special_tokens, out)
+
+
+def _train(run: Run, out: Path) -> None:
+    from draftsmith.data.vocabulary import DraftVocabulary
+    from draftsmith.training.trainer import Trainer
+
+    vocabulary = DraftVocabulary.load(run.path("vocab", "vocab.safetensors"))
+    Trainer(run.recipe, run.target, run.target.config, run.path("completions"), vocabulary, out).train()
+
+
+def _export(run: Run, out: Path) -> None:
+    from draftsmith.data.vocabulary import DraftVocabulary
+    from draftsmith.publishing.export import export
+
+    vocabulary = DraftVocabulary.load(run.path("vocab", "vocab.safetensors"))
+    provenance = {"version": version("draftsmith"), "commit": commit()}
+    export(run.path("train"), vocabulary, out, provenance)
+
+
+def _evaluate(run: Run, out: Path) -> None:
+    from draftsmith.evaluation.evaluate import evaluate
+
+    evaluate(
+        run.recipe, run.target, run.draft_directory, run.path("prompts", "evaluation.jsonl"), out, run.created_with
+    )
+
+
+def _report(run: Run, out: Path) -> None:
+    from draftsmith.evaluation.report import write_report
+
+    write_report(run.directory, run.tokenizer)
+
+
+def _part(*names: str) -> Callable[[Run], Any]:
+    """Key made of these parts of the recipe."""
+    return lambda run: {name: run.recipe.model_dump(mode="json")[name] for name in names}
+
+
+STAGES = (
+    Stage(
+        "prompts", "gather, de-duplicate and decontaminate prompts", _part("prompts", "seed"), _source_files, _prompts
+    ),
+    Stage(
+        "regenerate",
+        "let the target answer them",
+        _part("target", "regenerate", "seed"),
+        lambda run: [run.path("prompts", "prompts.jsonl")],
+        _regenerate,
+        # More tokens of the same run continue it.
+        lambda run: {
+            "target": run.recipe.target.model_dump(mode="json"),
+            "regenerate": run.recipe.regenerate.model_dump(mode="json", exclude={"max_tokens"}),
+            "seed": run.recipe.seed,
+        },
+    ),
+    Stage("vocab", "choose the draft vocabulary", _part("target", "vocab"), lambda run: run.completion_files, _vocab),
+    Stage(
+        "train",
+        "train the draft",
+        _part("target", "draft", "train", "seed"),
+        lambda run: [*run.completion_files, run.path("vocab", "vocab.safetensors")],
+        _train,
+    ),
+    Stage(
+        "export",
+        "write the engine directory",
+        lambda run: {},
+        lambda run: [
+            run.path("train", "summary.json"),
+            *sorted(run.path("train").glob("checkpoint-*/draft.safetensors")),
+        ],
+        _export,
+    ),
+    Stage(
+        "evaluate",
+        "measure accept length, speed and losslessness",
+        _part("target", "evaluate", "seed"),
+        lambda run: [run.draft_directory / "model.safetensors", run.path("prompts", "evaluation.jsonl")],
+        _evaluate,
+    ),
+    Stage(
+        "report",
+        "write report.html",
+        lambda run: {},
+        lambda run: [
+            p for p in (run.path("evaluate", "results.json"), run.path("train", "metrics.jsonl")) if p.exists()
+        ],
+        _report,
+    ),
+)
+DIRECTORY = {"regenerate": "completions"}  # the others are named like their stage
+
+
+def stage_directory(run: Run, stage: Stage) -> Path:
+    return run.path(DIRECTORY.get(stage.name, stage.name))
+
+
+def stage_key(run: Run, stage: Stage) -> str:
+    missing = [path for path in stage.inputs(run) if not path.exists()]
+    if missing or (stage.name != "prompts" and not stage.inputs(run)):
+        lacking = missing[0] if missing else run.path("completions")
+        raise DataError(f"{stage.name}: {lacking} is missing; run the stages before it, or: draftsmith run RECIPE")
+    return files.digest(FORMAT, stage.key(run), *stage.inputs(run))
+
+
+def reason_to_run(run: Run, stage: Stage, key: str) -> str | None:
+    """Why the stage has to run, or None if its output stands."""
+    record = stage_directory(run, stage) / "stage.json"
+    if not record.exists():
+        return "no output yet"
+    state = files.read_json(record)
+    if not state["finished"]:
+        return "was interrupted"
+    return None if state["key"] == key else "its inputs or its part of the recipe changed"
+
+
+def run_stage(run: Run, stage: Stage, force: bool = False) -> dict[str, Any]:
+    """Run one stage if it has to; returns its entry in the manifest."""
+    key, out = stage_key(run, stage), stage_directory(run, stage)
+    why = "asked for" if force else reason_to_run(run, stage, key)
+    if why is None:
+        say(f"{stage.name}: up to date")
+        return {"ran": False, "why": "inputs, recipe and format unchanged", "seconds": 0.0}
+    continued = files.digest(FORMAT, stage.resume_key(run), *stage.inputs(run)) if stage.resume_key else key
+    record = out / "stage.json"
+    if record.exists():
+        old = files.read_json(record)
+        if old["resume_key"] != continued:
+            aside = out.with_name(f"{out.name}.{old['key'][:8]}")
+            shutil.rmtree(aside, ignore_errors=True)
+            out.rename(aside)
+            say(f"{stage.name}: the recipe or inputs changed; the old output is kept in {aside}")
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_json(record, {"key": key, "resume_key": continued, "finished": False})
+    started = time.monotonic()
+    stage.run(run, out)
+    files.write_json(record, {"key": key, "resume_key": continued, "finished": True})
+    return {"ran": True, "why": why, "seconds": round(time.monotonic() - started, 1)}
+
+
+def run_pipeline(run: Run, only: str | None = None) -> Path:
+    """All stages, or one of them; returns the report's path."""
+    run.directory.mkdir(parents=True, exist_ok=True)
+    files.write_atomic(run.path("recipe.yaml"), dump_recipe(run.recipe))
+    manifest_file = run.path("manifest.json")
+    earlier = files.read_json(manifest_file)["stages"] if manifest_file.exists() else {}
+    stages = dict(earlier)
+    for stage in STAGES:
+        if only and stage.name != only:
+            continue
+        entry = run_stage(run, stage, force=stage.name == "report")
+        if not entry["ran"] and stage.name in earlier:
+            entry["seconds"] = earlier[stage.name]["seconds"]
+        stages[stage.name] = entry
+        files.write_json(manifest_file, {**run.created_with, "stages": stages})
+    if not only and stages["report"]["ran"]:
+        STAGES[-1].run(run, stage_directory(run, STAGES[-1]))  # once more, with its own manifest entry in it
+    return run.path("report.html")
+
+
+def explain(run: Run) -> str:
+    """What `--dry-run` prints: the resolved recipe and what every stage would do and why."""
+    lines = [dump_recipe(run.recipe), f"run directory: {run.directory}"]
+    upstream_runs = False
+    for stage in STAGES:
+        if upstream_runs and stage.name != "prompts":
+            why: str | None = "a stage before it runs"
+        else:
+            try:
+                why = reason_to_run(run, stage, stage_key(run, stage))
+            except DataError as error:
+                why = str(error)
+        upstream_runs = upstream_runs or why is not None
+        lines.append(f"{stage.name:<11} {'run ' if why else 'skip'}  {stage.what} ({why or 'up to date'})")
+    return "\n".join(lines)
+
+
+def command_line() -> list[str]:
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]

@@ -1,0 +1,116 @@
+"""Tiny random targets of several architectures, and drafts for them."""
+
+import functools
+
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MiniMaxM2Config,
+    MiniMaxM2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from draftsmith.data.packing import make_pack
+from draftsmith.decoding.sampling import Sampling
+from draftsmith.drafts.eagle3 import Eagle3Config, Eagle3Draft
+from draftsmith.targets.local import LocalTarget
+from draftsmith.training.objectives import Objective
+from draftsmith.training.ttt_loss import TTTLoss, prepare
+
+VOCAB = 64
+COMMON = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
+    bos_token_id=1,
+    eos_token_id=0,
+    pad_token_id=0,
+    tie_word_embeddings=False,
+    initializer_range=0.5,  # sharp distributions: drafts and ties behave as in real models
+)
+BUILDERS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**COMMON)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON)),
+    # a window far shorter than the sequences, on every second layer
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **COMMON, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 3, query_pre_attn_scalar=8
+        )
+    ),
+    "minimax_m2": lambda: MiniMaxM2ForCausalLM(
+        MiniMaxM2Config(**COMMON, num_local_experts=4, num_experts_per_tok=2, rotary_dim=4)
+    ),
+}
+
+
+def tiny_lm(architecture: str = "llama", seed: int = 0):
+    torch.manual_seed(seed)
+    return BUILDERS[architecture]().eval()
+
+
+def tiny_target(architecture: str = "llama", seed: int = 0, **options) -> LocalTarget:
+    return LocalTarget.from_model(tiny_lm(architecture, seed), **options)
+
+
+def tiny_draft(target: LocalTarget, draft_vocab: int = 40, seed: int = 0, **options):
+    """(draft, ids of its rows) with random weights; its guesses are sometimes right."""
+    generator = torch.Generator().manual_seed(seed)
+    config = Eagle3Config(
+        hidden_size=target.identity.hidden_size,
+        intermediate_size=40,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=target.identity.vocab_size,
+        draft_vocab_size=draft_vocab,
+        taps=(1, 3, 4),
+        rope_theta=10000.0,
+        max_position_embeddings=4096,
+        **options,
+    )
+    ids = torch.randperm(target.identity.vocab_size, generator=generator)[:draft_vocab].sort().values
+    draft = Eagle3Draft(config)
+    draft.initialise(target.head_rows(ids), target.norm_gain(), generator)
+    return draft.eval(), ids
+
+
+@functools.cache
+def trained_draft(architecture: str = "llama", steps: int = 60, **options):
+    """(target, draft, ids): a draft that learned enough of its tiny target to be right now and then."""
+    target = tiny_target(architecture)
+    draft, ids = tiny_draft(target, **options)
+    generator = torch.Generator().manual_seed(11)
+    prompts = [torch.randint(1, VOCAB, (8,), generator=generator).tolist() for _ in range(24)]
+    completions = []
+    for index, generation in target.generate(prompts, Sampling(), 48):
+        span = [8, 8 + len(generation.ids)]
+        completions.append({"id": str(index), "ids": prompts[index] + generation.ids, "spans": [span]})
+    pack = make_pack(completions, 512)
+    states = target.capture(pack.documents, draft.config.taps)
+    inputs = prepare(
+        pack,
+        states.taps_TKH.clone(),
+        states.last_TH.clone(),
+        target.embedding_rows(),
+        target.head_rows(ids),
+        None,
+        None,
+        torch.float32,
+    )
+    loss_module = TTTLoss(draft, 3, Objective())
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3)
+    for _ in range(steps):
+        loss, _ = loss_module(inputs, [1e-3] * 3)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return target, draft.requires_grad_(False), ids

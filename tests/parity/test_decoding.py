@@ -1,0 +1,135 @@
+"""Speculative decoding against plain decoding, transformers, and the acceptance that training reports."""
+
+import pytest
+import torch
+from models import VOCAB, tiny_lm, tiny_target, trained_draft
+
+from draftsmith.data.packing import make_pack
+from draftsmith.decoding.sampling import Sampling
+from draftsmith.decoding.speculate import Decoder, Eagle3Drafter
+from draftsmith.decoding.tree import DraftTree, Shape
+from draftsmith.training.ttt_loss import chain_walk, greedy_matches, prepare
+
+ARCHITECTURES = ["llama", "qwen3", "gemma3", "minimax_m2"]
+CHAIN, TREE = Shape(3, 1, 4), Shape(3, 4, 8)
+
+
+def prompts(count=4, length=11):
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(1, VOCAB, (length + i,), generator=generator).tolist() for i in range(count)]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_captured_states_are_those_of_transformers(architecture):
+    documents, taps = prompts(3), (0, 2, 5)
+    expected = []
+    lm = tiny_lm(architecture)
+    with torch.no_grad():
+        for document in documents:
+            out = lm(torch.tensor([document]), output_hidden_states=True)
+            expected.append((torch.stack([out.hidden_states[t][0] for t in taps], 1), out.hidden_states[-1][0]))
+    captured = tiny_target(architecture).capture(documents, taps)
+    torch.testing.assert_close(captured.taps_TKH, torch.cat([e[0] for e in expected]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(captured.last_TH, torch.cat([e[1] for e in expected]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_batched_generation_is_transformers_generate(architecture):
+    lm = tiny_lm(architecture)
+    expected = [
+        lm.generate(torch.tensor([p]), max_new_tokens=20, do_sample=False, use_cache=True)[0, len(p) :].tolist()
+        for p in prompts(5)
+    ]
+    target = tiny_target(architecture, batch_size=2)  # fewer rows than prompts: rows are refilled
+    got = dict(target.generate(prompts(5), Sampling(), 20))
+    assert [got[i].ids for i in range(5)] == expected
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("shape", [CHAIN, TREE, Shape(5, 3, 16)], ids=str)
+def test_greedy_output_is_that_of_plain_decoding(architecture, shape):
+    target, draft, ids = trained_draft(architecture)
+    decoder = Decoder(target, Eagle3Drafter(draft, ids, target.embedding_rows()))
+    accepted = 0
+    for prompt in prompts():
+        plain = Decoder(target).generate(prompt, Sampling(), 40)
+        drafted = decoder.generate(prompt, Sampling(), 40, shape)
+        assert drafted.ids == plain.ids
+        assert drafted.finish_reason == plain.finish_reason
+        accepted += sum(step.accepted for step in drafted.steps)
+    assert accepted > 0, "a draft that is never right proves nothing"
+
+
+class OracleDrafter:
+    """Knows the plain output and drafts it rightly (`always`), wrongly (`never`) or now and then."""
+
+    taps = ()
+
+    def __init__(self, text: list[int], mode: str):
+        self.text, self.mode, self.count = text, mode, 0
+
+    def start(self):
+        self.at = 0
+
+    def extend(self, taps, next_ids):
+        self.at = 1 if self.at == 0 else self.at + len(next_ids)
+
+    def propose(self, root, shape):
+        assert root == self.text[self.at - 1]
+        right = (self.text[self.at : self.at + shape.steps] + [5] * shape.steps)[: shape.steps]
+        if self.mode == "never":
+            right = [(token + 1) % VOCAB for token in right]
+        elif self.mode == "sometimes":
+            self.count += 1
+            wrong_at = self.count % (shape.steps + 1)
+            right = [(t + 1) % VOCAB if i == wrong_at else t for i, t in enumerate(right)]
+        return DraftTree([root, *right], [-1, *range(shape.steps)])
+
+
+@pytest.mark.parametrize("mode", ["always", "never", "sometimes"])
+@pytest.mark.parametrize("limit", [1, 2, 7, 24])
+def test_fake_drafts_drive_the_loop(mode, limit):
+    target = tiny_target()
+    for prompt in prompts(3):
+        text = Decoder(target).generate(prompt, Sampling(), 24).ids
+        drafted = Decoder(target, OracleDrafter(text, mode)).generate(prompt, Sampling(), limit, CHAIN)
+        assert drafted.ids == text[:limit]
+        inner = drafted.counted_steps(3)
+        if mode == "always":
+            assert all(step.accepted == 3 for step in inner)
+        if mode == "never":
+            assert all(step.accepted == 0 for step in drafted.steps)
+            assert len(drafted.steps) == len(drafted.ids) - 1
+
+
+def test_an_end_token_inside_a_step_ends_the_text():
+    target = tiny_target()
+    prompt = prompts(1)[0]
+    target.eos_ids = frozenset()
+    text = Decoder(target).generate(prompt, Sampling(), 24).ids
+    target.eos_ids = frozenset([text[5]])
+    plain = Decoder(target).generate(prompt, Sampling(), 24)
+    drafted = Decoder(target, OracleDrafter(text, "always")).generate(prompt, Sampling(), 24, CHAIN)
+    assert drafted.ids == plain.ids == text[: text.index(text[5]) + 1]
+    assert drafted.finish_reason == "eos"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_acceptance_in_training_is_acceptance_when_decoding(architecture):
+    target, draft, ids = trained_draft(architecture, fc_norm=True)
+    decoder = Decoder(target, Eagle3Drafter(draft, ids, target.embedding_rows()))
+    completions, accepted, verified = [], 0, 0
+    for i, prompt in enumerate(prompts(8)):
+        decoded = decoder.generate(prompt, Sampling(), 40, CHAIN)
+        counted = decoded.counted_steps(3)
+        accepted += sum(step.accepted for step in counted)
+        verified += len(counted)
+        span = [len(prompt), len(prompt) + len(decoded.ids)]
+        completions.append({"id": str(i), "ids": prompt + decoded.ids, "spans": [span]})
+    pack = make_pack(completions, 512)
+    states = target.capture(pack.documents, draft.config.taps)
+    rows = target.head_rows(ids)
+    inputs = prepare(pack, states.taps_TKH, states.last_TH, target.embedding_rows(), rows, None, None, torch.float32)
+    step_rows, matches, _ = greedy_matches(draft, inputs, ids, 3)
+    assert chain_walk(pack, step_rows, matches, 3) == (accepted, verified)
+    assert 0 < accepted < 3 * verified
