@@ -1,8 +1,12 @@
 """Tiny random targets of several architectures, and drafts for them."""
 
 import functools
+import json
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -10,6 +14,7 @@ from transformers import (
     LlamaForCausalLM,
     MiniMaxM2Config,
     MiniMaxM2ForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -17,6 +22,7 @@ from transformers import (
 from draftsmith.data.packing import make_pack
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.drafts.eagle3 import Eagle3Config, Eagle3Draft
+from draftsmith.recipe import Recipe, parse_recipe
 from draftsmith.targets.local import LocalTarget
 from draftsmith.training.objectives import Objective
 from draftsmith.training.ttt_loss import TTTLoss, prepare
@@ -114,3 +120,85 @@ def trained_draft(architecture: str = "llama", steps: int = 60, **options):
         optimizer.step()
         optimizer.zero_grad()
     return target, draft.requires_grad_(False), ids
+
+
+WORDS = "the a of to in is it you that he was for on are with as his they be at one have this from".split()
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of 64 tokens, whose end-of-turn token is also the end token of the tiny models."""
+    words = ["<end>", "<s>", "<unk>", "<user>", "<assistant>", "<system>", *WORDS]
+    words += [f"w{i}" for i in range(VOCAB - len(words))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="<end>",
+        unk_token="<unk>",
+        chat_template=chat_template,
+        additional_special_tokens=["<user>", "<assistant>", "<system>"],
+    )
+
+
+def save_tiny_target(directory, architecture: str = "llama", **tokenizer_options) -> str:
+    """A tiny target on disk, as a hub download would be."""
+    tiny_lm(architecture).save_pretrained(directory)
+    tiny_tokenizer(**tokenizer_options).save_pretrained(directory)
+    return str(directory)
+
+
+def tiny_recipe(model: str, prompts: str, **changes) -> Recipe:
+    """Every stage in seconds; changes as {"train.epochs": 2, ...}."""
+    values = {
+        "name": "tiny",
+        "device": "cpu",
+        "target": {"model": model, "dtype": "fp32"},
+        "prompts": {"sources": [{"name": prompts}], "held_out": 2},
+        "regenerate": {"temperature": 1.0, "max_new_tokens": 24, "batch_size": 4, "shard_prompts": 6},
+        "vocab": {"size": 40},
+        "draft": {"taps": [1, 3, 4], "intermediate_size": 40},
+        "train": {
+            "epochs": 2,
+            "pack_tokens": 96,
+            "max_document_tokens": 64,
+            "ttt_steps": 3,
+            "learning_rate": 3e-3,
+            "held_out": 4,
+            "log_every": 2,
+            "evaluate_every": 4,
+            "checkpoint_every": 3,
+            "dtype": "fp32",
+        },
+        "evaluate": {
+            "max_new_tokens": 12,
+            "speed_prompts": 2,
+            "lossless_prompts": 2,
+            "lossless_tokens": 12,
+            "shapes": [{"steps": 3, "topk": 1, "draft_tokens": 4}, {"steps": 3, "topk": 4, "draft_tokens": 8}],
+        },
+    }
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        place = values
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return parse_recipe(values, "test")
+
+
+def write_prompts(path, count: int = 20) -> str:
+    """Prompts of three categories in the tokenizer's words."""
+    import random
+
+    chooser = random.Random(5)
+    with path.open("w") as file:
+        for i in range(count):
+            text = " ".join(chooser.choice(WORDS) for _ in range(4 + i % 5)) + f" w{i % 30}"
+            category = ("chat", "code", "math")[i % 3]
+            file.write(json.dumps({"id": f"p{i}", "category": category, "prompt": text}) + "\n")
+    return str(path)

@@ -178,6 +178,8 @@ class TrainRecipe(Model):
     """adamw, or muon: Muon for the matrices of the layer and fc, AdamW for the head and the norms."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
     """Peak of the schedule."""
+    head_rate: Annotated[float, Field(gt=0.0)] = 1.0
+    """Learning rate of what AdamW trains beside Muon (head and norms), as a multiple of learning_rate."""
     warmup_share: Share = 0.02
     """Share of steps spent warming up."""
     final_share: Share = 0.0

@@ -167,8 +167,9 @@ class Trainer:
         inputs = [i for pack in packs if (i := self._inputs(pack, capture)) is not None]
         lr = self._learning_rate()
         for optimizer in self.optimizers:
+            beside_muon = len(self.optimizers) > 1 and isinstance(optimizer, torch.optim.AdamW)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * (self.settings.head_rate if beside_muon else 1.0)
         weights = self._step_weights([i.pack for i in inputs])
         total = 0.0
         alpha_sums, alpha_counts = [0.0] * self.settings.ttt_steps, [0] * self.settings.ttt_steps
@@ -214,7 +215,7 @@ class Trainer:
     def _make_optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW for everything, or Muon for the layer's and fc's matrices and AdamW for the head and the norms.
 
-        Muon's steps are scaled to AdamW's size, so one learning rate serves both.
+        Muon's steps are scaled to AdamW's size, so one learning rate nearly serves both; `head_rate` is the rest.
         """
         settings = self.settings
         use_muon = settings.optimizer == "muon"

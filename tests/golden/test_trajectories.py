@@ -1,0 +1,161 @@
+"""Equal trajectories across settings that must not matter, and exact resumption."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from models import save_tiny_target, tiny_recipe, write_prompts
+from safetensors.torch import load_file
+
+from draftsmith.data.prompts import gather
+from draftsmith.data.regenerate import regenerate
+from draftsmith.data.templates import ChatFormat
+from draftsmith.data.vocabulary import build_vocabulary
+from draftsmith.errors import CheckpointError, TrainingError
+from draftsmith.files import read_json, read_jsonl
+from draftsmith.targets.base import Capture
+from draftsmith.targets.local import LocalTarget
+from draftsmith.training.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """(directory, target, vocabulary) with completions of a tiny target."""
+    out = tmp_path_factory.mktemp("data")
+    model = save_tiny_target(out / "model")
+    recipe = tiny_recipe(model, write_prompts(out / "p.jsonl", 30))
+    gather(recipe, out)
+    target = LocalTarget(model, dtype="fp32", device="cpu", batch_size=4)
+    target.eos_ids = frozenset()  # long completions
+    regenerate(recipe, target, ChatFormat(target.tokenizer, None), out / "prompts.jsonl", out / "completions")
+    vocabulary = build_vocabulary(recipe, out / "completions", target.identity.vocab_size, {0, 1}, out)
+    return out, target, vocabulary
+
+
+def trainer(data, out, **changes) -> Trainer:
+    directory, target, vocabulary = data
+    recipe = tiny_recipe(target.identity.model, "p", **changes)
+    return Trainer(recipe, target, target.config, directory / "completions", vocabulary, out)
+
+
+def losses(out) -> list[float]:
+    return [row["loss"] for row in read_jsonl(out / "metrics.jsonl") if "loss" in row]
+
+
+def weights(out) -> dict[str, torch.Tensor]:
+    return load_file(sorted(out.glob("checkpoint-*"))[-1] / "draft.safetensors")
+
+
+def test_loss_falls_and_tau_rises(data, tmp_path):
+    summary = trainer(data, tmp_path, **{"train.epochs": 8}).train()
+    curve = losses(tmp_path)
+    assert curve[-1] < 0.8 * curve[0]
+    held_out = [row["held_out"]["tau_3"] for row in read_jsonl(tmp_path / "metrics.jsonl") if "held_out" in row]
+    assert held_out[-1] > held_out[0]
+    assert summary["tau_held_out"] == held_out[-1]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_is_bit_identical(data, tmp_path, optimizer):
+    changes = {"train.optimizer": optimizer}
+    trainer(data, tmp_path / "whole", **changes).train()
+    short = trainer(data, tmp_path / "cut", **changes)
+    schedule = short.steps
+    short.steps = schedule[:4]  # ends between two log lines and after the checkpoint of step 3
+    real_rate = short._learning_rate
+
+    def rate():  # the schedule of the whole run
+        short.steps = schedule
+        value = real_rate()
+        short.steps = schedule[:4]
+        return value
+
+    short._learning_rate = rate
+    short.train()
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-000004")
+    trainer(data, tmp_path / "cut", **changes).train()
+    assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_accumulation_equals_one_larger_batch(data, tmp_path):
+    """Four packs in one step, however they are grouped, give the gradient of their union."""
+    from draftsmith.data.packing import make_pack
+
+    whole, parts = trainer(data, tmp_path / "a"), trainer(data, tmp_path / "b")
+    rows = whole.rows[:8]
+    limit = whole.settings.max_document_tokens
+    capture = whole._capture_source()
+    for _ in range(3):
+        whole._optimiser_step([make_pack(rows, limit)], capture)
+        parts._optimiser_step([make_pack(rows[i : i + 2], limit) for i in range(0, 8, 2)], capture)
+    assert whole.sums["last_loss"] == pytest.approx(parts.sums["last_loss"], rel=1e-5)
+    for a, b in zip(whole.draft.parameters(), parts.draft.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
+
+
+def test_offline_capture_gives_the_same_trajectory(data, tmp_path):
+    trainer(data, tmp_path / "online").train()
+    trainer(data, tmp_path / "offline", **{"train.capture": "offline"}).train()
+    assert losses(tmp_path / "offline") == pytest.approx(losses(tmp_path / "online"), rel=1e-5)
+    assert list((tmp_path / "offline" / "hidden_states").glob("*.safetensors"))
+
+
+def test_bf16_follows_fp32(data, tmp_path):
+    trainer(data, tmp_path / "fp32", **{"train.epochs": 4}).train()
+    trainer(data, tmp_path / "bf16", **{"train.epochs": 4, "train.dtype": "bf16"}).train()
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=0.03)
+    assert weights(tmp_path / "bf16")["fc.weight"].dtype == torch.float32
+
+
+class Poisoned:
+    """A target whose hidden states are not finite for some documents."""
+
+    def __init__(self, target, bad_names, value):
+        self.target, self.bad, self.value = target, bad_names, value
+
+    def __call__(self, names, documents):
+        states = self.target.capture(documents, (1, 3, 4))
+        taps, start = states.taps_TKH.clone(), 0
+        for name, document in zip(names, documents, strict=True):
+            if name in self.bad:
+                taps[start + 2, 1, 0] = self.value
+            start += len(document)
+        return Capture(taps, states.last_TH.clone())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_samples_with_broken_hidden_states_are_quarantined(data, tmp_path, value):
+    run = trainer(data, tmp_path)
+    bad = [run.rows[0]["id"], run.rows[5]["id"]]
+    run._capture_source = lambda: Poisoned(data[1], bad, value)
+    summary = run.train()
+    assert sorted(summary["quarantined"]) == sorted(bad)
+    assert all(loss == loss for loss in losses(tmp_path))
+
+
+def test_a_gradient_that_is_not_finite_stops_with_the_samples(data, tmp_path):
+    run = trainer(data, tmp_path)
+    with torch.no_grad():
+        run.draft.fc.weight[0, 0] = float("inf")
+    with pytest.raises(TrainingError, match=r"step 1: the gradient is not finite.*samples: p"):
+        run.train()
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(data, tmp_path):
+    trainer(data, tmp_path).train()
+    with pytest.raises(CheckpointError, match="trained with another draft"):
+        trainer(data, tmp_path, **{"draft.intermediate_size": 24}).train()
+    with pytest.raises(CheckpointError, match="trained with another train"):
+        trainer(data, tmp_path, **{"train.learning_rate": 1e-2}).train()
+
+
+def test_checkpoints_know_where_they_came_from(data, tmp_path):
+    trainer(data, tmp_path).train()
+    state = read_json(sorted(tmp_path.glob("checkpoint-*"))[-1] / "state.json")
+    assert state["target"] == dataclasses.asdict(data[1].identity)
+    assert state["vocabulary"] == data[2].name
+    assert state["status"] in ("preview", "converged")
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2

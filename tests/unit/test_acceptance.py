@@ -1,0 +1,72 @@
+import pytest
+
+from draftsmith.decoding.speculate import Decoded, Step
+from draftsmith.evaluation.acceptance import bootstrap_tau, count, oracle_walk, summarise
+from draftsmith.evaluation.evaluate import balanced
+from draftsmith.evaluation.lossless import first_difference
+from draftsmith.training.metrics import converged
+
+
+def decoded(accepted: list[int], ids: list[int] | None = None) -> Decoded:
+    steps, root = [], 0
+    for a in accepted:
+        steps.append(Step(root, 3, a))
+        root += a + 1
+    return Decoded(ids or list(range(root + 10)), "length", steps)
+
+
+def test_tau_counts_the_bonus_and_not_the_prefill_token():
+    row = count("p", "chat", decoded([3, 0, 1]), 3)
+    summary = summarise([row])
+    assert summary["all"]["tau"] == pytest.approx(1 + 4 / 3)
+    assert summary["acceptance_by_depth"] == [2 / 3, 1 / 2, 1 / 1]
+
+
+def test_steps_cut_short_by_the_end_are_left_out():
+    row = count("p", "chat", decoded([3, 0, 1], ids=list(range(7))), 3)
+    assert (row.steps, row.accepted) == (1, 3)  # the root of the second step is token 4 of 7: only two could follow
+
+
+def test_looping_text_is_left_out_but_reported():
+    text = list(range(20)) + [7] * 60
+    row = count("p", "chat", decoded([0] * 18 + [3] * 12, ids=text), 3)
+    assert row.looping_tokens == 80 - 21
+    assert row.steps == 18
+    summary = summarise([row])
+    assert summary["all"]["tau"] == 1.0
+    assert summary["tau_with_loops"] > 2
+    assert summary["looping_share"] == pytest.approx(59 / 80)
+
+
+def test_interval_holds_the_value_and_shrinks_with_prompts():
+    few = bootstrap_tau([3, 9, 6, 2], [5, 6, 5, 5])
+    many = bootstrap_tau([3, 9, 6, 2] * 30, [5, 6, 5, 5] * 30)
+    assert few["tau"] == many["tau"] == 1 + 20 / 21
+    assert few["low"] < few["tau"] < few["high"]
+    assert many["high"] - many["low"] < 0.3 * (few["high"] - few["low"])
+    assert bootstrap_tau([0], [0])["tau"] is None
+
+
+def test_the_oracle_accepts_runs_of_first_choices():
+    hits = [False, True, True, True, True, False, True, True, True, True, True, True]
+    # roots at 0 (1, 2, 3 accepted; 4 is the bonus), 4 (none; 5 is the bonus), 5 (6, 7, 8; bonus 9)
+    assert oracle_walk(hits, 3, 12) == (6, 3)
+    assert oracle_walk(hits, 3, 6) == (3, 1)
+
+
+def test_a_few_prompts_are_as_many_of_each_category():
+    prompts = [{"id": i, "category": "a" if i < 6 else "b"} for i in range(8)]
+    assert [p["id"] for p in balanced(prompts, 5)] == [0, 6, 1, 7, 2]
+    assert len(balanced(prompts, None)) == 8
+
+
+def test_first_difference():
+    assert first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert first_difference([1, 2, 3], [1, 5, 3]) == 1
+    assert first_difference([1, 2, 3], [1, 2]) == 2
+
+
+def test_the_stop_rule():
+    assert not converged([1.0, 1.5, 1.9, 2.2], patience=2)
+    assert not converged([2.2, 2.2], patience=2)
+    assert converged([1.0, 2.2, 2.205, 2.19, 2.21], patience=3)

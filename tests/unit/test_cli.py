@@ -1,0 +1,171 @@
+"""Bad input: one clear line, exit code 2, nothing lost. As a table."""
+
+import errno
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+from models import save_tiny_target, tiny_recipe, write_prompts
+
+from draftsmith import cli, pipeline
+from draftsmith.recipe import dump_recipe
+from draftsmith.targets import local
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Directory with a tiny target, prompts and a recipe that runs."""
+    out = tmp_path_factory.mktemp("world")
+    model = save_tiny_target(out / "model")
+    recipe = tiny_recipe(model, write_prompts(out / "prompts.jsonl"))
+    (out / "recipe.yaml").write_text(dump_recipe(recipe))
+    return out
+
+
+def run(monkeypatch, capsys, *arguments) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["draftsmith", *map(str, arguments)])
+    code = cli.main()
+    return code, capsys.readouterr().err
+
+
+def edited(world, tmp_path, **changes):
+    values = yaml.safe_load((world / "recipe.yaml").read_text())
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        place = values
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path / "r.yaml"
+
+
+def file_with(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    return str(tmp_path / name)
+
+
+def other_tokenizer(world, tmp_path):
+    """A target whose tokenizer knows more tokens than the model has rows."""
+    import shutil
+
+    model = tmp_path / "other"
+    shutil.copytree(world / "model", model)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["surplus"] = 64
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return str(model)
+
+
+TABLE = {
+    "missing recipe": (lambda w, t: ["run", t / "none.yaml"], "cannot read the recipe"),
+    "empty recipe": (lambda w, t: ["run", file_with(t, "r.yaml", "")], "a recipe is a mapping"),
+    "unknown key": (lambda w, t: ["run", edited(w, t, **{"train.epoch": 3})], "train.epoch: unknown key; did you mean"),
+    "wrong type": (lambda w, t: ["run", edited(w, t, **{"vocab.size": "big"})], "vocab.size: 'big' given"),
+    "bad flag value": (lambda w, t: ["run", w / "recipe.yaml", "--vocab.size", "0"], "vocab.size: 0 given"),
+    "missing prompts": (
+        lambda w, t: ["run", edited(w, t, **{"prompts.sources": [{"name": "none.jsonl"}]})],
+        "'none.jsonl' is no file; allowed are bundled",
+    ),
+    "empty prompts": (
+        lambda w, t: ["run", edited(w, t, **{"prompts.sources": [{"name": file_with(t, "e.jsonl", "")}]})],
+        "holds no prompts",
+    ),
+    "malformed prompts": (
+        lambda w, t: ["run", edited(w, t, **{"prompts.sources": [{"name": file_with(t, "b.jsonl", '{"prompt"')}]})],
+        "b.jsonl:1: not JSON",
+    ),
+    "tap beyond the layers": (
+        lambda w, t: ["run", edited(w, t, **{"draft.taps": [1, 3, 99]})],
+        "draft.taps: 99 given",
+    ),
+    "draft vocabulary too large": (
+        lambda w, t: ["run", edited(w, t, **{"vocab.size": 65})],
+        "vocab.size: 65 is larger than the target's vocabulary of 64",
+    ),
+    "no such target": (
+        lambda w, t: ["run", edited(w, t, **{"target.model": str(t / "nothing")})],
+        "target.model: no tokenizer in",
+    ),
+    "tokenizer does not match": (
+        lambda w, t: ["run", edited(w, t, **{"target.model": other_tokenizer(w, t)})],
+        "the tokenizer knows ids up to 64 but the model has 64 rows",
+    ),
+    "stage without its inputs": (lambda w, t: ["vocab", w / "recipe.yaml"], "is missing; run the stages before it"),
+    "inspect without a draft": (lambda w, t: ["inspect", t], "no config.json"),
+    "no GPU": (
+        lambda w, t: ["run", w / "recipe.yaml", "--device", "cuda"],
+        "device: cuda asked for, but torch",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_bad_input(name, world, tmp_path, monkeypatch, capsys):
+    if name == "no GPU" and torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    arguments, message = TABLE[name]
+    arguments = arguments(world, tmp_path)
+    if arguments[0] != "inspect":
+        arguments += ["--out", tmp_path / "run"]
+    code, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("draftsmith: ")
+    assert message in last
+    assert "Traceback" not in err
+
+
+def test_a_full_disk_and_control_c_keep_what_is_finished(world, tmp_path, monkeypatch, capsys):
+    for error, message in [
+        (OSError(errno.ENOSPC, "No space left on device", "x"), "No space left on device"),
+        (KeyboardInterrupt(), "interrupted; what is finished is kept"),
+    ]:
+
+        def fail(*_args, _error=error, **_kwargs):
+            raise _error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(local.LocalTarget, "generate", fail)
+            code, err = run(patch, capsys, "run", world / "recipe.yaml", "--out", tmp_path / "run")
+        assert code == 2
+        assert message in err.strip().splitlines()[-1]
+        assert (tmp_path / "run" / "prompts" / "prompts.jsonl").exists()
+    code, err = run(monkeypatch, capsys, "regenerate", world / "recipe.yaml", "--out", tmp_path / "run")
+    assert code == 0
+    assert (tmp_path / "run" / "completions" / "00000.jsonl").exists()
+
+
+def test_a_run_a_skip_and_a_changed_recipe(world, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    code, _ = run(monkeypatch, capsys, "run", world / "recipe.yaml", "--out", out)
+    assert code == 0
+    assert (out / "report.html").stat().st_size > 10_000
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert set(manifest["stages"]) == {stage.name for stage in pipeline.STAGES}
+    assert manifest["versions"]["torch"] == torch.__version__
+    results = json.loads((out / "evaluate" / "results.json").read_text())
+    assert results["lossless"]["identical"] is True
+    assert len(results["acceptance"]) == 4
+
+    code, err = run(monkeypatch, capsys, "run", world / "recipe.yaml", "--out", out)
+    assert code == 0
+    assert [line for line in err.splitlines() if "up to date" in line] == [
+        f"{stage.name}: up to date" for stage in pipeline.STAGES[:-1]
+    ]
+    code, err = run(monkeypatch, capsys, "run", world / "recipe.yaml", "--out", out, "--train.epochs", "1")
+    assert code == 0
+    assert "vocab: up to date" in err
+    assert "train: the recipe or inputs changed; the old output is kept in" in err
+    assert list(out.glob("train.*/checkpoint-*"))
+
+
+def test_dry_run_says_what_would_happen(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["draftsmith", "run", str(world / "recipe.yaml"), "--dry-run", "--seed", "9"])
+    assert cli.main() == 0
+    text = capsys.readouterr().out
+    assert "seed: 9" in text
+    assert "prompts     run   gather" in text
+    assert "(no output yet)" in text

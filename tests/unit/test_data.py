@@ -1,0 +1,281 @@
+"""Prompts, templates, regeneration, vocabulary, packing, loops."""
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from models import VOCAB, save_tiny_target, tiny_lm, tiny_recipe, tiny_target, tiny_tokenizer, write_prompts
+
+from draftsmith.data import regenerate as regeneration
+from draftsmith.data.loops import loop_onset
+from draftsmith.data.packing import epoch_packs, make_pack, schedule
+from draftsmith.data.prompts import BUNDLED, HUB, gather, messages_of, normalised, read_source
+from draftsmith.data.regenerate import read_completions, regenerate, shard_sampling
+from draftsmith.data.templates import ChatFormat
+from draftsmith.data.vocabulary import DraftVocabulary, choose, coverage_table
+from draftsmith.errors import CheckpointError, DataError
+from draftsmith.files import read_json, read_jsonl
+from draftsmith.recipe import Source, Template
+from draftsmith.targets.local import LocalTarget
+
+USER = [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": " hello "}, USER),
+        ({"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "x"}]}, USER),
+        ({"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "x"}]}, USER),
+        (
+            {"conversations": [{"from": "system", "value": "be kind"}, {"from": "human", "value": "hello"}]},
+            [{"role": "system", "content": "be kind"}, *USER],
+        ),
+        ({"messages": [*USER, {"role": "assistant", "content": "x"}, *USER, *USER]}, USER * 2),
+    ],
+)
+def test_three_forms_give_the_same_turns(row, expected):
+    assert messages_of(row, max_turns=2) == expected
+
+
+@pytest.mark.parametrize(
+    "row", [{"text": "x"}, {"prompt": ""}, {"prompt": 3}, {"messages": [{"role": "robot", "content": "x"}]}, 7, {}]
+)
+def test_rows_without_a_prompt_are_refused(row):
+    with pytest.raises(DataError):
+        messages_of(row, max_turns=1)
+
+
+def test_a_bad_line_names_file_line_and_reason(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "one"}\n{"prompt": \n{"text": "x"}\n{"prompt": "two"}\n')
+    with pytest.raises(DataError, match=r"p\.jsonl:2: not JSON.*--prompts\.skip-bad"):
+        read_source(Source(name=str(path)), 1, False, 0)
+    prompts, bad = read_source(Source(name=str(path)), 1, True, 0)
+    assert ([p["messages"][0]["content"] for p in prompts], bad) == (["one", "two"], 2)
+
+
+def test_parquet_is_read_like_jsonl(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["one", "two"]}), tmp_path / "p.parquet")
+    prompts, _ = read_source(Source(name=str(tmp_path / "p.parquet"), category="chat"), 1, False, 0)
+    assert [(p["messages"][0]["content"], p["category"]) for p in prompts] == [("one", "chat"), ("two", "chat")]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "text"),
+    [
+        ("ultrachat", {"messages": USER, "prompt_id": "7"}, "hello"),
+        ("opencodeinstruct", {"input": "write it", "output": "x"}, "write it"),
+        ("codealpaca", {"instruction": "sort", "input": "3 1", "output": "1 3"}, "sort\n\n3 1"),
+        ("gsm8k", {"question": "how many", "answer": "#### 3"}, "how many"),
+        ("hendrycks-math", {"problem": "find x", "solution": "1"}, "find x"),
+    ],
+)
+def test_hub_columns_are_mapped(monkeypatch, name, row, text):
+    """The hub itself is not reachable from tests; what is tested is which data set and columns are asked for."""
+    asked = []
+
+    def load(path, config, split, streaming):
+        asked.append((path, config, split))
+        return [row]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    prompts, _ = read_source(Source(name=name, limit=1), 1, False, 0)
+    assert prompts[0]["messages"][0]["content"] == text
+    assert prompts[0]["category"] == HUB[name].category
+    assert asked[0][0] == HUB[name].path
+
+
+def test_duplicates_and_evaluation_prompts_are_dropped(tmp_path):
+    (tmp_path / "train.jsonl").write_text(
+        "".join(json.dumps({"prompt": p}) + "\n" for p in ["A cat.", "a  CAT .", "A dog.", "A bird."])
+    )
+    (tmp_path / "dev.jsonl").write_text(json.dumps({"prompt": "a dog."}) + "\n")
+    recipe = tiny_recipe(
+        "m", str(tmp_path / "train.jsonl"), **{"prompts.evaluation": [{"name": str(tmp_path / "dev.jsonl")}]}
+    )
+    summary = gather(recipe, tmp_path / "out")
+    assert (summary["prompts"], summary["duplicates_dropped"], summary["contaminated_dropped"]) == (2, 1, 1)
+    kept = {normalised(p) for p in read_jsonl(tmp_path / "out" / "prompts.jsonl")}
+    assert kept == {"a cat .", "a bird ."}
+
+
+def test_the_bundled_set_is_large_varied_and_clean():
+    rows = [json.loads(line) for line in Path(str(BUNDLED)).read_text().splitlines()]
+    assert min(Counter(row["category"] for row in rows).values()) >= 150
+    assert set(Counter(row["category"] for row in rows)) == {"chat", "code", "math"}
+    words = [set(row["prompt"].lower().split()) for row in rows]
+    overlap = max(len(a & b) / len(a | b) for a, b in itertools.combinations(words, 2))
+    assert overlap < 0.7
+
+
+def test_chat_template_turns_are_joined_by_ids():
+    chat = ChatFormat(tiny_tokenizer(), None)
+    tokenizer = chat.tokenizer
+    assert tokenizer.decode(chat.first_turn("the a", "of to")) == "<system> of to <end> <user> the a <end> <assistant>"
+    open_end = chat.next_turn(tokenizer("is it").input_ids, "you that")
+    assert tokenizer.decode(open_end) == "<end> <user> you that <end> <assistant>"
+    closed = chat.next_turn(tokenizer("is it <end>").input_ids, "you that")
+    assert tokenizer.decode(closed) == "<user> you that <end> <assistant>"  # the end token is not doubled
+
+
+def test_a_tokenizer_without_template_asks_for_one():
+    with pytest.raises(DataError, match=r"target\.template"):
+        ChatFormat(tiny_tokenizer(chat_template=None), None)
+
+
+@pytest.fixture
+def regenerated(tmp_path):
+    """(recipe, target, chat, prompts file, directory) after one whole regeneration."""
+    recipe = tiny_recipe("m", write_prompts(tmp_path / "p.jsonl"), **{"regenerate.greedy_share": 0.5})
+    gather(recipe, tmp_path)
+    target = tiny_target(batch_size=4)
+    target.tokenizer = tiny_tokenizer()
+    arguments = (recipe, target, ChatFormat(target.tokenizer, None), tmp_path / "prompts.jsonl")
+    regenerate(*arguments, tmp_path / "completions")
+    return arguments, tmp_path / "completions"
+
+
+def test_stored_ids_are_what_the_target_generated(regenerated):
+    (_, target, chat, prompts), out = regenerated
+    by_id = {p["id"]: p for p in read_jsonl(prompts)}
+    rows = list(read_completions(out))
+    assert {row["id"] for row in rows} == set(by_id)
+    lm = tiny_lm()
+    greedy = [row for row in rows if row["sampling"][0] == 0]
+    assert 0 < len(greedy) < len(rows)
+    for row in greedy:
+        start = row["spans"][0][0]
+        assert row["ids"][:start] == chat.first_turn(by_id[row["id"]]["messages"][0]["content"])
+        expected = lm.generate(torch.tensor([row["ids"][:start]]), max_new_tokens=24, do_sample=False)[0].tolist()
+        assert row["ids"] == expected
+    assert target.identity.vocab_size == VOCAB
+
+
+def test_an_interrupted_regeneration_ends_with_the_same_files(regenerated, tmp_path):
+    arguments, out = regenerated
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "00000.jsonl").write_bytes((out / "00000.jsonl").read_bytes())
+    (again / ".00001.jsonl.tmp").write_bytes(b'{"id": "torn')  # what a kill leaves of the file in flight
+    regenerate(*arguments, again)
+    names = sorted(p.name for p in out.glob("0*.jsonl"))
+    assert names == sorted(p.name for p in again.glob("0*.jsonl"))
+    for name in [*names, "summary.json"]:
+        assert (again / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_turns_are_regenerated_in_order(tmp_path):
+    target = tiny_target(batch_size=2)
+    target.tokenizer = tiny_tokenizer()
+    target.eos_ids = frozenset(range(20))  # ends early, so that later turns happen
+    chat = ChatFormat(target.tokenizer, None)
+    users = ["the a", "of to in", "is it"]
+    prompt = {"id": "m", "category": "chat", "source": "s", "messages": [{"role": "user", "content": u} for u in users]}
+    recipe = tiny_recipe("m", "p", **{"regenerate.temperature": 0.0})
+    rows = [
+        row
+        for _, row in regeneration.answer([prompt], target, chat, recipe.regenerate, shard_sampling(recipe.regenerate, 0), 0)
+        if row
+    ]
+    (row,) = rows
+    assert len(row["spans"]) == 3
+    text = target.tokenizer.decode(row["ids"])
+    assert [text.index(u) for u in users] == sorted(text.index(u) for u in users)
+    for start, end in row["spans"]:
+        alone = dict(target.generate([row["ids"][:start]], shard_sampling(recipe.regenerate, 0), 24))[0]
+        assert row["ids"][start:end] == alone.ids
+
+
+def test_a_template_that_stops_at_once_is_an_error(tmp_path):
+    model = save_tiny_target(tmp_path / "m")
+    template = {"user": "{content}", "assistant": " <assistant>", "stop": [" ", "w", "<", "t", "e"]}
+    recipe = tiny_recipe(model, write_prompts(tmp_path / "p.jsonl"), **{"target.template": template})
+    gather(recipe, tmp_path)
+    target = LocalTarget(model, dtype="fp32", device="cpu")
+    target.eos_ids = frozenset()
+    with pytest.raises(DataError, match="no loss tokens"):
+        regenerate(
+            recipe,
+            target,
+            ChatFormat(target.tokenizer, Template(**template)),
+            tmp_path / "prompts.jsonl",
+            tmp_path / "completions",
+        )
+
+
+def test_vocabulary_is_the_most_frequent_tokens():
+    vocabulary = choose(Counter({5: 9, 7: 3, 9: 3, 11: 1}), 4, 20, always={0})
+    assert vocabulary.ids_D.tolist() == [0, 5, 7, 9]
+    assert vocabulary.d2t.tolist() == [0, 4, 5, 6]
+    assert vocabulary.t2d.nonzero().flatten().tolist() == [0, 5, 7, 9]
+    assert choose(Counter({5: 1}), 3, 20, {0}).ids_D.tolist() == [0, 1, 5]
+    table = coverage_table({"a": Counter({5: 3, 7: 1})}, {0})
+    assert table["coverage"]["a"][0] == 1.0
+    assert (table["loss_tokens"], table["distinct_tokens"]) == (4, 2)
+    with pytest.raises(DataError, match="larger than the target's vocabulary"):
+        choose(Counter(), 21, 20, set())
+
+
+def test_a_vocabulary_is_checked_when_read(tmp_path):
+    vocabulary = choose(Counter({5: 9, 7: 3}), 3, 20, {0})
+    vocabulary.save(tmp_path / "v.safetensors")
+    assert DraftVocabulary.load(tmp_path / "v.safetensors").name == vocabulary.name
+    with pytest.raises(CheckpointError, match="name different tokens"):
+        DraftVocabulary.from_tensors(vocabulary.d2t, vocabulary.t2d.roll(1), tmp_path)
+    with pytest.raises(CheckpointError, match="ascending"):
+        DraftVocabulary.from_tensors(vocabulary.d2t.flip(0), vocabulary.t2d, tmp_path)
+
+
+def test_chains_are_where_serving_drafts():
+    pack = make_pack([{"id": "a", "ids": list(range(10)), "spans": [[4, 10]]}], 64)
+    # the first completion token, 4, comes from the prompt's forward; drafting starts beside it and predicts token 5
+    assert pack.chains_R.tolist() == [3, 4, 5, 6, 7]
+    assert pack.step_rows(0).tolist() == [0, 1, 2, 3, 4]
+    assert pack.step_rows(2).tolist() == [0, 1, 2]
+    assert pack.step_rows(6).tolist() == []
+    cut = make_pack([{"id": "a", "ids": list(range(10)), "spans": [[4, 10]]}], 7)
+    assert (len(cut.ids_T), cut.chains_R.tolist()) == (7, [3, 4])
+
+
+def test_packs_hold_every_document_once():
+    lengths = [5, 30, 12, 8, 40, 3]
+    packs = epoch_packs(lengths, 40, 35, seed=1, epoch=0)
+    assert sorted(i for pack in packs for i in pack) == list(range(6))
+    assert all(sum(min(lengths[i], 35) for i in pack) <= 40 for pack in packs)
+    assert packs == epoch_packs(lengths, 40, 35, seed=1, epoch=0)
+    assert packs != epoch_packs(lengths, 40, 35, seed=1, epoch=1)
+    steps = schedule(lengths, 40, 35, seed=1, epochs=3, accumulate=2)
+    assert all(len(step) == 2 for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("ids", "onset"),
+    [
+        (list(range(100)), None),
+        ([1, 2, 3] * 12, 3),
+        (list(range(50)) + [7] * 40, 51),
+        ([1, 2, 3] * 5 + list(range(40)), None),  # a short refrain
+        (list(range(100, 130)) + list(range(20)) * 3, 50),
+        (list(range(100, 130)) + list(range(20)) * 2, None),  # only twice
+        ([], None),
+        ([4], None),
+    ],
+)
+def test_loops_are_found_where_they_begin(ids, onset):
+    assert loop_onset(ids) == onset
+
+
+def test_summary_counts_what_happened(regenerated):
+    _, out = regenerated
+    summary = read_json(out / "summary.json")
+    rows = list(read_completions(out))
+    assert summary["completions"] == len(rows)
+    assert summary["completion_tokens"] == sum(e - s for row in rows for s, e in row["spans"])
+    assert sum(summary["finish_reasons"].values()) == len(rows)

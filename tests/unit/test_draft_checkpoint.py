@@ -1,0 +1,160 @@
+"""Export, strict reading, and the damages that engines would serve in silence."""
+
+import json
+
+import pytest
+import torch
+from models import tiny_draft, tiny_target
+from safetensors.torch import load_file, save_file
+
+from draftsmith.data.vocabulary import DraftVocabulary
+from draftsmith.drafts.checkpoint import inspect_draft, load_draft, write_draft
+from draftsmith.errors import CheckpointError
+from draftsmith.publishing.export import engine_taps
+from draftsmith.publishing.inspect import describe
+
+
+@pytest.fixture
+def exported(tmp_path):
+    draft, ids = tiny_draft(tiny_target(), fc_norm=True)
+    target = {"model": "tiny", "dtype": "fp32", "num_layers": 6}
+    write_draft(tmp_path / "d", draft, ids, [1, 3, 4], {"version": "0", "commit": None, "target": target})
+    return tmp_path / "d", draft, ids
+
+
+def problems(directory):
+    return [p for p in inspect_draft(directory).problems if not p.startswith("note:")]
+
+
+def test_what_is_written_is_read_back(exported):
+    directory, draft, ids = exported
+    again, ids_again = load_draft(directory, torch.float32)
+    assert torch.equal(ids, ids_again)
+    assert again.config == draft.config
+    for (name, a), b in zip(draft.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a.to(torch.bfloat16).float(), b), name
+    text = describe(inspect_draft(directory))
+    assert "no problems found" in text
+    assert "EAGLE-3" in text
+    assert "[1, 3, 4]" in text
+
+
+def test_the_files_are_as_the_engines_read_them(exported):
+    directory, draft, ids = exported
+    tensors, config = load_file(directory / "model.safetensors"), json.loads((directory / "config.json").read_text())
+    assert torch.equal(torch.arange(len(ids)) + tensors["d2t"], ids)
+    assert tensors["d2t"].dtype == torch.int64
+    assert tensors["t2d"].dtype == torch.bool
+    assert tensors["t2d"].nonzero().flatten().tolist() == ids.tolist()
+    assert tensors["midlayer.self_attn.q_proj.weight"].shape == (32, 64)
+    assert "embed_tokens.weight" not in tensors
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert config["draft_vocab_size"] == len(ids)
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]
+    assert config["rope_parameters"]["rope_theta"] == config["rope_theta"] == draft.config.rope_theta
+    assert config["tie_word_embeddings"] is False
+
+
+def test_taps_are_translated_per_engine():
+    assert engine_taps((2, 31, 59), 62) == {"draft": None}
+    assert engine_taps((2, 9, 16), 18) == {"sglang": [1, 8, 15], "vllm": [2, 9, 16]}
+    assert engine_taps((0, 9, 16), 18) == {"vllm": [0, 9, 16]}
+
+
+def damage_tensors(**changes):
+    def apply(tensors, config):
+        for name, change in changes.items():
+            key = name.replace("__", ".")
+            if change is None:
+                del tensors[key]
+            else:
+                tensors[key] = change(tensors[key])
+
+    return apply
+
+
+def damage_config(**changes):
+    def apply(tensors, config):
+        for key, value in changes.items():
+            if value is None:
+                del config[key]
+            else:
+                config[key] = value
+
+    return apply
+
+
+def rename_fc(tensors, config):
+    tensors["fuse.weight"] = tensors.pop("fc.weight")
+
+
+def absolute_d2t(tensors, config):
+    tensors["d2t"] = torch.arange(len(tensors["d2t"])) + tensors["d2t"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_tensors(fc__weight=None), "fc.weight is missing"),
+        (rename_fc, "fuse.weight [32, 96] is unknown"),
+        (damage_tensors(lm_head__weight=lambda t: t.T.contiguous()), "lm_head.weight has shape [32, 40], wanted [40, 32]"),
+        (damage_tensors(norm__weight=None), "norm.weight is missing"),
+        (damage_tensors(norm__weight=lambda t: t * float("nan")), "norm.weight holds NaN"),
+        (damage_tensors(midlayer__mlp__up_proj__weight=lambda t: t * 0), "is all zeros"),
+        (damage_tensors(fc__weight=lambda t: t.long()), "wanted a floating-point one"),
+        (absolute_d2t, "target ids where engines read offsets"),
+        (damage_tensors(d2t=lambda t: t.flip(0)), "d2t"),
+        (damage_tensors(d2t=lambda t: t[:-1]), "d2t has shape (39,)"),
+        (damage_tensors(t2d=lambda t: t.roll(1)), "t2d does not name the tokens"),
+        (damage_tensors(d2t=None), "d2t is missing"),
+        (damage_config(draft_vocab_size=None), "draft_vocab_size is missing"),
+        (damage_config(rope_theta=5e6), "rope_theta is 5000000.0 at the top level but 10000.0"),
+        (damage_config(num_aux_hidden_states=2), "fc.weight fuses 3 taps, config.json says 2"),
+        (damage_config(max_position_embeddings=2048), "max_position_embeddings 2048 is short"),
+        (damage_config(tie_word_embeddings=True), "tie_word_embeddings is true"),
+        (damage_config(norm_before_residual=True), "norm_before_residual is not supported"),
+        (damage_config(eagle_aux_hidden_state_layer_ids=[1, 2, 3]), "at the top level is ignored by SGLang"),
+        (damage_config(fc_norm=False), "fc_norm.0.weight [32] is unknown"),
+        (damage_config(hidden_size=None), "hidden_size is missing"),
+    ],
+)
+def test_each_damage_is_named(exported, damage, message):
+    directory, _, _ = exported
+    tensors, config = load_file(directory / "model.safetensors"), json.loads((directory / "config.json").read_text())
+    damage(tensors, config)
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config))
+    assert any(message in problem for problem in problems(directory)), problems(directory)
+    with pytest.raises(CheckpointError):
+        load_draft(directory)
+
+
+def test_other_spellings_are_read(exported):
+    """`layers.0.` and `model.` prefixes, stored embeddings, no t2d: other people's drafts."""
+    directory, draft, ids = exported
+    tensors = load_file(directory / "model.safetensors")
+    renamed = {"model." + n.replace("midlayer.", "layers.0."): t for n, t in tensors.items() if n not in ("d2t", "t2d")}
+    embeddings = {"model.embed_tokens.weight": torch.zeros(64, 32)}
+    save_file({**renamed, "d2t": tensors["d2t"], **embeddings}, directory / "model.safetensors")
+    report = inspect_draft(directory)
+    assert problems(directory) == []
+    assert any("embed_tokens is stored" in p for p in report.problems)
+    again, _ = load_draft(directory, torch.float32)
+    assert torch.equal(again.fc.weight, draft.fc.weight.to(torch.bfloat16).float())
+
+
+def test_pickled_weights_are_not_loaded(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"no \.safetensors file \(pytorch_model\.bin is pickled"):
+        inspect_draft(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        inspect_draft(tmp_path)
+
+
+def test_a_vocabulary_is_named_by_its_content():
+    one = DraftVocabulary(torch.tensor([0, 3, 5]), 10)
+    assert one.name == DraftVocabulary(torch.tensor([0, 3, 5]), 10).name
+    assert one.name != DraftVocabulary(torch.tensor([0, 3, 6]), 10).name
+    assert one.name != DraftVocabulary(torch.tensor([0, 3, 5]), 11).name

@@ -1,0 +1,80 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import MiniMaxM2Config
+
+from draftsmith.drafts.checkpoint import expected_shapes
+from draftsmith.errors import RecipeError
+from draftsmith.recipe import dump_recipe, load_recipe, parse_recipe
+from draftsmith.training.trainer import draft_config
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+MINIMAL = {"name": "x", "target": {"model": "m"}}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({**MINIMAL, "trian": {}}, "trian: unknown key; did you mean 'train'?"),
+        ({**MINIMAL, "train": {"learning_rte": 1}}, "train.learning_rte: unknown key; did you mean 'learning_rate'?"),
+        (
+            {**MINIMAL, "evaluate": {"shapes": [{"steps": 3, "topk": 1, "draft_token": 4}]}},
+            "did you mean 'draft_tokens'?",
+        ),
+        ({"name": "x"}, "target: missing"),
+        ({**MINIMAL, "vocab": {"size": "many"}}, "vocab.size: 'many' given"),
+        ({**MINIMAL, "vocab": {"size": 0}}, "vocab.size: 0 given"),
+        ({**MINIMAL, "train": {"objective": "mse"}}, "train.objective: 'mse' given"),
+        ({**MINIMAL, "draft": {"taps": [5, 2]}}, "draft.taps: [5, 2] must be ascending"),
+        ({**MINIMAL, "target": {"model": "m", "template": {"user": "hi"}}}, "does not contain {content}"),
+        ({**MINIMAL, "evaluate": {"shapes": [{"steps": 3, "topk": 1, "draft_tokens": 8}]}}, "a chain of 3 steps"),
+        ({**MINIMAL, "evaluate": {"shapes": [{"steps": 1, "topk": 2, "draft_tokens": 9}]}}, "not in 2..3"),
+        ([], "a recipe is a mapping"),
+    ],
+)
+def test_a_bad_value_gives_one_line_that_names_it(values, message):
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(values, "r.yaml")
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("r.yaml: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_survives_being_written_down(tmp_path):
+    for path in RECIPES.glob("*.yaml"):
+        recipe = load_recipe(path)
+        (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
+        assert load_recipe(tmp_path / "r.yaml") == recipe
+
+
+def test_yaml_errors_name_the_line(tmp_path):
+    (tmp_path / "r.yaml").write_text("name: x\ntarget: [\n")
+    with pytest.raises(RecipeError, match=r"r\.yaml line 3: not YAML"):
+        load_recipe(tmp_path / "r.yaml")
+    with pytest.raises(RecipeError, match="cannot read the recipe"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_the_recipe_imports_nothing_heavy():
+    code = "import sys, draftsmith.recipe, draftsmith.errors; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_reference_card_draft_has_its_size():
+    """MiniMax-M2.7-EAGLE3: about 0.25 B parameters and 0.5 GB without embeddings, taps [2, 31, 59]."""
+    recipe = load_recipe(RECIPES / "minimax-m2.7-eagle3.yaml")
+    target = MiniMaxM2Config(
+        vocab_size=200064, hidden_size=3072, num_hidden_layers=62, num_attention_heads=48, num_key_value_heads=8
+    )
+    config = draft_config(recipe, target, 62, recipe.vocab.size)
+    assert config.taps == (2, 31, 59)
+    assert config.rope_theta == 5e6
+    shapes = expected_shapes(config)
+    assert shapes["fc.weight"] == (3072, 9216)
+    assert shapes["lm_head.weight"] == (32000, 3072)
+    parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
+    assert 0.24e9 < parameters < 0.26e9
+    assert 0.48e9 < 2 * parameters < 0.52e9

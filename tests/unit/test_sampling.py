@@ -1,0 +1,49 @@
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from draftsmith.decoding.sampling import Sampling, blockwise_topk, probabilities, sample
+
+DRAWS = 40_000
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(1.0), Sampling(0.7), Sampling(1.0, top_k=7), Sampling(1.0, top_p=0.6), Sampling(1.3, 0.9, 12)],
+    ids=str,
+)
+@pytest.mark.parametrize("vocab", [96, 1024])
+def test_draws_follow_the_distribution(sampling, vocab):
+    logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(1)) * 3
+    p = probabilities(logits, sampling)[0].double()
+    generator = torch.Generator().manual_seed(2)
+    drawn = torch.cat([sample(logits.expand(1000, -1), sampling, generator) for _ in range(DRAWS // 1000)])
+    counts = torch.bincount(drawn, minlength=vocab).double()
+    assert counts[p == 0].sum() == 0
+    common = p * DRAWS >= 10
+    observed = torch.cat([counts[common], counts[~common].sum()[None]])
+    wanted = torch.cat([p[common], p[~common].sum()[None]]) * DRAWS
+    if wanted[-1] < 5:
+        observed, wanted = observed[:-1], wanted[:-1]
+    assert chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 1e-4
+
+
+def test_top_p_keeps_the_token_that_crosses_it():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    assert probabilities(logits, Sampling(1.0, top_p=0.6))[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])
+    assert probabilities(logits, Sampling(1.0, top_p=0.5))[0].tolist() == pytest.approx([1, 0, 0, 0])
+
+
+def test_greedy_is_the_argmax():
+    logits = torch.tensor([[0.1, 2.0, -1.0]])
+    assert probabilities(logits, Sampling()).tolist() == [[0.0, 1.0, 0.0]]
+    assert sample(logits, Sampling(), torch.Generator()).tolist() == [1]
+
+
+@pytest.mark.parametrize("k", [1, 5, 64])
+def test_blockwise_topk_is_exact(k):
+    logits = torch.randn(3, 2**16, generator=torch.Generator().manual_seed(k))
+    values, ids = blockwise_topk(logits, k)
+    expected = logits.topk(k)
+    assert torch.equal(values, expected.values)
+    assert torch.equal(ids, expected.indices)

@@ -1,0 +1,181 @@
+"""Sampling verification is exact: chi-square over many draws, and the test fails when the rule is broken."""
+
+import itertools
+
+import pytest
+import torch
+from models import VOCAB, trained_draft
+from scipy.stats import chisquare
+
+from draftsmith.decoding import speculate
+from draftsmith.decoding.sampling import Sampling, probabilities
+from draftsmith.decoding.speculate import Decoder, Eagle3Drafter
+from draftsmith.decoding.tree import DraftTree, Shape
+from draftsmith.decoding.verify import Verdict, verify_greedy, verify_sampling
+
+DRAWS = 20_000
+SIGNIFICANCE = 1e-4
+SETTINGS = [Sampling(1.0), Sampling(0.7), Sampling(1.0, top_p=0.8), Sampling(1.0, top_k=5), Sampling(0.7, 0.9, 20)]
+SHAPES = [Shape(3, 1, 4), Shape(3, 4, 8)]
+
+
+def goodness(counts: dict, expected: dict) -> float:
+    """p-value of the counts, rare outcomes pooled; 0 where something impossible was drawn."""
+    total = sum(counts.values())
+    if any(outcome not in expected for outcome in counts):
+        return 0.0
+    common = [o for o, p in expected.items() if p * total >= 10]
+    observed = [counts.get(o, 0) for o in common] + [total - sum(counts.get(o, 0) for o in common)]
+    wanted = [expected[o] * total for o in common] + [total - sum(expected[o] * total for o in common)]
+    if wanted[-1] < 5:
+        wanted[-2] += wanted.pop()
+        observed[-2] += observed.pop()
+    return chisquare(observed, [w * sum(observed) / sum(wanted) for w in wanted]).pvalue
+
+
+class Memo:
+    """Makes 20,000 decodings of one prompt cheap: target and draft are functions of the text, so they are looked up."""
+
+    def __init__(self, target, drafter):
+        self.target, self.drafter = target, drafter
+        self.eos_ids, self.device = frozenset(), target.device
+        self.seen: dict = {}
+
+    # the target's side -----------------------------------------------------------------------------------------
+    def prefill(self, cache, rows, prompts, taps):
+        self.text = list(prompts[0])
+        return torch.zeros(len(self.text), 1), self._nodes(DraftTree([self.text[-1]], [-1]), self.text[:-1])
+
+    def verify(self, cache, length, ids, depths, ancestors, taps):
+        parents = [-1] + [max(j for j in range(i) if ancestors[i, j]) for i in range(1, len(ids))]
+        return torch.zeros(len(ids), 1), self._nodes(DraftTree(ids, parents), self.text[:length])
+
+    def logits(self, nodes):
+        return nodes
+
+    def _nodes(self, tree, before):
+        paths = []
+        for node in range(len(tree.tokens)):
+            path = []
+            while node >= 0:
+                path.append(tree.tokens[node])
+                node = tree.parents[node]
+            paths.append(tuple([*before, *reversed(path)]))
+        return torch.stack([self._after(path) for path in paths])
+
+    def _after(self, text):
+        if text not in self.seen:
+            self.seen[text] = self.target.logits(self.target.capture([list(text)], ()).last_TH[-1:])[0]
+        return self.seen[text]
+
+
+class MemoDrafter:
+    taps = ()
+
+    def __init__(self, memo):
+        self.memo = memo
+        self.trees: dict = {}
+
+    def start(self):
+        self.new_text = None
+
+    def extend(self, taps, next_ids):
+        if self.new_text is None:  # the prompt's own tokens and the first one drawn
+            self.new_text = [self.memo.text[0], *next_ids]
+        else:
+            self.new_text += next_ids
+        self.memo.text = self.new_text
+
+    def propose(self, root, shape):
+        key = (tuple(self.new_text), str(shape))
+        if key not in self.trees:
+            drafter = self.memo.drafter
+            drafter.start()
+            text = self.new_text
+            states = self.memo.target.capture([text[:-1]], drafter.taps)
+            drafter.extend(states.taps_TKH, text[1:])
+            self.trees[key] = drafter.propose(root, shape)
+        return self.trees[key]
+
+
+def exact(target, prompt, sampling, length) -> dict:
+    """Distribution over the next `length` tokens by plain decoding, enumerated."""
+    outcomes = {(): 1.0}
+    for _ in range(length):
+        following = {}
+        for path, mass in outcomes.items():
+            last = target.capture([[*prompt, *path]], ()).last_TH[-1:]
+            p = probabilities(target.logits(last), sampling)[0]
+            for token in p.nonzero().flatten().tolist():
+                if mass * float(p[token]) > 1e-7:
+                    following[(*path, token)] = mass * float(p[token])
+        outcomes = following
+    return outcomes
+
+
+def draw(sampling, shape, draws=DRAWS):
+    target, draft, ids = trained_draft("llama")
+    memo = Memo(target, Eagle3Drafter(draft, ids, target.embedding_rows()))
+    decoder = Decoder(memo, MemoDrafter(memo))
+    prompt = [3, 17, 42, 5, 9]
+    counts: dict = {}
+    accepted = 0
+    for seed in range(draws):
+        decoded = decoder.generate(prompt, sampling, 3, shape, seed=seed)
+        counts[tuple(decoded.ids[1:])] = counts.get(tuple(decoded.ids[1:]), 0) + 1
+        accepted += sum(step.accepted for step in decoded.steps)
+    assert accepted > draws // 100, "nothing was accepted, so nothing was tested"
+    whole = exact(target, prompt, sampling, 3)
+    expected: dict = {}
+    for path, mass in whole.items():  # the first token is drawn before any drafting
+        expected[path[1:]] = expected.get(path[1:], 0.0) + mass
+    return goodness(counts, expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
+def test_drafting_leaves_the_distribution_alone(sampling, shape):
+    assert draw(sampling, shape) > SIGNIFICANCE
+
+
+def test_broken_rules_are_caught(monkeypatch):
+    """Three plausible mistakes, each of which the chi-square above must see."""
+
+    def accept_likeliest(tree, probabilities_of, generator):  # accepts whatever the draft proposed first
+        verdict = verify_sampling(tree, probabilities_of, generator)
+        if len(verdict.path) == 1 and tree.children[0] and float(torch.rand((), generator=generator)) < 0.1:
+            child = tree.children[0][0]
+            bonus = verify_sampling(DraftTree([0], [-1]), lambda _: probabilities_of(child), generator).bonus
+            return Verdict([0, child], bonus)
+        return verdict
+
+    def keep_rejected(tree, probabilities_of, generator):  # forgets to remove the rejected children
+        verdict = verify_sampling(tree, probabilities_of, generator)
+        node = verdict.path[-1]
+        again = verify_sampling(DraftTree([0], [-1]), lambda _: probabilities_of(node), generator)
+        return Verdict(verdict.path, again.bonus)
+
+    def parent_bonus(tree, probabilities_of, generator):  # takes the bonus from the wrong node
+        verdict = verify_sampling(tree, probabilities_of, generator)
+        if len(verdict.path) == 1:
+            return verdict
+        again = verify_sampling(DraftTree([0], [-1]), lambda _: probabilities_of(verdict.path[-2]), generator)
+        return Verdict(verdict.path, again.bonus)
+
+    for broken, shape in itertools.product((accept_likeliest, keep_rejected, parent_bonus), SHAPES):
+        monkeypatch.setattr(speculate, "verify_sampling", broken)
+        assert draw(Sampling(1.0), shape) < SIGNIFICANCE, f"{broken.__name__} with {shape} went unnoticed"
+
+
+def test_greedy_descends_to_the_argmax():
+    tree = DraftTree([9, 4, 5, 6, 7], [-1, 0, 0, 2, 3])  # 9 -> (4, 5 -> 6 -> 7)
+    assert verify_greedy(tree, [5, 0, 6, 1, 2]) == Verdict([0, 2, 3], 1)
+    assert verify_greedy(tree, [8, 0, 6, 1, 2]) == Verdict([0], 8)
+
+
+def test_children_that_hold_everything_leave_no_remainder():
+    tree = DraftTree([0, 1, 2], [-1, 0, 0])
+    p = torch.zeros(VOCAB)
+    p[1] = p[2] = 0.5
+    for seed in range(50):
+        assert len(verify_sampling(tree, lambda _: p, torch.Generator().manual_seed(seed)).path) == 2
