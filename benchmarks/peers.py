@@ -115,7 +115,9 @@ def specforge(args: argparse.Namespace, target: PreTrainedModel, data: dict[str,
 
     def step(seen: Capture) -> float:
         names = ("input_ids", "loss_mask", "aux_hidden_state", "raw", "hidden_state")
-        samples = [normalize_offline_sample(dict(zip(names, row)), args.seq) for row in zip(*seen)]
+        samples = [
+            normalize_offline_sample(dict(zip(names, row, strict=False)), args.seq) for row in zip(*seen, strict=False)
+        ]
         batch = TrainBatch([], "eagle3", collate(samples), {"target_repr": "hidden_state"})
         loss = strategy.forward_loss(batch).loss
         loss.backward()
@@ -162,7 +164,7 @@ def speculators(args: argparse.Namespace, target: PreTrainedModel, data: dict[st
     def step(seen: Capture) -> float:
         names = ("input_ids", "loss_mask", "hidden_states", "verifier_last_hidden_states")
         added = {"lengths": torch.tensor([args.seq]), "position_ids": torch.arange(args.seq)}
-        batch = collate([dict(zip(names, row)) | added for row in zip(*seen)])
+        batch = collate([dict(zip(names, row, strict=False)) | added for row in zip(*seen, strict=False)])
         # CPU: their Trainer's step, without the Trainer, which needs an accelerator.
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.dtype == "bf16"):
             _, loss, _ = draft(**batch, **call_kwargs)
@@ -250,7 +252,7 @@ def main() -> None:
 
     if args.save:
         save_sglang(draft, draft_config(data), args.save)
-    step_s = [a + b for a, b in zip(target_s[1:], draft_s[1:])]
+    step_s = [a + b for a, b in zip(target_s[1:], draft_s[1:], strict=False)]
     result = {name: getattr(args, name) for name in ("peer", "dtype", "batch", "seq", "steps")} | {
         "version": version(args.peer),
         "threads": torch.get_num_threads(),

@@ -95,9 +95,7 @@ def run_ours(data: Path, dtype: str, batch: int, steps: int) -> dict:
     scratch = Path(f"/tmp/draftsmith-throughput-{os.getpid()}")
     rows = [
         {"id": str(i), "category": "x", "source": "x", "ids": ids, "spans": spans_of(mask)}
-        for i, (ids, mask) in enumerate(
-            zip(tensors["input_ids"].tolist(), tensors["loss_mask"].tolist(), strict=True)
-        )
+        for i, (ids, mask) in enumerate(zip(tensors["input_ids"].tolist(), tensors["loss_mask"].tolist(), strict=True))
     ]
     write_jsonl(scratch / "completions" / "00000.jsonl", rows)
     recipe = parse_recipe(
@@ -156,7 +154,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--data", type=Path, default=Path("/tmp/draftsmith-throughput.safetensors"))
-    parser.add_argument("--ours", nargs=2, metavar=("DTYPE", "BATCH"), help="one setting of draftsmith, in this process")
+    parser.add_argument(
+        "--ours", nargs=2, metavar=("DTYPE", "BATCH"), help="one setting of draftsmith, in this process"
+    )
     options = parser.parse_args()
     if options.ours:
         print(json.dumps(run_ours(options.data, options.ours[0], int(options.ours[1]), options.steps)))

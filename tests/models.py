@@ -122,7 +122,32 @@ def trained_draft(architecture: str = "llama", steps: int = 60, **options):
     return target, draft.requires_grad_(False), ids
 
 
-WORDS = "the a of to in is it you that he was for on are with as his they be at one have this from".split()
+WORDS = [
+    "the",
+    "a",
+    "of",
+    "to",
+    "in",
+    "is",
+    "it",
+    "you",
+    "that",
+    "he",
+    "was",
+    "for",
+    "on",
+    "are",
+    "with",
+    "as",
+    "his",
+    "they",
+    "be",
+    "at",
+    "one",
+    "have",
+    "this",
+    "from",
+]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -1,18 +1,19 @@
 """The command line. Flags mirror the recipe; errors of the user are one line and exit code 2."""
 
-import dataclasses
+import contextlib
 import errno
+import io
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
-from pydantic import ValidationError
 
 from draftsmith.errors import DraftsmithError, RecipeError
 from draftsmith.progress import say
-from draftsmith.recipe import Recipe, TargetRecipe, load_recipe, one_line
+from draftsmith.recipe import Recipe, TargetRecipe, load_recipe
 
 StageName = Literal["run", "prompts", "regenerate", "vocab", "train", "export", "evaluate", "report"]
 STAGE_NAMES = StageName.__args__  # type: ignore[attr-defined]
@@ -57,22 +58,40 @@ class _Positions:
 def parse(arguments: list[str]) -> StageCommand | InspectCommand:
     """Two passes: the first finds the recipe file, the second takes every flag with the recipe's values as defaults."""
     if arguments[:1] == ["inspect"]:
-        return tyro.cli(InspectCommand, args=arguments, prog="draftsmith")
+        return _tyro_in_one_line(InspectCommand, args=arguments)
     default = PLACEHOLDER
     if arguments[:1] and arguments[0] in STAGE_NAMES and arguments[1:2] and not arguments[1].startswith("-"):
         first, _ = tyro.cli(_Positions, args=arguments, return_unknown_args=True, add_help=False)
         default = load_recipe(first.recipe)
+    return _tyro_in_one_line(
+        StageCommand,
+        args=arguments,
+        default=StageCommand("run", Path("RECIPE"), overrides=default),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+_PYDANTIC = re.compile(
+    r"parsing (\S+): \d+ validation errors? for \w+ (\S+) (.+?) \[type=\w+, input_value=(.+?), input_type"
+)
+
+
+def _tyro_in_one_line(command: type, **options) -> Any:
+    """Parse; tyro's boxes, which quote pydantic in full, become one line that names the flag."""
+    printed = io.StringIO()
     try:
-        return tyro.cli(
-            StageCommand,
-            args=arguments,
-            default=StageCommand(command="run", recipe=Path("RECIPE"), overrides=default)
-            if default is PLACEHOLDER
-            else dataclasses.replace(StageCommand("run", Path("RECIPE")), overrides=default),
-            prog="draftsmith",
-        )
-    except ValidationError as error:
-        raise RecipeError(f"flags: {one_line(error)}") from None
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(command, prog="draftsmith", **options)
+    except SystemExit as stopped:
+        if not stopped.code:
+            raise
+        text = " ".join(re.sub(r"[\u2500-\u257f]|-{5,}", " ", printed.getvalue()).split())
+        found = _PYDANTIC.search(text)
+        if found:
+            place, field_name, message, value = found.groups()
+            key = f"{place}.{field_name}".removeprefix("overrides.")
+            text = f"{key}: {value} given; {message[0].lower()}{message[1:]}"
+        raise RecipeError(f"flags: {text.split(' For full helptext')[0]}") from None
 
 
 def execute(command: StageCommand | InspectCommand) -> int:

@@ -251,7 +251,7 @@ def stage_directory(run: Run, stage: Stage) -> Path:
 
 def stage_key(run: Run, stage: Stage) -> str:
     missing = [path for path in stage.inputs(run) if not path.exists()]
-    if missing or (stage.name != "prompts" and not stage.inputs(run)):
+    if missing or (stage.name in ("vocab", "train") and not run.completion_files):
         lacking = missing[0] if missing else run.path("completions")
         raise DataError(f"{stage.name}: {lacking} is missing; run the stages before it, or: draftsmith run RECIPE")
     return files.digest(FORMAT, stage.key(run), *stage.inputs(run))
@@ -307,8 +307,6 @@ def run_pipeline(run: Run, only: str | None = None) -> Path:
             entry["seconds"] = earlier[stage.name]["seconds"]
         stages[stage.name] = entry
         files.write_json(manifest_file, {**run.created_with, "stages": stages})
-    if not only and stages["report"]["ran"]:
-        STAGES[-1].run(run, stage_directory(run, STAGES[-1]))  # once more, with its own manifest entry in it
     return run.path("report.html")
 
 

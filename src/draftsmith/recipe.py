@@ -205,7 +205,7 @@ class TrainRecipe(Model):
     keep_checkpoints: Positive = 2
     """Checkpoints kept on disk."""
     patience: Positive = 4
-    """Converged once tau rose by less than 1 % over this many evaluations."""
+    """Converged once tau - 1 rose by less than 1 % over this many evaluations."""
 
 
 class DraftShape(Model):

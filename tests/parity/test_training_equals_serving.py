@@ -28,7 +28,7 @@ def tiny_draft(**options) -> Eagle3Draft:
     generator = torch.Generator().manual_seed(0)
     draft.initialise(torch.randn(20, 24, generator=generator), torch.rand(24, generator=generator) + 0.5, generator)
     with torch.no_grad():  # gains away from one, so that a swapped norm shows
-        for name, parameter in draft.named_parameters():
+        for _name, parameter in draft.named_parameters():
             if parameter.ndim == 1:
                 parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
     return draft

@@ -70,3 +70,4 @@ def test_the_stop_rule():
     assert not converged([1.0, 1.5, 1.9, 2.2], patience=2)
     assert not converged([2.2, 2.2], patience=2)
     assert converged([1.0, 2.2, 2.205, 2.19, 2.21], patience=3)
+    assert not converged([1.04, 1.041, 1.042, 1.045], patience=3)  # an untrained draft that has begun to learn

@@ -65,6 +65,8 @@ TABLE = {
     "unknown key": (lambda w, t: ["run", edited(w, t, **{"train.epoch": 3})], "train.epoch: unknown key; did you mean"),
     "wrong type": (lambda w, t: ["run", edited(w, t, **{"vocab.size": "big"})], "vocab.size: 'big' given"),
     "bad flag value": (lambda w, t: ["run", w / "recipe.yaml", "--vocab.size", "0"], "vocab.size: 0 given"),
+    "unknown flag": (lambda w, t: ["run", w / "recipe.yaml", "--train.epoch", "3"], "flags: "),
+    "no command": (lambda w, t: ["rnu", w / "recipe.yaml"], "flags: "),
     "missing prompts": (
         lambda w, t: ["run", edited(w, t, **{"prompts.sources": [{"name": "none.jsonl"}]})],
         "'none.jsonl' is no file; allowed are bundled",

@@ -12,11 +12,10 @@ import pytest
 import torch
 from models import VOCAB, save_tiny_target, tiny_lm, tiny_recipe, tiny_target, tiny_tokenizer, write_prompts
 
-from draftsmith.data import regenerate as regeneration
 from draftsmith.data.loops import loop_onset
 from draftsmith.data.packing import epoch_packs, make_pack, schedule
 from draftsmith.data.prompts import BUNDLED, HUB, gather, messages_of, normalised, read_source
-from draftsmith.data.regenerate import read_completions, regenerate, shard_sampling
+from draftsmith.data.regenerate import answer, open_conversations, read_completions, regenerate, shard_sampling
 from draftsmith.data.templates import ChatFormat
 from draftsmith.data.vocabulary import DraftVocabulary, choose, coverage_table
 from draftsmith.errors import CheckpointError, DataError
@@ -179,11 +178,9 @@ def test_turns_are_regenerated_in_order(tmp_path):
     users = ["the a", "of to in", "is it"]
     prompt = {"id": "m", "category": "chat", "source": "s", "messages": [{"role": "user", "content": u} for u in users]}
     recipe = tiny_recipe("m", "p", **{"regenerate.temperature": 0.0})
-    rows = [
-        row
-        for _, row in regeneration.answer([prompt], target, chat, recipe.regenerate, shard_sampling(recipe.regenerate, 0), 0)
-        if row
-    ]
+    opened = open_conversations([prompt], chat, recipe.regenerate.max_prompt_tokens)
+    answers = answer(opened, target, chat, recipe.regenerate, shard_sampling(recipe.regenerate, 0), 0)
+    rows = [row for _, row in answers if row]
     (row,) = rows
     assert len(row["spans"]) == 3
     text = target.tokenizer.decode(row["ids"])

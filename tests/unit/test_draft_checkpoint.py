@@ -97,7 +97,10 @@ def absolute_d2t(tensors, config):
     [
         (damage_tensors(fc__weight=None), "fc.weight is missing"),
         (rename_fc, "fuse.weight [32, 96] is unknown"),
-        (damage_tensors(lm_head__weight=lambda t: t.T.contiguous()), "lm_head.weight has shape [32, 40], wanted [40, 32]"),
+        (
+            damage_tensors(lm_head__weight=lambda t: t.T.contiguous()),
+            "lm_head.weight has shape [32, 40], wanted [40, 32]",
+        ),
         (damage_tensors(norm__weight=None), "norm.weight is missing"),
         (damage_tensors(norm__weight=lambda t: t * float("nan")), "norm.weight holds NaN"),
         (damage_tensors(midlayer__mlp__up_proj__weight=lambda t: t * 0), "is all zeros"),
@@ -131,7 +134,7 @@ def test_each_damage_is_named(exported, damage, message):
 
 def test_other_spellings_are_read(exported):
     """`layers.0.` and `model.` prefixes, stored embeddings, no t2d: other people's drafts."""
-    directory, draft, ids = exported
+    directory, draft, _ids = exported
     tensors = load_file(directory / "model.safetensors")
     renamed = {"model." + n.replace("midlayer.", "layers.0."): t for n, t in tensors.items() if n not in ("d2t", "t2d")}
     embeddings = {"model.embed_tokens.weight": torch.zeros(64, 32)}

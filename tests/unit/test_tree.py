@@ -24,9 +24,7 @@ def by_enumeration(root: int, shape: Shape) -> list[tuple[int, ...]]:
         layer = []
         for path, score in beam:
             top = distribution(path).topk(shape.topk)
-            layer += [
-                ((*path, t), score * p) for t, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-            ]
+            layer += [((*path, t), score * p) for t, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
         candidates += layer
         beam = sorted(layer, key=lambda item: -item[1])[: shape.topk]
     order = sorted(range(len(candidates)), key=lambda i: -candidates[i][1])[: shape.draft_tokens - 1]
@@ -58,7 +56,9 @@ def grow(root: int, shape: Shape) -> DraftTree:
 
 @pytest.mark.parametrize(
     ("shape", "root"),
-    list(itertools.product([Shape(3, 4, 8), Shape(3, 1, 4), Shape(5, 3, 16), Shape(1, 4, 5), Shape(4, 2, 6)], range(6))),
+    list(
+        itertools.product([Shape(3, 4, 8), Shape(3, 1, 4), Shape(5, 3, 16), Shape(1, 4, 5), Shape(4, 2, 6)], range(6))
+    ),
     ids=str,
 )
 def test_is_the_enumerated_tree(shape, root):

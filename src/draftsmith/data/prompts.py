@@ -74,7 +74,7 @@ def messages_of(row: Any, max_turns: int) -> list[dict[str, str]]:
         turns = [(m.get("role"), m.get("content")) if isinstance(m, dict) else (None, None) for m in row["messages"]]
     elif "conversations" in row:
         turns = [
-            (_SHAREGPT_ROLES.get(m.get("from")), m.get("value")) if isinstance(m, dict) else (None, None)
+            (_SHAREGPT_ROLES.get(str(m.get("from"))), m.get("value")) if isinstance(m, dict) else (None, None)
             for m in row["conversations"]
         ]
     elif "prompt" in row:

@@ -7,6 +7,7 @@ conversation, `spans` are the half-open ranges that the target wrote and that ca
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,62 +41,73 @@ def shard_sampling(settings: RegenerateRecipe, shard: int) -> Sampling:
     return Sampling() if greedy else Sampling(settings.temperature, settings.top_p, settings.top_k)
 
 
-def answer(
-    prompts: list[dict], target: Target, chat: ChatFormat, settings: RegenerateRecipe, sampling: Sampling, seed: int
-) -> Iterator[tuple[int, Completion | None]]:
-    """Answer the prompts of one shard, turn by turn; yields (completion tokens made, completion when whole).
+@dataclass
+class Conversation:
+    """A prompt being answered: ids so far, where the target wrote, user turns still to come."""
 
-    None stands for a prompt that is too long.
-    """
-    states = []
+    prompt: dict[str, Any]
+    users: list[str]
+    ids: list[int]
+    spans: list[list[int]] = field(default_factory=list)
+    finish_reason: str = ""
+
+    def completion(self, sampling: Sampling) -> Completion:
+        return {
+            **{key: self.prompt[key] for key in ("id", "category", "source")},
+            "ids": self.ids,
+            "spans": self.spans,
+            "finish_reason": self.finish_reason,
+            "sampling": [sampling.temperature, sampling.top_p, sampling.top_k],
+        }
+
+
+def open_conversations(prompts: list[dict[str, Any]], chat: ChatFormat, max_prompt_tokens: int) -> list[Conversation]:
+    """The prompts that fit, as ids up to their first answer."""
+    opened = []
     for prompt in prompts:
         users = [m["content"] for m in prompt["messages"] if m["role"] == "user"]
         system = next((m["content"] for m in prompt["messages"] if m["role"] == "system"), None)
         ids = chat.first_turn(users[0], system)
-        if len(ids) > settings.max_prompt_tokens:
-            yield 0, None
-        else:
-            states.append({"prompt": prompt, "users": users[1:], "ids": ids, "spans": [], "finish": ""})
+        if len(ids) <= max_prompt_tokens:
+            opened.append(Conversation(prompt, users[1:], ids))
+    return opened
+
+
+def answer(
+    conversations: list[Conversation],
+    target: Target,
+    chat: ChatFormat,
+    settings: RegenerateRecipe,
+    sampling: Sampling,
+    seed: int,
+) -> Iterator[tuple[int, Completion | None]]:
+    """Let the target write every turn; yields (tokens written, the completion if that was its last turn)."""
     turn = 0
-    while states:
+    while conversations:
         following = []
-        generations = target.generate(
-            [state["ids"] for state in states],
+        for index, generation in target.generate(
+            [conversation.ids for conversation in conversations],
             sampling,
             settings.max_new_tokens,
             chat.stop,
             int(digest(seed, turn), 16) % 2**63,
             settings.stop_loops,
-        )
-        for index, generation in generations:
-            state = states[index]
-            start = len(state["ids"])
-            state["ids"] = state["ids"] + generation.ids
-            state["finish"] = generation.finish_reason
+        ):
+            conversation = conversations[index]
+            start = len(conversation.ids)
+            conversation.ids = conversation.ids + generation.ids
+            conversation.finish_reason = generation.finish_reason
             if generation.ids:
-                state["spans"].append([start, len(state["ids"])])
-            more = state["users"] and generation.finish_reason in ("eos", "stop")
-            if more:
-                after = chat.next_turn(generation.ids, state["users"].pop(0))
-                if len(state["ids"]) + len(after) <= settings.max_prompt_tokens:
-                    state["ids"] = state["ids"] + after
-                    following.append(state)
-                    yield len(generation.ids), {}
+                conversation.spans.append([start, len(conversation.ids)])
+            if conversation.users and generation.finish_reason in ("eos", "stop"):
+                after = chat.next_turn(generation.ids, conversation.users.pop(0))
+                if len(conversation.ids) + len(after) <= settings.max_prompt_tokens:
+                    conversation.ids = conversation.ids + after
+                    following.append(conversation)
+                    yield len(generation.ids), None
                     continue
-            prompt = state["prompt"]
-            yield (
-                len(generation.ids),
-                {
-                    "id": prompt["id"],
-                    "category": prompt["category"],
-                    "source": prompt["source"],
-                    "ids": state["ids"],
-                    "spans": state["spans"],
-                    "finish_reason": state["finish"],
-                    "sampling": [sampling.temperature, sampling.top_p, sampling.top_k],
-                },
-            )
-        states = following
+            yield len(generation.ids), conversation.completion(sampling)
+        conversations = following
         turn += 1
 
 
@@ -119,15 +131,16 @@ def regenerate(recipe: Recipe, target: Target, chat: ChatFormat, prompts_file: P
                 rows = list(read_jsonl(path))
                 meter.resume(meter.done + (sum(len(loss_tokens(r)) for r in rows) if total else len(shard)))
             else:
-                rows = []
                 sampling = shard_sampling(settings, number)
+                opened = open_conversations(shard, chat, settings.max_prompt_tokens)
+                rows = []
                 for new_tokens, row in answer(
-                    shard, target, chat, settings, sampling, int(digest(recipe.seed, number), 16)
+                    opened, target, chat, settings, sampling, int(digest(recipe.seed, number), 16)
                 ):
                     made_tokens += new_tokens
-                    meter.advance(new_tokens if total else (0 if row == {} else 1), new_tokens)
                     if row:
                         rows.append(row)
+                    meter.advance(new_tokens if total else int(row is not None), new_tokens)
                 rows.sort(key=lambda row: row["id"])
                 write_jsonl(path, rows)
             counts["too_long"] += len(shard) - len(rows)
@@ -141,10 +154,11 @@ def regenerate(recipe: Recipe, target: Target, chat: ChatFormat, prompts_file: P
         raise DataError(
             "regenerate: the completions hold no loss tokens; check target.template (does a stop text come at once?)"
         )
+    finish_reasons = {reason: counts[reason] for reason in ("eos", "stop", "length", "loop")}
     summary = {
         "completion_tokens": tokens,
-        "completions": sum(counts[r] for r in ("eos", "stop", "length", "loop")),
-        "finish_reasons": {r: counts[r] for r in ("eos", "stop", "length", "loop")},
+        "completions": sum(finish_reasons.values()),
+        "finish_reasons": finish_reasons,
         "empty": counts["empty"],
         "prompts_too_long": counts["too_long"],
         "tokens_by_category": dict(by_category),
@@ -158,7 +172,7 @@ def regenerate(recipe: Recipe, target: Target, chat: ChatFormat, prompts_file: P
         )
     say(
         f"regenerate: {tokens:,} completion tokens in {summary['completions']:,} completions "
-        f"({', '.join(f'{n} {r}' for r, n in summary['finish_reasons'].items() if n)}; {counts['empty']} empty, "
+        f"({', '.join(f'{n} {r}' for r, n in finish_reasons.items() if n)}; {counts['empty']} empty, "
         f"{counts['too_long']} prompts too long)"
     )
     return summary

@@ -56,7 +56,7 @@ class StaticCache:
         """Keep only these columns (ascending, at or after `start`), moved to `start`, `start` + 1, ..."""
         if columns == list(range(start, start + len(columns))):
             return
-        index = torch.tensor(columns, device=self.keys[0].device)
+        index = torch.tensor(columns)
         for buffers in (self.keys, self.values):
             for buffer in buffers:
                 buffer[:, :, start : start + len(columns)] = buffer[:, :, index]

@@ -36,7 +36,8 @@ class VerifyingTarget(Protocol):
 
 
 class Drafter(Protocol):
-    taps: Sequence[int]
+    @property
+    def taps(self) -> Sequence[int]: ...
 
     def start(self) -> None:
         """Forget the sequence before."""

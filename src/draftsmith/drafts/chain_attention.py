@@ -87,7 +87,8 @@ class ChainAttention(torch.autograd.Function):
             if len(own_keys):
                 mine = ChainAttention._own_scores(query[rows], own_keys[:, rows], scale)
                 total = torch.logaddexp(total, mine.logsumexp(0))
-            merged = sum(o.float() * (s - total).exp()[..., None] for o, s in zip(outputs, sums, strict=True))
+            parts = [o.float() * (s - total).exp()[..., None] for o, s in zip(outputs, sums, strict=True)]
+            merged = torch.stack(parts).sum(0)
             if len(own_keys):
                 weights = (mine - total).exp().unflatten(2, (-1, groups))
                 merged += torch.einsum("irmg,irmd->rmgd", weights, own_values[:, rows].float()).flatten(1, 2)

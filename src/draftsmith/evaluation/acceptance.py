@@ -63,10 +63,10 @@ def bootstrap_tau(accepted: Sequence[int], steps: Sequence[int], seed: int = 0) 
     taus = 1 + a[draws].sum(1)[resampled_steps > 0] / resampled_steps[resampled_steps > 0]
     low, high = np.percentile(taus, [2.5, 97.5])
     return {
-        "tau": 1 + a.sum() / s.sum(),
+        "tau": float(1 + a.sum() / s.sum()),
         "low": float(low),
         "high": float(high),
-        "prompts": len(a),
+        "prompts": int((s > 0).sum()),
         "steps": int(s.sum()),
     }
 

@@ -2,7 +2,7 @@
 
 Schema of results.json (version 1); every tau comes as {tau, low, high, prompts, steps}:
     schema, created_with      version of this schema; package versions, commit, hardware
-    settings                  prompt set, prompts used, max_new_tokens, target and its dtype
+    settings                  prompts used and available, max_new_tokens, target and its dtype
     acceptance[]              one entry per shape and temperature: shape, temperature, all, by_category,
                               acceptance_by_depth, looping_share, tau_with_loops, tokens, prompts[] (raw counts);
                               for chains at temperature > 0 also oracle {tau, ...} and share_of_oracle
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from draftsmith.data.loops import loop_onset
+from draftsmith.data.regenerate import open_conversations
 from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.speculate import Decoder, Eagle3Drafter
@@ -31,10 +32,11 @@ from draftsmith.evaluation.acceptance import PromptAcceptance, bootstrap_tau, co
 from draftsmith.evaluation.lossless import compare, greedy_identity
 from draftsmith.files import read_jsonl, write_json
 from draftsmith.progress import Meter, say
-from draftsmith.recipe import EvaluateRecipe, Recipe
+from draftsmith.recipe import Recipe
 from draftsmith.targets.local import DTYPES, LocalTarget
 
 SCHEMA = 1
+SHORTEST_TIMED = 8  # tokens
 
 
 def balanced(prompts: list[dict], limit: int | None) -> list[dict]:
@@ -81,11 +83,9 @@ class Evaluation:
         chat = ChatFormat(target.tokenizer, recipe.target.template)
         available = list(read_jsonl(prompts_file))
         chosen = balanced(available, self.settings.prompts)
-        self.partial = len(chosen) < len(available)
-        self.prompts = [
-            (p["id"], p["category"], chat.first_turn(next(m["content"] for m in p["messages"] if m["role"] == "user")))
-            for p in chosen
-        ]
+        self.available = len(available)
+        opened = open_conversations(chosen, chat, recipe.regenerate.max_prompt_tokens)
+        self.prompts = [(c.prompt["id"], c.prompt["category"], c.ids) for c in opened]
         self.ends = stop_text_end(target.tokenizer, chat.stop)
         self.shapes = [Shape(s.steps, s.topk, s.draft_tokens) for s in self.settings.shapes]
         self.plain = Decoder(target)
@@ -130,8 +130,9 @@ class Evaluation:
 
     def speed(self, shape: Shape) -> dict[str, Any]:
         """Plain and drafted decoding alternate on the same prompts; the prompt's own forward is not counted."""
-        ratios, plain_s, drafted_s, tokens = [], 0.0, 0.0, 0
-        accepted = steps = 0
+        ratios: list[float] = []
+        plain_s = drafted_s = 0.0
+        plain_tokens = drafted_tokens = accepted = steps = 0
         differences = []
         chosen = self.prompts[: self.settings.speed_prompts]
         longest = self.settings.max_new_tokens
@@ -139,27 +140,28 @@ class Evaluation:
         self.speculative.generate(chosen[0][2], Sampling(), 8, shape)
         with Meter(f"speed {shape}", len(chosen), "prompts") as meter:
             for name, _, prompt in chosen:
-                plain = self.plain.generate(prompt, Sampling(), longest)
-                drafted = self.speculative.generate(prompt, Sampling(), longest, shape)
-                ratios.append((plain.seconds / len(plain.ids)) / (drafted.seconds / len(drafted.ids)))
-                plain_s, drafted_s = (
-                    plain_s + plain.seconds / len(plain.ids),
-                    drafted_s + drafted.seconds / len(drafted.ids),
-                )
-                tokens += len(plain.ids)
-                accepted += sum(s.accepted for s in drafted.steps)
-                steps += len(drafted.steps)
+                plain = self.plain.generate(prompt, Sampling(), longest, ends=self.ends)
+                drafted = self.speculative.generate(prompt, Sampling(), longest, shape, ends=self.ends)
+                meter.advance(1, len(plain.ids) + len(drafted.ids))
                 difference = compare(self.target, name, prompt, plain.ids, drafted.ids)
                 if difference:
                     differences.append(difference)
-                meter.advance(1, len(plain.ids) + len(drafted.ids))
+                if min(len(plain.ids), len(drafted.ids)) < SHORTEST_TIMED:
+                    continue  # an answer of a few tokens times the clock, not the decoder
+                # the first token comes from the prompt's forward, which is not in the seconds
+                per_token = plain.seconds / (len(plain.ids) - 1), drafted.seconds / (len(drafted.ids) - 1)
+                ratios.append(per_token[0] / per_token[1])
+                plain_s, drafted_s = plain_s + plain.seconds, drafted_s + drafted.seconds
+                plain_tokens, drafted_tokens = plain_tokens + len(plain.ids) - 1, drafted_tokens + len(drafted.ids) - 1
+                accepted += sum(s.accepted for s in drafted.steps)
+                steps += len(drafted.steps)
         return {
             "shape": str(shape),
-            "prompts": len(chosen),
-            "tokens": tokens,
-            "plain_tokens_per_s": len(chosen) / plain_s,
-            "drafted_tokens_per_s": len(chosen) / drafted_s,
-            "speedup": statistics.median(ratios),
+            "prompts": len(ratios),
+            "tokens": plain_tokens,
+            "plain_tokens_per_s": plain_tokens / plain_s if plain_s else None,
+            "drafted_tokens_per_s": drafted_tokens / drafted_s if drafted_s else None,
+            "speedup": statistics.median(ratios) if ratios else None,
             "tau": 1 + accepted / max(1, steps),
             "dtype": self.target.identity.dtype,
             "differences": differences,
@@ -219,10 +221,11 @@ def evaluate(
             say(tau_line(acceptance[-1]))
     speed: Sequence[dict[str, Any]] = [evaluation.speed(shape) for shape in evaluation.shapes]
     for entry in speed:
-        say(
-            f"speed {entry['shape']}: {entry['drafted_tokens_per_s']:.1f} tokens/s against "
-            f"{entry['plain_tokens_per_s']:.1f} plain, {entry['speedup']:.2f}x"
-        )
+        if entry["speedup"]:
+            say(
+                f"speed {entry['shape']}: {entry['drafted_tokens_per_s']:.1f} tokens/s against "
+                f"{entry['plain_tokens_per_s']:.1f} plain, {entry['speedup']:.2f}x"
+            )
     proof = lossless(recipe, evaluation)
     say(verdict_line(proof))
     results = {
@@ -230,6 +233,7 @@ def evaluate(
         "created_with": created_with,
         "settings": {
             "prompts": len(evaluation.prompts),
+            "prompts_available": evaluation.available,
             "max_new_tokens": recipe.evaluate.max_new_tokens,
             "target": recipe.target.model,
             "dtype": recipe.target.dtype,
@@ -238,7 +242,7 @@ def evaluate(
         "acceptance": acceptance,
         "lossless": proof,
         "speed": speed,
-        "partial": evaluation.partial,
+        "partial": len(evaluation.prompts) < evaluation.available,
     }
     write_json(out / "results.json", results)
     return results

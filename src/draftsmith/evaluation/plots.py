@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from markupsafe import Markup, escape
 from matplotlib import rc_context
@@ -13,7 +14,8 @@ Points = tuple[Sequence[float], Sequence[float]]
 
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#666666"]  # Okabe-Ito, darkened yellow
 WIDTH_IN = 5.0
-STYLE = {
+LEGEND_CHARACTERS = 44  # in one line of the legend, each entry with its line sample
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "draftsmith",  # the same run gives the same file
     "font.size": 10,
@@ -38,7 +40,7 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$").lstrip("_") or "-"
 
 
-def _svg(title: str, height_in: float, draw: Callable[[Axes], None], columns: int = 4) -> Markup:
+def _svg(title: str, height_in: float, draw: Callable[[Axes], None]) -> Markup:
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
         axes = figure.subplots()
@@ -47,7 +49,8 @@ def _svg(title: str, height_in: float, draw: Callable[[Axes], None], columns: in
         axes.set_title(_plain(title))
         handles, labels = axes.get_legend_handles_labels()
         if len(labels) > 1:
-            figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), columns))
+            fitting = max(1, LEGEND_CHARACTERS // (max(len(label) for label in labels) + 5))
+            figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), fitting))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=NO_METADATA)
     text = buffer.getvalue()
@@ -89,18 +92,18 @@ def interval_plot(
     title: str, x_label: str, rows: Sequence[str], series: Mapping[str, Sequence[tuple[float, float, float] | None]]
 ) -> Markup:
     """One line of dots per row, one colour per entry of `series`; a dot is (value, low, high)."""
-    slot = 0.8 / max(1, len(series))
+    slot = 0.64 / max(1, len(series))
 
     def draw(axes: Axes) -> None:
         for number, (name, values) in enumerate(series.items()):
             dots = [(row, *value) for row, value in enumerate(values) if value is not None]
             if not dots:
                 continue
-            y = [row + (number + 0.5) * slot - 0.4 for row, *_ in dots]
+            y = [row + (number + 0.5) * slot - 0.32 for row, *_ in dots]
             error = [[max(0.0, v - low) for _, v, low, _ in dots], [max(0.0, high - v) for _, v, _, high in dots]]
             axes.errorbar([v for _, v, _, _ in dots], y, xerr=error, fmt="o", capsize=3, label=_plain(name))
         axes.set_yticks(range(len(rows)), [_plain(row) for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlabel(x_label)
 
-    return _svg(title, 1.3 + len(rows) * max(0.3, 0.17 * len(series)), draw, columns=2)
+    return _svg(title, 1.3 + len(rows) * max(0.3, 0.17 * len(series)), draw)

@@ -27,6 +27,7 @@ from draftsmith.evaluation.report_sections import (
 from draftsmith.files import read_json, read_jsonl, write_atomic
 from draftsmith.progress import short_duration
 from draftsmith.recipe import DraftShape, Recipe, dump_recipe, load_recipe
+from draftsmith.targets import embedded
 
 ANSWERS = 20
 ENGINES = {"sglang": ("draft", "sglang"), "vllm": ("draft", "vllm")}  # export directories that each engine can load
@@ -194,8 +195,14 @@ def draft_directory(run: Run, engine: str) -> Path:
     return next((path for path in candidates if path.exists()), candidates[0])
 
 
+def engine_model(run: Run) -> str:
+    """What an engine can load: the embedded target's name means nothing to it, its converted directory does."""
+    return str(embedded.cache_dir() / embedded.NAME) if run.target == embedded.NAME else run.target
+
+
 def serve_commands(run: Run) -> list[tuple[str, str]]:
     """The engines' command lines, with the shapes that were measured to be fastest."""
+    model = engine_model(run)
     order = [entry["shape"] for entry in sorted((run.results or {}).get("speed", []), key=lambda e: -e["speedup"])]
     shapes = list(run.recipe.evaluate.shapes) if run.recipe else []
     shapes.sort(key=lambda shape: order.index(str(shape)) if str(shape) in order else len(order))
@@ -203,11 +210,11 @@ def serve_commands(run: Run) -> list[tuple[str, str]]:
     best = shapes[0] if shapes else DraftShape(steps=3, topk=4, draft_tokens=8)
     vllm, sglang = str(draft_directory(run, "vllm")), str(draft_directory(run, "sglang"))
     speculation = json.dumps({"method": "eagle3", "model": vllm, "num_speculative_tokens": chain.steps})
-    launch = ["python", "-m", "sglang.launch_server", "--model-path", run.target, "--speculative-algorithm", "EAGLE3"]
+    launch = ["python", "-m", "sglang.launch_server", "--model-path", model, "--speculative-algorithm", "EAGLE3"]
     launch += ["--speculative-draft-model-path", sglang, "--speculative-num-steps", str(best.steps)]
     launch += ["--speculative-eagle-topk", str(best.topk), "--speculative-num-draft-tokens", str(best.draft_tokens)]
     return [
-        ("Serve on vLLM", shlex.join(["vllm", "serve", run.target, "--speculative-config", speculation])),
+        ("Serve on vLLM", shlex.join(["vllm", "serve", model, "--speculative-config", speculation])),
         ("Serve on SGLang", shlex.join(launch)),
     ]
 

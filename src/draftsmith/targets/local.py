@@ -6,7 +6,6 @@ Shapes: B sequences, T packed tokens, W tokens a step, L cached positions, K tap
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -107,6 +106,13 @@ class LocalTarget:
                 f"target.model: {type(lm).__name__} has no {' and no '.join(missing or ['output head'])}; "
                 "draftsmith needs a decoder-only model with .layers, .embed_tokens, .norm and a head"
             )
+        rows = lm.get_input_embeddings().weight.shape[0]
+        highest = max(self.tokenizer.get_vocab().values()) if self.tokenizer else 0
+        if highest >= rows:
+            raise TargetError(
+                f"target.model: the tokenizer knows ids up to {highest} but the model has {rows} rows; "
+                "give the model its own tokenizer"
+            )
         self.head = lm.get_output_embeddings()
         self.logit_softcap = getattr(self.config, "final_logit_softcapping", None)
         eos = getattr(lm.generation_config, "eos_token_id", None) or self.config.eos_token_id
@@ -135,7 +141,7 @@ class LocalTarget:
             for index, layer in enumerate(self.decoder.layers):
                 layer.register_forward_pre_hook(self._record_tap(index), with_kwargs=True)
             try:
-                taps, last = self._forward(ids, torch.arange(3, device=self.device)[None], None, PackedPlan([3]), (0,))
+                _taps, last = self._forward(ids, torch.arange(3, device=self.device)[None], None, PackedPlan([3]), (0,))
             except (ValueError, TypeError, KeyError) as error:
                 raise TargetError(
                     f"target.model: {self.identity.architecture} cannot be driven by draftsmith: {_first_line(error)}"
@@ -169,9 +175,7 @@ class LocalTarget:
         layers = self.identity.num_layers
         wrong = [t for t in taps if not 0 <= t < layers]
         if wrong:
-            raise TargetError(
-                f"draft.taps: {wrong[0]} given, but {self.identity.model} has {layers} layers; allowed are 0..{layers - 1}"
-            )
+            raise TargetError(f"draft.taps: {wrong[0]} given; {self.identity.model} has layers 0..{layers - 1}")
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The target's own head over its own last hidden state."""
@@ -279,14 +283,14 @@ class LocalTarget:
                 cache.select_rows(keep)
                 running = [running[i] for i in keep]
                 lengths, next_ids, rows = lengths[keep], next_ids[keep], len(keep)
-            for row, index in enumerate(running):
-                if index is None:
+            for row, prompt in enumerate(running):
+                if prompt is None:
                     continue
-                ended = self._extend(outputs[index], int(next_ids[row]), max_new_tokens, stop, stop_loops)
+                ended = self._extend(outputs[prompt], int(next_ids[row]), max_new_tokens, stop, stop_loops)
                 if ended:
                     running[row] = None
                     lengths[row] = 0
-                    yield index, Generation(outputs.pop(index), ended)
+                    yield prompt, Generation(outputs.pop(prompt), ended)
             if all(r is None for r in running):
                 continue
             next_ids = self._decode_step(cache, lengths, next_ids, sampling, generator)
@@ -323,9 +327,3 @@ class LocalTarget:
         )
         _, last = self._forward(ids[:, None].to(self.device), lengths_B[:, None], cache, plan)
         return sample(self.logits(last[:, 0]), sampling, generator).cpu()
-
-
-def model_path_digest(path: Path) -> str:
-    """Digest of a local model's configuration, for stage keys."""
-    config = path / "config.json"
-    return hashlib.sha256(config.read_bytes()).hexdigest()[:16] if config.exists() else str(path)

@@ -35,9 +35,9 @@ def truncate_jsonl(path: Path, last_step: int) -> None:
 def evaluate_heldout(draft: Eagle3Draft, packs: Iterable[PackInputs], d2t: torch.Tensor, steps: int) -> dict[str, Any]:
     """Acceptance per depth and chain accept length on completions that training never sees.
 
-    `match[i]`: share of step-i first choices that the target wrote, given that serving reached depth i with the target's
-    own tokens before it. `alpha[i]`: sum of min(p, q). `tau_K`: 1 + accepted / verifications of a chain of K steps along
-    the written text, which is what greedy verification of that text would accept.
+    `match[i]`: share of step-i first choices that the target wrote, given that serving reached depth i with the
+    target's own tokens before it. `alpha[i]`: sum of min(p, q). `tau_K`: 1 + accepted / verifications of a chain of K
+    steps along the written text, which is what greedy verification of that text would accept.
     """
     hits, scored, alphas = [0] * steps, [0] * steps, [0.0] * steps
     lengths = sorted({min(3, steps), steps})
@@ -61,5 +61,5 @@ def evaluate_heldout(draft: Eagle3Draft, packs: Iterable[PackInputs], d2t: torch
 
 
 def converged(taus: Sequence[float], patience: int) -> bool:
-    """tau rose by less than 1 % over the last `patience` evaluations."""
-    return len(taus) > patience and max(taus[-patience:]) < 1.01 * max(taus[:-patience])
+    """tau - 1, what the draft adds, rose by less than 1 % over the last `patience` evaluations."""
+    return len(taus) > patience and max(taus[-patience:]) - 1 < 1.01 * (max(taus[:-patience]) - 1)

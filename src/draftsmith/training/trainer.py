@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from draftsmith.data.packing import Pack, make_pack, schedule, trainable
-from draftsmith.data.regenerate import Completion, read_completions
+from draftsmith.data.regenerate import read_completions
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from draftsmith.errors import CheckpointError, DataError, TargetError, TrainingError
@@ -164,7 +164,7 @@ class Trainer:
         return summary
 
     def _optimiser_step(self, packs: list[Pack], capture: CaptureSource) -> None:
-        inputs = [i for pack in packs if (i := self._inputs(pack, capture)) is not None]
+        inputs = [made for pack in packs if (made := self._inputs(pack, capture)) is not None]
         lr = self._learning_rate()
         for optimizer in self.optimizers:
             beside_muon = len(self.optimizers) > 1 and isinstance(optimizer, torch.optim.AdamW)

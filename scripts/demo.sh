@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# From a fresh clone to a report: sets up .venv and runs the quick recipe on the embedded target.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/setup.sh && setup
+.venv/bin/draftsmith run recipes/gemma3-270m-quick.yaml "$@"

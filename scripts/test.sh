@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Lint, types and tests. `scripts/test.sh engines` runs the tier that needs vLLM, in a virtual environment of its own.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/setup.sh && setup
+if [ "${1:-}" = engines ]; then
+  exec .venv/bin/python -m pytest tests/engines -m engines
+fi
+.venv/bin/ruff format --check -q .
+.venv/bin/ruff check -q .
+.venv/bin/mypy
+.venv/bin/python -m pytest tests/unit tests/parity tests/golden "$@"

@@ -1,0 +1,267 @@
+"""The report shows what the run directory holds, trusts none of its text, and asks the network for nothing."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import orjson
+import pytest
+import torch
+
+from draftsmith.data.vocabulary import DraftVocabulary
+from draftsmith.evaluation.report import write_report
+from draftsmith.evaluation.report_sections import sample_completions, token_texts
+from draftsmith.recipe import Recipe, dump_recipe
+
+PIECES = ["<bos>", "Say", " hi", "<script>alert(1)</script>", " & more", "é", "!", " rare"]
+UNKNOWN_BYTE = "\ufffd"
+
+
+class FakeTokenizer:
+    """Ids 100 and 101 are the two bytes of one character; every other id is a piece of text."""
+
+    def decode(self, ids: list[int]) -> str:
+        raw = b"".join({100: b"\xc3", 101: b"\xbc"}.get(i) or PIECES[i].encode() for i in ids)
+        return raw.decode("utf-8", errors="replace")
+
+
+def write(path: Path, *rows: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\n".join(orjson.dumps(row) for row in rows))
+
+
+def completion(name: str, category: str) -> dict:
+    return {
+        "id": name,
+        "category": category,
+        "source": "test",
+        "ids": [0, 1, 2, 3, 4, 7],
+        "spans": [[3, 6]],
+        "finish_reason": "stop",
+        "sampling": [0.8, 0.95, 64],
+    }
+
+
+def tau(value: float) -> dict:
+    return {"tau": value, "low": value - 0.1, "high": value + 0.1, "prompts": 9, "steps": 400}
+
+
+def acceptance(shape: str, temperature: float, value: float) -> dict:
+    return {
+        "shape": shape,
+        "temperature": temperature,
+        "all": tau(value),
+        "by_category": {"chat": tau(value - 0.2), "code": tau(value + 0.2)},
+        "acceptance_by_depth": [0.61, 0.52, None],
+        "looping_share": 0.0625,
+        "tau_with_loops": value + 0.03,
+        "tokens": 1152,
+        "prompts": [],
+    }
+
+
+def results() -> dict:
+    chain_warm = {**acceptance("3/1/4", 1.0, 1.71), "oracle": tau(2.66), "share_of_oracle": 0.43}
+    speed = {"prompts": 6, "tokens": 768, "plain_tokens_per_s": 20.0, "dtype": "bf16"}
+    tie = {"id": "tied-prompt", "token": 57, "plain": 4, "drafted": None, "logit_gap": 0.0625}
+    return {
+        "schema": 1,
+        "created_with": {"command": "draftsmith run r.yaml", "commit": "abc1234", "hardware": {"cpu": "Test CPU"}},
+        "settings": {"prompts": 9, "max_new_tokens": 128, "target": "tiny", "dtype": "bf16", "threads": 1},
+        "acceptance": [acceptance("3/1/4", 0.0, 1.91), acceptance("3/4/8", 0.0, 2.27), chain_warm],
+        "lossless": {
+            "dtype": "fp32",
+            "prompts": 50,
+            "tokens_per_prompt": 128,
+            "tokens": 6400,
+            "shapes": ["3/1/4", "3/4/8"],
+            "differences": [],
+            "identical": True,
+        },
+        "speed": [
+            {
+                **speed,
+                "shape": "3/1/4",
+                "drafted_tokens_per_s": 24.6,
+                "speedup": 1.23,
+                "tau": 1.9,
+                "differences": [tie],
+            },
+            {**speed, "shape": "3/4/8", "drafted_tokens_per_s": 27.4, "speedup": 1.37, "tau": 2.3, "differences": []},
+        ],
+        "partial": False,
+    }
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    recipe = Recipe.model_validate({"name": "tiny-run", "target": {"model": "tiny"}, "train": {"epochs": 3}})
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    write(
+        tmp_path / "prompts" / "summary.json",
+        {
+            "prompts": 1234,
+            "evaluation_prompts": 9,
+            "duplicates_dropped": 17,
+            "contaminated_dropped": 5,
+            "bad_rows_skipped": 2,
+            "by_category": {"chat": 700, "code": 534},
+            "by_source": {"test": 1234},
+        },
+    )
+    write(
+        tmp_path / "completions" / "00000.jsonl", *(completion(f"{c}-{i}", c) for c in ("chat", "code") for i in "ab")
+    )
+    write(
+        tmp_path / "completions" / "summary.json",
+        {
+            "completion_tokens": 12,
+            "completions": 4,
+            "finish_reasons": {"eos": 0, "stop": 3, "length": 0, "loop": 1},
+            "empty": 0,
+            "prompts_too_long": 0,
+            "tokens_by_category": {"chat": 6, "code": 6},
+        },
+    )
+    write(tmp_path / "completions" / "timing.json", {"completion_tokens": 12, "seconds": 3.0, "tokens_per_s": 4.0})
+    DraftVocabulary(torch.arange(7), 128).save(tmp_path / "vocab" / "vocab.safetensors")
+    write(
+        tmp_path / "vocab" / "coverage.json",
+        {
+            "sizes": [1024, 2048],
+            "coverage": {"all": [0.875, 0.96], "chat": [0.8, 0.9], "code": [0.9, 1.0]},
+            "distinct_tokens": 4000,
+            "loss_tokens": 12,
+            "chosen_size": 1024,
+            "chosen": {"all": 0.875, "chat": 0.8, "code": 0.9},
+        },
+    )
+    held_out = {"match": [0.6, 0.5], "alpha": [0.58, 0.49], "tau_2": 1.77, "verifications": 300}
+    logged = [{"step": s, "loss": 5.0 / s, "alpha": [0.1 * s, 0.05 * s]} for s in (1, 2, 3)]
+    write(tmp_path / "train" / "metrics.jsonl", *logged, {"step": 3, "held_out": held_out})
+    write(tmp_path / "train" / "timing.jsonl", *({"step": s, "tokens": 500, "seconds": 2.0} for s in (1, 2, 3)))
+    write(
+        tmp_path / "train" / "summary.json",
+        {
+            "steps": 3,
+            "parameters": 13_000_000,
+            "completions": 3,
+            "held_out_completions": 1,
+            "tokens": 1500,
+            "quarantined": [],
+            "status": "preview",
+            "tau_held_out": 1.77,
+        },
+    )
+    write(tmp_path / "evaluate" / "results.json", results())
+    return tmp_path
+
+
+def report(run: Path) -> str:
+    return write_report(run, FakeTokenizer()).read_text()
+
+
+def test_the_figures_are_there(run: Path) -> None:
+    page = report(run)
+    assert "13.0 M parameters" in page
+    assert "<b>2.27</b>" in page, "tau of the fastest shape"
+    assert "interval 2.17 to 2.37" in page
+    assert "<b>1.37\N{MULTIPLICATION SIGN}</b>" in page
+    assert "identical greedy output on 50 prompts x 128 tokens in fp32" in page
+    for figure in (
+        "17 duplicates",
+        "5 that occur in the evaluation set",
+        "loop 1 (25.0%)",
+        "87.50%",
+        "1.91 [1.81, 2.01]",
+    ):
+        assert figure in page
+    for figure in ("2.66 [2.56, 2.76]", "43%", "6.2%", "0.36", "tied-prompt", "0.0625", "abc1234", "Test CPU"):
+        assert figure in page
+    assert page.count("<svg") == page.count("</svg>") == 7
+    assert page.count("<details>") == 5, "four answers and the whole recipe"
+    assert "tau</b> = 1 + accepted draft tokens / verification steps" in page
+
+
+def test_what_to_run_next_fits_the_run(run: Path) -> None:
+    page = report(run)
+    assert "--train.epochs 6" in page, "a preview trains longer"
+    assert "--speculative-num-steps 3 --speculative-eagle-topk 4 --speculative-num-draft-tokens 8" in page
+    assert "vllm serve tiny --speculative-config" in page
+
+
+def test_text_of_the_run_is_escaped(run: Path) -> None:
+    page = report(run)
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 5, "the mask and four answers"
+
+
+def test_a_hostile_category_reaches_neither_page_nor_plots_raw(run: Path) -> None:
+    changed = results()
+    for entry in changed["acceptance"]:
+        entry["by_category"] = {"_<script>$x^2$ $": tau(1.5)}
+    write(run / "evaluate" / "results.json", changed)
+    assert "<script" not in report(run)
+
+
+def test_nothing_is_loaded_from_elsewhere(run: Path) -> None:
+    page = report(run)
+    assert not re.search(r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//""", page)
+    assert not re.search(r"@import|url\((?!#)", page)
+    assert not re.search(r"<(?:script|link|img|iframe)\b", page)
+
+
+def test_the_mask_tells_prompt_loss_and_outside_tokens_apart(run: Path) -> None:
+    page = report(run)
+    assert '<span class="prompt" title="2"> hi</span>' in page
+    assert '<span class="loss" title="4"> &amp; more</span>' in page
+    assert '<span class="loss outside" title="7"> rare</span>' in page
+    (run / "vocab" / "vocab.safetensors").unlink()
+    assert '<span class="loss" title="7"> rare</span>' in report(run)
+
+
+def test_a_partial_evaluation_says_so_loudly(run: Path) -> None:
+    assert "PARTIAL" not in report(run)
+    write(run / "evaluate" / "results.json", {**results(), "partial": True})
+    assert "PARTIAL EVALUATION: only 9 prompts" in report(run)
+
+
+def test_a_difference_turns_the_verdict(run: Path) -> None:
+    changed = results()
+    difference = {"shape": "3/4/8", "id": "broken-prompt", "token": 3, "plain": 1, "drafted": 2, "logit_gap": 4.5}
+    changed["lossless"] |= {"identical": False, "differences": [difference]}
+    write(run / "evaluate" / "results.json", changed)
+    page = report(run)
+    assert '<div class="card bad"><span class="label">Lossless</span><b>NO</b>' in page
+    assert "broken-prompt" in page
+    assert "Do not serve this draft" in page
+
+
+def test_stages_that_have_not_run_take_one_line_each(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    (run / "evaluate" / "results.json").unlink()
+    page = report(run)
+    assert "stage evaluate has not run" in page
+    assert "draftsmith evaluate" in page
+    assert "Training loss" in page
+    empty = report(tmp_path_factory.mktemp("empty"))
+    for stage in ("prompts", "regenerate", "vocab", "train", "evaluate"):
+        assert f"stage {stage} has not" in empty
+
+
+def test_the_same_run_gives_the_same_page(run: Path) -> None:
+    assert report(run) == report(run)
+
+
+def test_answers_come_evenly_from_the_categories() -> None:
+    rows = [completion(f"chat-{i}", "chat") for i in range(500)] + [completion(f"code-{i}", "code") for i in range(30)]
+    rows += [completion("math-0", "math"), {**completion("math-1", "math"), "spans": []}]
+    chosen = sample_completions(iter(rows), 20, seed=0)
+    assert Counter(row["category"] for row in chosen) == {"chat": 10, "code": 9, "math": 1}
+    assert len({row["id"] for row in chosen}) == 20
+    assert max(int(row["id"].split("-")[1]) for row in chosen) > 100, "not just the beginning"
+
+
+def test_a_character_of_two_tokens_stands_at_the_second() -> None:
+    texts = token_texts([1, 100, 101, 6], FakeTokenizer())
+    assert texts == ["Say", "", "ü", "!"]
+    assert token_texts([1, 100], FakeTokenizer()) == ["Say", UNKNOWN_BYTE]
