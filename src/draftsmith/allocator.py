@@ -1,7 +1,7 @@
 """Make glibc keep freed memory instead of giving it back to the kernel after every large tensor.
 
 Logits over a 262,144-token vocabulary are tens of megabytes a step; by default each is mapped, zeroed page by page
-and unmapped again, which costs as much as the matrix product that fills it (2x on decoding, measured on 2 cores).
+and unmapped again, which costs about as much as the matrix product that fills it.
 """
 
 import ctypes

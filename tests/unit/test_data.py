@@ -192,7 +192,7 @@ def test_turns_are_regenerated_in_order(tmp_path):
 
 def test_a_template_that_stops_at_once_is_an_error(tmp_path):
     model = save_tiny_target(tmp_path / "m")
-    template = {"user": "{content}", "assistant": " <assistant>", "stop": [" ", "w", "<", "t", "e"]}
+    template = {"user": "{content}", "assistant": " <assistant>", "stop": list("abcdefghijklmnopqrstuvwxyz<")}
     recipe = tiny_recipe(model, write_prompts(tmp_path / "p.jsonl"), **{"target.template": template})
     gather(recipe, tmp_path)
     target = LocalTarget(model, dtype="fp32", device="cpu")

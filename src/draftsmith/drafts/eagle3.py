@@ -94,8 +94,8 @@ class Eagle3Draft(nn.Module):
         projections small, so that the draft starts as fc followed by the target's head.
 
         The norm's gain is scaled so that a feature of random direction gives logits of deviation 1. At the target's
-        own scale it gives wildly confident guesses (a loss of 130 on Gemma-3-270m instead of 9), and a tenth of a
-        short training is spent unlearning them; a direction that fits a row still reaches sqrt(H) times as far.
+        own scale it gives wildly confident guesses (on Gemma many times the loss of a uniform guess), and training
+        begins by unlearning them; a direction that fits a row still reaches sqrt(H) times as far.
         """
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
