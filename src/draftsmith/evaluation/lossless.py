@@ -52,24 +52,28 @@ def greedy_identity(
     max_new_tokens: int,
     dtype: str,
 ) -> dict[str, Any]:
-    """Decode each prompt plainly and with every shape; end tokens apply, stop texts do not."""
+    """Compare every shape's greedy output with plain decoding; end tokens apply, stop texts do not.
+
+    Plain decoding of all prompts runs as one batch, which is many times faster. Where a drafted output differs from
+    it, the prompt is decoded again plainly and alone, and that is what counts.
+    """
     differences: list[dict[str, Any]] = []
-    tokens = 0
-    with Meter(f"lossless ({dtype})", len(prompts), "prompts") as meter:
-        for name, prompt in prompts:
-            reference = plain.generate(prompt, Sampling(), max_new_tokens)
-            tokens += len(reference.ids)
+    references = {i: g.ids for i, g in target.generate([ids for _, ids in prompts], Sampling(), max_new_tokens)}
+    with Meter(f"lossless ({dtype})", len(prompts) * len(shapes), "outputs") as meter:
+        for index, (name, prompt) in enumerate(prompts):
             for shape in shapes:
                 drafted = speculative.generate(prompt, Sampling(), max_new_tokens, shape)
-                difference = compare(target, name, prompt, reference.ids, drafted.ids)
-                if difference:
-                    differences.append({"shape": str(shape), **difference})
-            meter.advance(1, len(reference.ids))
+                if drafted.ids != references[index]:
+                    references[index] = plain.generate(prompt, Sampling(), max_new_tokens).ids
+                    difference = compare(target, name, prompt, references[index], drafted.ids)
+                    if difference:
+                        differences.append({"shape": str(shape), **difference})
+                meter.advance(1, len(drafted.ids))
     return {
         "dtype": dtype,
         "prompts": len(prompts),
         "tokens_per_prompt": max_new_tokens,
-        "tokens": tokens,
+        "tokens": sum(map(len, references.values())),
         "shapes": [str(s) for s in shapes],
         "differences": differences,
         "identical": not differences,

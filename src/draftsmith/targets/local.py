@@ -179,7 +179,10 @@ class LocalTarget:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The target's own head over its own last hidden state."""
-        logits = self.head(hidden)
+        if self._few_fp32_rows(hidden):
+            logits = (self.head.weight @ hidden.T).T
+        else:
+            logits = self.head(hidden)
         if self.logit_softcap is not None:
             logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
         return logits
@@ -193,6 +196,11 @@ class LocalTarget:
         return self.decoder.norm(
             torch.ones(self.identity.hidden_size, dtype=self.head.weight.dtype, device=self.device)
         )
+
+    def _few_fp32_rows(self, hidden: Tensor) -> bool:
+        """Where the CPU's fp32 product is twice as fast the other way round: a few rows against a whole vocabulary."""
+        few = hidden.ndim == 2 and 1 < len(hidden) <= 16 and getattr(self.head, "bias", None) is None
+        return few and hidden.dtype == torch.float32 and hidden.device.type == "cpu"
 
     def head_rows(self, ids: Tensor) -> Tensor:
         return self.head.weight[ids.to(self.device)]
