@@ -25,22 +25,22 @@ def ttt_outputs(draft: Eagle3Draft, pack: Pack, taps_TKH: Tensor, embeds_TH: Ten
     positions_T = pack.positions_T.to(device)
     last = len(pack.ids_T) - 1
     shape_q, shape_kv = (attn.num_heads, attn.head_dim), (attn.num_kv_heads, attn.head_dim)
+    query_size = attn.num_heads * attn.head_dim
 
-    def halves(weight: Tensor) -> tuple[Tensor, Tensor]:
-        return weight[:, : config.hidden_size], weight[:, config.hidden_size :]
+    def keys_and_values(kv: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = kv.unflatten(-1, (2, *shape_kv)).unbind(1)
+        return key, value
 
-    query_e, query_h = halves(attn.q_proj.weight)
-    kv_e, kv_h = halves(torch.cat([attn.k_proj.weight, attn.v_proj.weight]))
+    weight = torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight])
+    from_embed, from_feature = (half.contiguous() for half in weight.split(config.hidden_size, dim=1))
 
     # Token t + 1 + i stands beside feature t; past the end of the pack any row will do, those are never scored.
-    normed_embeds = layer.input_layernorm(embeds_TH)
-    embed_query = F.linear(normed_embeds, query_e)
-    embed_kv = F.linear(normed_embeds, kv_e)
+    embed_qkv = F.linear(layer.input_layernorm(embeds_TH), from_embed)
     following_T = (torch.arange(last + 1, device=device) + 1).clamp_(max=last)
 
     features_TH = draft.fuse(taps_TKH)
-    kv = F.linear(layer.hidden_norm(features_TH), kv_h) + embed_kv[following_T]
-    key0, value0 = kv.unflatten(-1, (2, *shape_kv)).unbind(1)
+    kv = F.linear(layer.hidden_norm(features_TH), from_feature[query_size:]) + embed_qkv[following_T, query_size:]
+    key0, value0 = keys_and_values(kv)
     key0 = rotate(key0, rope_table(positions_T, attn.head_dim, config.rope_theta, dtype))
 
     feature = features_TH[chains_R]
@@ -51,12 +51,14 @@ def ttt_outputs(draft: Eagle3Draft, pack: Pack, taps_TKH: Tensor, embeds_TH: Ten
         beside = (chains_R + 1 + step).clamp(max=last)
         table = rope_table(positions_T[chains_R] + step, attn.head_dim, config.rope_theta, dtype)
         normed = layer.hidden_norm(feature)
-        query = F.linear(normed, query_h) + embed_query[beside]
-        query = rotate(query.unflatten(-1, shape_q), table)
         if step:
-            key, value = (F.linear(normed, kv_h) + embed_kv[beside]).unflatten(-1, (2, *shape_kv)).unbind(1)
+            query, kv = (F.linear(normed, from_feature) + embed_qkv[beside]).tensor_split([query_size], dim=-1)
+            key, value = keys_and_values(kv)
             own_keys.append(rotate(key, table))
             own_values.append(value)
+        else:  # its keys and values are among step 0's
+            query = F.linear(normed, from_feature[:query_size]) + embed_qkv[beside, :query_size]
+        query = rotate(query.unflatten(-1, shape_q), table)
         empty = key0.new_zeros(0, len(chains_R), *shape_kv)
         attended = ChainAttention.apply(
             query,
