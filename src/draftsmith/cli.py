@@ -63,12 +63,15 @@ def parse(arguments: list[str]) -> StageCommand | InspectCommand:
     if arguments[:1] and arguments[0] in STAGE_NAMES and arguments[1:2] and not arguments[1].startswith("-"):
         first, _ = tyro.cli(_Positions, args=arguments, return_unknown_args=True, add_help=False)
         default = load_recipe(first.recipe)
-    return _tyro_in_one_line(
+    command = _tyro_in_one_line(
         StageCommand,
         args=arguments,
         default=StageCommand("run", Path("RECIPE"), overrides=default),
         config=(tyro.conf.AvoidSubcommands,),
     )
+    if default is PLACEHOLDER:
+        raise RecipeError(f"give the recipe right after the command: draftsmith {command.command} RECIPE [flags]")
+    return command
 
 
 _PYDANTIC = re.compile(
@@ -131,10 +134,10 @@ def main() -> int:
     except KeyboardInterrupt:
         say("draftsmith: interrupted; what is finished is kept, the same command goes on from there")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         place = f" ({error.filename})" if error.filename else ""
-        say(f"draftsmith: {error.strerror}{place}; free space or give another --out; what is finished is kept")
+        say(f"draftsmith: {error.strerror}{place}; mend it or give another --out; what is finished is kept")
     return 2
 
 

@@ -43,6 +43,21 @@ def read_jsonl(path: Path) -> Iterator[Any]:
                 ) from None
 
 
+def save_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
+    """safetensors, written beside its place and renamed; a write that fails is a `DataError` of one line."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+    except SafetensorError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"{path}: cannot be written: {error}; free space or give another --out") from None
+    os.replace(temporary, path)
+
+
 def digest(*parts: Any) -> str:
     """Content hash of files (given as Path) and JSON values, 16 hex digits."""
     total = hashlib.sha256()

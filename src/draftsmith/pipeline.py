@@ -1,4 +1,4 @@
-"""The nine steps as stages that meet through files: run what is missing or changed, skip the rest.
+"""The steps as stages that meet through files: run what is missing or changed, skip the rest.
 
 A stage is a function from files to files in a directory of its own. `stage.json` in that directory holds the key of
 the last finished run: a digest of the code's format version, the stage's part of the recipe and the content of its
@@ -7,7 +7,6 @@ inputs. An unchanged key skips the stage; another key moves the old directory as
 
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -228,7 +227,7 @@ STAGES = (
     Stage(
         "evaluate",
         "measure accept length, speed and losslessness",
-        _part("target", "evaluate", "seed"),
+        lambda run: [_part("target", "evaluate", "seed")(run), run.recipe.regenerate.max_prompt_tokens],
         lambda run: [run.draft_directory / "model.safetensors", run.path("prompts", "evaluation.jsonl")],
         _evaluate,
     ),
@@ -281,7 +280,8 @@ def run_stage(run: Run, stage: Stage, force: bool = False) -> dict[str, Any]:
         old = files.read_json(record)
         if old["resume_key"] != continued:
             aside = out.with_name(f"{out.name}.{old['key'][:8]}")
-            shutil.rmtree(aside, ignore_errors=True)
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}x")
             out.rename(aside)
             say(f"{stage.name}: the recipe or inputs changed; the old output is kept in {aside}")
     out.mkdir(parents=True, exist_ok=True)
@@ -289,7 +289,8 @@ def run_stage(run: Run, stage: Stage, force: bool = False) -> dict[str, Any]:
     started = time.monotonic()
     stage.run(run, out)
     files.write_json(record, {"key": key, "resume_key": continued, "finished": True})
-    return {"ran": True, "why": why, "seconds": round(time.monotonic() - started, 1)}
+    seconds = round(time.monotonic() - started, 1)
+    return {"ran": True, "why": why, "seconds": seconds, "commit": commit(), "command": " ".join(run.command)}
 
 
 def run_pipeline(run: Run, only: str | None = None) -> Path:
@@ -304,7 +305,7 @@ def run_pipeline(run: Run, only: str | None = None) -> Path:
             continue
         entry = run_stage(run, stage, force=stage.name == "report")
         if not entry["ran"] and stage.name in earlier:
-            entry["seconds"] = earlier[stage.name]["seconds"]
+            entry = {**earlier[stage.name], **entry, "seconds": earlier[stage.name]["seconds"]}
         stages[stage.name] = entry
         files.write_json(manifest_file, {**run.created_with, "stages": stages})
     return run.path("report.html")
@@ -315,7 +316,7 @@ def explain(run: Run) -> str:
     lines = [dump_recipe(run.recipe), f"run directory: {run.directory}"]
     upstream_runs = False
     for stage in STAGES:
-        if upstream_runs and stage.name != "prompts":
+        if upstream_runs:
             why: str | None = "a stage before it runs"
         else:
             try:

@@ -243,6 +243,10 @@ class EvaluateRecipe(Model):
     """Drafting shapes to measure."""
     temperatures: tuple[Annotated[float, Field(ge=0.0)], ...] = (0.0, 1.0)
     """0.0 is greedy."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus filter at temperatures above 0."""
+    top_k: Count = 0
+    """Keep the k most probable tokens at temperatures above 0."""
     prompts: Positive | None = None
     """Evaluation prompts used, an equal number per category; left out: all."""
     max_new_tokens: Positive = 128

@@ -66,6 +66,15 @@ TABLE = {
     "wrong type": (lambda w, t: ["run", edited(w, t, **{"vocab.size": "big"})], "vocab.size: 'big' given"),
     "bad flag value": (lambda w, t: ["run", w / "recipe.yaml", "--vocab.size", "0"], "vocab.size: 0 given"),
     "unknown flag": (lambda w, t: ["run", w / "recipe.yaml", "--train.epoch", "3"], "flags: "),
+    "flag before the recipe": (
+        lambda w, t: ["run", "--dry-run", w / "recipe.yaml"],
+        "give the recipe right after the command",
+    ),
+    "prompts are a directory": (
+        lambda w, t: ["run", edited(w, t, **{"prompts.sources": [{"name": str(t)}]})],
+        "is no file",
+    ),
+    "unknown device": (lambda w, t: ["run", w / "recipe.yaml", "--device", "gpu"], "device: 'gpu' given"),
     "no command": (lambda w, t: ["rnu", w / "recipe.yaml"], "flags: "),
     "missing prompts": (
         lambda w, t: ["run", edited(w, t, **{"prompts.sources": [{"name": "none.jsonl"}]})],

@@ -44,7 +44,16 @@ def test_three_forms_give_the_same_turns(row, expected):
 
 
 @pytest.mark.parametrize(
-    "row", [{"text": "x"}, {"prompt": ""}, {"prompt": 3}, {"messages": [{"role": "robot", "content": "x"}]}, 7, {}]
+    "row",
+    [
+        {"text": "x"},
+        {"prompt": ""},
+        {"prompt": 3},
+        {"messages": [{"role": "robot", "content": "x"}]},
+        7,
+        {},
+        {"messages": None},
+    ],
 )
 def test_rows_without_a_prompt_are_refused(row):
     with pytest.raises(DataError):
@@ -82,7 +91,7 @@ def test_hub_columns_are_mapped(monkeypatch, name, row, text):
 
     def load(path, config, split, streaming):
         asked.append((path, config, split))
-        return [row]
+        return datasets.Dataset.from_list([row]).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     prompts, _ = read_source(Source(name=name, limit=1), 1, False, 0)

@@ -3,6 +3,7 @@
 A prompt is {"id", "category", "source", "messages"}: the user turns (and a system turn) that the target will answer.
 """
 
+import itertools
 import random
 import re
 from collections import Counter
@@ -66,17 +67,25 @@ HUB: dict[str, HubSource] = {
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
+def _list(value: Any) -> list:
+    if not isinstance(value, list):
+        raise DataError("its turns are no list")
+    return value
+
+
+def _turn(message: Any, role: str, content: str) -> tuple[Any, Any]:
+    return (message.get(role), message.get(content)) if isinstance(message, dict) else (None, None)
+
+
 def messages_of(row: Any, max_turns: int) -> list[dict[str, str]]:
     """The turns to answer, from a row in ShareGPT, `messages` or plain `prompt` form; raises `DataError`."""
     if not isinstance(row, dict):
         raise DataError("not an object")
     if "messages" in row:
-        turns = [(m.get("role"), m.get("content")) if isinstance(m, dict) else (None, None) for m in row["messages"]]
+        turns = [_turn(m, "role", "content") for m in _list(row["messages"])]
     elif "conversations" in row:
-        turns = [
-            (_SHAREGPT_ROLES.get(str(m.get("from"))), m.get("value")) if isinstance(m, dict) else (None, None)
-            for m in row["conversations"]
-        ]
+        turns = [_turn(m, "from", "value") for m in _list(row["conversations"])]
+        turns = [(_SHAREGPT_ROLES.get(str(role)), content) for role, content in turns]
     elif "prompt" in row:
         turns = [("user", row["prompt"])]
     else:
@@ -96,13 +105,13 @@ def messages_of(row: Any, max_turns: int) -> list[dict[str, str]]:
     return kept
 
 
-def _raw_rows(source: Source) -> Iterator[tuple[str, Any]]:
+def _raw_rows(source: Source, seed: int) -> Iterator[tuple[str, Any]]:
     """(where it came from, row); a row that is not JSON comes as the error."""
     if source.name in HUB:
-        yield from _hub_rows(source)
+        yield from _hub_rows(source, seed)
         return
     path = Path(str(BUNDLED)) if source.name == "bundled" else Path(source.name)
-    if not path.exists():
+    if not path.is_file():
         raise DataError(
             f"prompts.sources: {source.name!r} is no file; allowed are bundled, a .jsonl or .parquet path, "
             f"or one of {', '.join(HUB)}"
@@ -126,14 +135,19 @@ def _raw_rows(source: Source) -> Iterator[tuple[str, Any]]:
                     yield f"{path}:{number}", error
 
 
-def _hub_rows(source: Source) -> Iterator[tuple[str, Any]]:
+def _hub_rows(source: Source, seed: int) -> Iterator[tuple[str, Any]]:
+    """Streamed and shuffled through a buffer, so a limited source is read only as far as needed; a data set of several
+    parts gives an equal share of each."""
     from datasets import load_dataset
 
     hub = HUB[source.name]
     for config in hub.configs:
         try:
-            rows = load_dataset(hub.path, config, split=hub.split, streaming=True)
-            for number, row in enumerate(rows, 1):
+            rows = load_dataset(hub.path, config, split=hub.split, streaming=True).shuffle(
+                seed=seed, buffer_size=10_000
+            )
+            share = -(-source.limit // len(hub.configs)) if source.limit else None
+            for number, row in enumerate(itertools.islice(rows, share), 1):
                 yield f"{hub.path} row {number}", {"category": hub.category, **hub.to_row(row)}
         except (OSError, ValueError, RuntimeError) as error:
             raise DataError(
@@ -145,9 +159,7 @@ def read_source(source: Source, max_turns: int, skip_bad: bool, seed: int) -> tu
     """(prompts of one source, number of bad rows skipped)."""
     prompts: list[Prompt] = []
     bad = 0
-    # A hub set is streamed, so it is read only as far as needed; its own order is random enough.
-    enough = source.limit if source.name in HUB else None
-    for where, row in _raw_rows(source):
+    for where, row in _raw_rows(source, seed):
         try:
             if isinstance(row, Exception):
                 raise DataError(f"not JSON: {row}")
@@ -160,13 +172,11 @@ def read_source(source: Source, max_turns: int, skip_bad: bool, seed: int) -> tu
         prompts.append(
             {
                 "id": str(row.get("id") or f"{Path(source.name).stem}-{digest(messages)[:10]}"),
-                "category": row.get("category") or source.category or "other",
-                "source": row.get("source") or Path(source.name).stem,
+                "category": str(row.get("category") or source.category or "other"),
+                "source": str(row.get("source") or Path(source.name).stem),
                 "messages": messages,
             }
         )
-        if enough and len(prompts) >= enough:
-            break
     if not prompts:
         raise DataError(f"prompts.sources: {source.name} holds no prompts ({bad} bad rows); give another source")
     if source.limit and len(prompts) > source.limit:

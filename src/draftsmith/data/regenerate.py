@@ -124,9 +124,14 @@ def regenerate(recipe: Recipe, target: Target, chat: ChatFormat, prompts_file: P
     made_tokens, started = 0, time.monotonic()
     with Meter("regenerate", total or len(prompts), "tokens" if total else "prompts") as meter:
         for number, shard in enumerate(shards):
-            if total and tokens >= total:
-                break
             path = out / f"{number:05d}.jsonl"
+            unused = path.with_suffix(".unused")
+            if total and tokens >= total:  # of an earlier run that wanted more: kept, but read by no stage
+                if path.exists():
+                    path.replace(unused)
+                continue
+            if unused.exists():
+                unused.replace(path)
             if path.exists():
                 rows = list(read_jsonl(path))
                 meter.resume(meter.done + (sum(len(loss_tokens(r)) for r in rows) if total else len(shard)))

@@ -1,5 +1,7 @@
 """Conversations to token ids, turn by turn, with nothing ever tokenised twice."""
 
+from jinja2 import TemplateError
+
 from draftsmith.errors import DataError
 from draftsmith.recipe import Template
 
@@ -56,4 +58,7 @@ class ChatFormat:
         return ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": user}]
 
     def _render(self, messages: list[dict[str, str]]) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:  # such as "system role not supported"
+            raise DataError(f"target.template: the tokenizer's chat template refuses a conversation: {error}") from None

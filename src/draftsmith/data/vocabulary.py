@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from draftsmith.data.regenerate import loss_tokens, read_completions
 from draftsmith.errors import CheckpointError, DataError
-from draftsmith.files import digest, write_json
+from draftsmith.files import digest, save_tensors, write_json
 from draftsmith.progress import say
 from draftsmith.recipe import Recipe
 
@@ -47,10 +47,7 @@ class DraftVocabulary:
         return present
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        save_file({"d2t": self.d2t, "t2d": self.t2d}, temporary, metadata={"name": self.name})
-        temporary.replace(path)
+        save_tensors(path, {"d2t": self.d2t, "t2d": self.t2d}, {"name": self.name})
 
     @classmethod
     def from_tensors(cls, d2t: Tensor, t2d: Tensor, origin: Path) -> "DraftVocabulary":

@@ -11,11 +11,11 @@ from typing import Any
 import orjson
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from draftsmith.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from draftsmith.errors import CheckpointError
+from draftsmith.files import save_tensors, write_json
 
 
 def expected_shapes(config: Eagle3Config) -> dict[str, tuple[int, ...]]:
@@ -65,17 +65,11 @@ def write_draft(
 ) -> None:
     """Write bf16 weights, d2t offsets, t2d and config.json; then read them back strictly."""
     config = draft.config
-    directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in draft.named_parameters()}
     tensors["d2t"] = ids_D - torch.arange(len(ids_D))
     tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, ids_D, True)
-    weights = directory / "model.safetensors"
-    temporary = directory / ".model.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    temporary.replace(weights)
-    config_file = directory / ".config.json.tmp"
-    config_file.write_bytes(orjson.dumps(engine_config(config, engine_taps, provenance), option=orjson.OPT_INDENT_2))
-    config_file.replace(directory / "config.json")
+    save_tensors(directory / "model.safetensors", tensors, {"format": "pt"})
+    write_json(directory / "config.json", engine_config(config, engine_taps, provenance))
     problems = [p for p in inspect_draft(directory).problems if not p.startswith("note:")]
     if problems:
         raise CheckpointError(f"{directory}: the export does not hold: {problems[0]}")
@@ -127,6 +121,18 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory}: no config.json; give the directory of an EAGLE-3 draft") from None
     except (OSError, orjson.JSONDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if "transformer_layer_config" in config:  # the layout of the `speculators` package
+        speculators = {
+            "architectures": ["LlamaForCausalLMEagle3"],
+            "norm_before_residual": True,
+            "num_hidden_layers": 1,
+        }
+        return {
+            **speculators,
+            **config["transformer_layer_config"],
+            **config,
+            "architectures": ["LlamaForCausalLMEagle3"],
+        }
     return config
 
 

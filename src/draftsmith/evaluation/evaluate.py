@@ -14,7 +14,7 @@ Schema of results.json (version 1); every tau comes as {tau, low, high, prompts,
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.speculate import Decoder, Eagle3Drafter
 from draftsmith.decoding.tree import Shape
 from draftsmith.drafts.checkpoint import load_draft
-from draftsmith.errors import CheckpointError
+from draftsmith.errors import CheckpointError, DataError
 from draftsmith.evaluation.acceptance import PromptAcceptance, bootstrap_tau, count, oracle_walk, summarise
 from draftsmith.evaluation.lossless import compare, greedy_identity
 from draftsmith.files import read_jsonl, write_json
@@ -86,13 +86,16 @@ class Evaluation:
         self.available = len(available)
         opened = open_conversations(chosen, chat, recipe.regenerate.max_prompt_tokens)
         self.prompts = [(c.prompt["id"], c.prompt["category"], c.ids) for c in opened]
+        if not opened:
+            raise DataError("evaluate: no evaluation prompt is shorter than regenerate.max_prompt_tokens; raise it")
         self.ends = stop_text_end(target.tokenizer, chat.stop)
         self.shapes = [Shape(s.steps, s.topk, s.draft_tokens) for s in self.settings.shapes]
         self.plain = Decoder(target)
         self.speculative = Decoder(target, drafter_for(target, directory, recipe.target.dtype))
 
     def acceptance(self, shape: Shape, temperature: float) -> dict[str, Any]:
-        settings, sampling = self.settings, Sampling(temperature)
+        settings = self.settings
+        sampling = Sampling(temperature, settings.top_p, settings.top_k) if temperature else Sampling()
         rows: list[PromptAcceptance] = []
         oracle: list[tuple[int, int]] = []
         with Meter(f"tau {shape} T={temperature:g}", len(self.prompts), "prompts") as meter:
@@ -128,8 +131,11 @@ class Evaluation:
         onset = loop_onset(ids)
         return oracle_walk(hits, steps, len(ids) if onset is None else onset)
 
-    def speed(self, shape: Shape) -> dict[str, Any]:
-        """Plain and drafted decoding alternate on the same prompts; the prompt's own forward is not counted."""
+    def speed(self, shape: Shape) -> dict[str, Any] | None:
+        """Plain and drafted decoding alternate on the same prompts; the prompt's own forward is not counted.
+
+        None where every answer is too short to be timed.
+        """
         ratios: list[float] = []
         plain_s = drafted_s = 0.0
         plain_tokens = drafted_tokens = accepted = steps = 0
@@ -155,13 +161,16 @@ class Evaluation:
                 plain_tokens, drafted_tokens = plain_tokens + len(plain.ids) - 1, drafted_tokens + len(drafted.ids) - 1
                 accepted += sum(s.accepted for s in drafted.steps)
                 steps += len(drafted.steps)
+        if not ratios:
+            say(f"speed {shape}: no answer is long enough to be timed")
+            return None
         return {
             "shape": str(shape),
             "prompts": len(ratios),
             "tokens": plain_tokens,
-            "plain_tokens_per_s": plain_tokens / plain_s if plain_s else None,
-            "drafted_tokens_per_s": drafted_tokens / drafted_s if drafted_s else None,
-            "speedup": statistics.median(ratios) if ratios else None,
+            "plain_tokens_per_s": plain_tokens / plain_s,
+            "drafted_tokens_per_s": drafted_tokens / drafted_s,
+            "speedup": statistics.median(ratios),
             "tau": 1 + accepted / max(1, steps),
             "dtype": self.target.identity.dtype,
             "differences": differences,
@@ -219,13 +228,13 @@ def evaluate(
         for shape in evaluation.shapes:
             acceptance.append(evaluation.acceptance(shape, temperature))
             say(tau_line(acceptance[-1]))
-    speed: Sequence[dict[str, Any]] = [evaluation.speed(shape) for shape in evaluation.shapes]
+    measured = [evaluation.speed(shape) for shape in evaluation.shapes]
+    speed = [entry for entry in measured if entry]
     for entry in speed:
-        if entry["speedup"]:
-            say(
-                f"speed {entry['shape']}: {entry['drafted_tokens_per_s']:.1f} tokens/s against "
-                f"{entry['plain_tokens_per_s']:.1f} plain, {entry['speedup']:.2f}x"
-            )
+        say(
+            f"speed {entry['shape']}: {entry['drafted_tokens_per_s']:.1f} tokens/s against "
+            f"{entry['plain_tokens_per_s']:.1f} plain, {entry['speedup']:.2f}x"
+        )
     proof = lossless(recipe, evaluation)
     say(verdict_line(proof))
     results = {
@@ -235,6 +244,8 @@ def evaluate(
             "prompts": len(evaluation.prompts),
             "prompts_available": evaluation.available,
             "max_new_tokens": recipe.evaluate.max_new_tokens,
+            "top_p": recipe.evaluate.top_p,
+            "top_k": recipe.evaluate.top_k,
             "target": recipe.target.model,
             "dtype": recipe.target.dtype,
             "threads": torch.get_num_threads(),

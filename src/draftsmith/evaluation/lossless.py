@@ -20,11 +20,10 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
 
 
 @torch.inference_mode()
-def logit_gap(target: LocalTarget, prompt: list[int], ids: list[int]) -> float:
-    """Distance between the target's two largest logits after prompt + ids: a tie is a gap within rounding."""
-    last = target.capture([[*prompt, *ids]], ()).last_TH[-1:]
-    top = target.logits(last)[0].float().topk(2).values
-    return float(top[0] - top[1])
+def logit_gap(target: LocalTarget, text: list[int], one: int, other: int) -> float:
+    """Distance between the target's logits of two tokens after a text: a tie is a gap within rounding."""
+    logits = target.logits(target.capture([text], ()).last_TH[-1:])[0].float()
+    return abs(float(logits[one] - logits[other]))
 
 
 def compare(
@@ -34,13 +33,10 @@ def compare(
     at = first_difference(plain, drafted)
     if at is None:
         return None
-    return {
-        "id": name,
-        "token": at,
-        "plain": plain[at] if at < len(plain) else None,
-        "drafted": drafted[at] if at < len(drafted) else None,
-        "logit_gap": logit_gap(target, prompt, list(plain[:at])),
-    }
+    if at == min(len(plain), len(drafted)):  # one of them stopped: no two tokens to compare
+        return {"id": name, "token": at, "plain": None, "drafted": None, "logit_gap": float("inf")}
+    gap = logit_gap(target, [*prompt, *plain[:at]], plain[at], drafted[at])
+    return {"id": name, "token": at, "plain": plain[at], "drafted": drafted[at], "logit_gap": gap}
 
 
 def greedy_identity(

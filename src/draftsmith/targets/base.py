@@ -24,7 +24,7 @@ class Capture:
     """Hidden states of packed documents, in the target's dtype.
 
     taps_TKH: residual stream entering each tapped layer (HF `hidden_states[t]`).
-    last_THd: the head's own input, after the target's final norm.
+    last_TH: the head's own input, after the target's final norm.
     """
 
     taps_TKH: Tensor

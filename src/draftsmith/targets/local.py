@@ -31,7 +31,10 @@ def resolve_device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise TargetError(f"device: {device} asked for, but torch {torch.__version__} sees no GPU; use auto or cpu")
-    return torch.device(device)
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise TargetError(f"device: {device!r} given; allowed are auto, cpu, cuda and cuda:N") from None
 
 
 def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: bool = False):
@@ -58,7 +61,7 @@ def _first_line(error: Exception) -> str:
 
 
 class LocalTarget:
-    """Implements `Target` and, for decoding, `prefill_pack` and `step`."""
+    """Implements `Target` and, for decoding, `prefill` and `verify`."""
 
     def __init__(
         self,
@@ -131,28 +134,36 @@ class LocalTarget:
         self._check_hooks()
 
     def _check_hooks(self) -> None:
-        """Run three tokens through our attention and through the model's own: equal, or the model is refused."""
-        ids = torch.tensor([[1, 2, 3]], device=self.device) % self.identity.vocab_size
+        """Drive two short documents our way (packed, then prefill and one cached step) and compare with the model's own
+        forward; a model that ignores the plan or scales its logits somewhere else is refused, not served wrongly."""
+        documents = [[1, 2, 3], [4, 5, 6, 7]]
+        documents = [[i % self.identity.vocab_size for i in document] for document in documents]
         with torch.inference_mode():
-            expected = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+            expected = [self.lm(input_ids=torch.tensor([d], device=self.device), use_cache=False) for d in documents]
             self.lm.set_attn_implementation(ATTENTION_NAME)
             self._tap_outputs: dict[int, Tensor] = {}
             self._taps: tuple[int, ...] = ()
             for index, layer in enumerate(self.decoder.layers):
                 layer.register_forward_pre_hook(self._record_tap(index), with_kwargs=True)
             try:
-                _taps, last = self._forward(ids, torch.arange(3, device=self.device)[None], None, PackedPlan([3]), (0,))
-            except (ValueError, TypeError, KeyError) as error:
+                packed = self.logits(self.capture(documents, (0,)).last_TH)
+                cache = StaticCache(1, 8)
+                self.prefill(cache, [0], [documents[0][:2]])
+                root = torch.zeros(1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
+                _, stepped = self.verify(cache, 2, documents[0][2:], *root, ())
+            except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError) as error:
                 raise TargetError(
                     f"target.model: {self.identity.architecture} cannot be driven by draftsmith: {_first_line(error)}"
                 ) from None
-        tolerance = 1e-3 if expected.dtype == torch.float32 else 0.15
-        difference = (last.float() - expected.float()).abs().max().item()
-        scale = expected.float().abs().max().item()
+        wanted = torch.cat([out.logits[0] for out in expected]).float()
+        got = torch.cat([packed, self.logits(stepped)]).float()
+        wanted = torch.cat([wanted, expected[0].logits[0, -1:].float()])
+        tolerance = 1e-3 if packed.dtype == torch.float32 else 0.15
+        difference, scale = (got - wanted).abs().max().item(), wanted.abs().max().item()
         if not difference <= tolerance * scale:
             raise TargetError(
-                f"target.model: {self.identity.architecture} gives other hidden states through draftsmith's attention "
-                f"(difference {difference:.2g} of {scale:.2g}); its layers ignore `plan` or add something of their own"
+                f"target.model: {self.identity.architecture} gives other logits through draftsmith's attention "
+                f"(difference {difference:.2g} of {scale:.2g}); its layers ignore `plan` or it scales its logits"
             )
 
     def _record_tap(self, index: int):
@@ -193,9 +204,11 @@ class LocalTarget:
 
         So a norm stored as 1 + w (Gemma) needs no special case.
         """
-        return self.decoder.norm(
-            torch.ones(self.identity.hidden_size, dtype=self.head.weight.dtype, device=self.device)
-        )
+        ones = torch.ones(self.identity.hidden_size, dtype=self.head.weight.dtype, device=self.device)
+        gain = self.decoder.norm(ones)
+        if not bool(gain.any()) or not bool(gain.isfinite().all()):
+            raise TargetError(f"target.model: the final norm of {self.identity.architecture} is no RMSNorm")
+        return gain
 
     def _few_fp32_rows(self, hidden: Tensor) -> bool:
         """Where the CPU's fp32 product is twice as fast the other way round: a few rows against a whole vocabulary."""

@@ -1,23 +1,24 @@
 """Where the trainer gets a pack's hidden states: from the target at once (online) or from disk (offline)."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from draftsmith.files import read_json, write_json
+from draftsmith.errors import DataError
+from draftsmith.files import read_json, save_tensors, write_json
 from draftsmith.progress import Meter, say
 from draftsmith.targets.base import Capture, Target
 
 SHARD_TOKENS = 16384
 
 
-def hidden_state_bytes(tokens: int, taps: int, hidden_size: int) -> int:
-    """Bytes of stored 16-bit states: every tap and the last hidden state."""
-    return tokens * (taps + 1) * hidden_size * 2
+def hidden_state_bytes(tokens: int, taps: int, hidden_size: int, dtype: str) -> int:
+    """Bytes of every tap and the last hidden state in the target's format."""
+    return tokens * (taps + 1) * hidden_size * (4 if dtype == "fp32" else 2)
 
 
 class CaptureSource(Protocol):
@@ -41,8 +42,14 @@ class OfflineCapture:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         tokens = sum(map(len, documents.values()))
-        size = hidden_state_bytes(tokens, len(taps), target.identity.hidden_size)
-        say(f"capture: offline, {tokens:,} tokens, {size / 1e9:.2f} GB in {directory}")
+        size = hidden_state_bytes(tokens, len(taps), target.identity.hidden_size, target.identity.dtype)
+        held = sum(path.stat().st_size for path in directory.iterdir())
+        free = shutil.disk_usage(directory).free
+        say(f"capture: offline, {tokens:,} tokens, {size / 1e9:.2f} GB in {directory} ({free / 1e9:.0f} GB free)")
+        if size - held > free:
+            raise DataError(
+                f"train.capture: offline needs {size / 1e9:.1f} GB, {directory} has {free / 1e9:.1f}; use online"
+            )
         self.place: dict[str, tuple[Path, int, int]] = {}
         shards: list[list[str]] = [[]]
         room = SHARD_TOKENS
@@ -57,9 +64,7 @@ class OfflineCapture:
                 path = directory / f"{number:05d}.safetensors"
                 if not self._holds(path, names):
                     states = target.capture([documents[name] for name in names], tuple(taps))
-                    temporary = path.with_name(f".{path.name}.tmp")
-                    save_file({"taps": states.taps_TKH.cpu(), "last": states.last_TH.cpu()}, temporary)
-                    temporary.replace(path)
+                    save_tensors(path, {"taps": states.taps_TKH.cpu(), "last": states.last_TH.cpu()})
                     write_json(path.with_suffix(".json"), names)
                 start = 0
                 for name in names:

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from draftsmith.errors import CheckpointError
-from draftsmith.files import read_json, write_json
+from draftsmith.files import read_json, save_tensors, write_json
 
 
 def checkpoint_paths(directory: Path) -> list[Path]:
@@ -36,13 +36,13 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     names = {id(p): name for name, p in draft.named_parameters()}
-    save_file({name: p.detach().cpu() for name, p in draft.named_parameters()}, partial / "draft.safetensors")
+    save_tensors(partial / "draft.safetensors", {name: p.detach().cpu() for name, p in draft.named_parameters()})
     moments: dict[str, Tensor] = {}
     for optimizer in optimizers:
         for parameter, values in optimizer.state.items():
             for key, value in values.items():
                 moments[f"{names[id(parameter)]}/{key}"] = value.detach().cpu().clone()
-    save_file(moments, partial / "optimizer.safetensors")
+    save_tensors(partial / "optimizer.safetensors", moments)
     write_json(partial / "state.json", state)
     shutil.rmtree(path, ignore_errors=True)
     os.replace(partial, path)
@@ -89,7 +89,6 @@ def load_optimizers(path: Path, draft: nn.Module, optimizers: list[torch.optim.O
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 optimizer.state[parameter] = {
-                    # AdamW keeps its step counter on the CPU
-                    field: value if field == "step" else value.to(parameter.device)
+                    field: value.to(parameter.device)  # the fused AdamW keeps even its step counter there
                     for field, value in by_name.get(names[id(parameter)], {}).items()
                 }

@@ -109,6 +109,8 @@ class Trainer:
         self.loss = TTTLoss(self.draft, settings.ttt_steps, Objective(settings.objective, settings.lk_eta))
         self.optimizers = self._make_optimizers()
         self.head_rows = target.head_rows(vocabulary.ids_D).contiguous()
+        everything = torch.arange(vocabulary.target_size)
+        self.full_head = target.head_rows(everything) if settings.true_probabilities else None
         self.step = 0
         self.quarantined: list[str] = []
         self.sums: dict[str, Any] = {}
@@ -264,20 +266,15 @@ class Trainer:
                 return None
             pack = make_pack([by_name[name] for name, _ in good], self.settings.max_document_tokens)
             taps, last = (torch.cat([x[part] for _, part in good]) for x in (taps, last))
-        # Captured under inference mode: cloned by the casts below where they change the dtype, here where they do not.
+        # Made under inference mode, and autograd saves only ordinary tensors.
         taps, last = taps.clone(), last.clone()
-        full_head = (
-            self.target.head_rows(torch.arange(self.vocabulary.target_size))
-            if self.settings.true_probabilities
-            else None
-        )
         return prepare(
             pack,
             taps,
             last,
             self.target.embedding_rows(),
             self.head_rows,
-            full_head,
+            self.full_head,
             self.target.logit_softcap,
             self.dtype,
         )
