@@ -29,7 +29,7 @@ TIMED = {
     "manifest.json",
     "report.html",
     "results.json",
-}  # these hold durations, and report/ a digest of them
+}  # these hold durations, report/ a digest of them
 
 
 def start(recipe: Path, out: Path) -> subprocess.Popen:
@@ -48,7 +48,10 @@ def contents(out: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(out)): path.read_bytes()
         for path in sorted(out.rglob("*"))
-        if path.is_file() and path.name not in TIMED and path.parent.name != "report" and not path.name.startswith(".")
+        if path.is_file()
+        and path.name not in TIMED
+        and path.parent.name not in ("report", "parts")
+        and not path.name.startswith(".")
     }
 
 

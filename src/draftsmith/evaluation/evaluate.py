@@ -15,6 +15,7 @@ Schema of results.json (version 1); every tau comes as {tau, low, high, prompts,
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from draftsmith.drafts.checkpoint import load_draft
 from draftsmith.errors import CheckpointError, DataError
 from draftsmith.evaluation.acceptance import PromptAcceptance, bootstrap_tau, count, oracle_walk, summarise
 from draftsmith.evaluation.lossless import compare, greedy_identity
-from draftsmith.files import read_jsonl, write_json
+from draftsmith.files import read_json, read_jsonl, write_json
 from draftsmith.progress import Meter, say
 from draftsmith.recipe import Recipe
 from draftsmith.targets.local import DTYPES, LocalTarget
@@ -221,21 +222,31 @@ def tau_line(entry: dict[str, Any]) -> str:
 def evaluate(
     recipe: Recipe, target: LocalTarget, directory: Path, prompts_file: Path, out: Path, created_with: dict[str, Any]
 ) -> dict[str, Any]:
-    """Stage `evaluate`."""
+    """Stage `evaluate`; each measurement is kept in `parts/` as soon as it is made, so an interruption loses one."""
     evaluation = Evaluation(recipe, target, directory, prompts_file)
+
+    def once(name: str, measure: Callable[[], Any]) -> Any:
+        path = out / "parts" / f"{name}.json"
+        if not path.exists():
+            write_json(path, measure())
+        return read_json(path)
+
     acceptance = []
     for temperature in recipe.evaluate.temperatures:
         for shape in evaluation.shapes:
-            acceptance.append(evaluation.acceptance(shape, temperature))
+            name = f"tau-{shape}-T{temperature:g}".replace("/", "-")
+            acceptance.append(once(name, partial(evaluation.acceptance, shape, temperature)))
             say(tau_line(acceptance[-1]))
-    measured = [evaluation.speed(shape) for shape in evaluation.shapes]
+    measured = [
+        once(f"speed-{shape}".replace("/", "-"), partial(evaluation.speed, shape)) for shape in evaluation.shapes
+    ]
     speed = [entry for entry in measured if entry]
     for entry in speed:
         say(
             f"speed {entry['shape']}: {entry['drafted_tokens_per_s']:.1f} tokens/s against "
             f"{entry['plain_tokens_per_s']:.1f} plain, {entry['speedup']:.2f}x"
         )
-    proof = lossless(recipe, evaluation)
+    proof = once("lossless", partial(lossless, recipe, evaluation))
     say(verdict_line(proof))
     results = {
         "schema": SCHEMA,
