@@ -7,6 +7,7 @@ inputs. An unchanged key skips the stage; another key moves the old directory as
 
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from typing import Any
 from draftsmith import files
 from draftsmith.errors import DataError
 from draftsmith.progress import say
-from draftsmith.recipe import Recipe, dump_recipe
+from draftsmith.recipe import BOOKKEEPING, Recipe, dump_recipe
 
 FORMAT = 1  # raise when a stage's output changes meaning
 PACKAGES = ("draftsmith", "torch", "transformers", "safetensors", "pydantic", "numpy")
@@ -58,6 +59,11 @@ def hardware() -> dict[str, Any]:
         else platform.processor()
     )
     return {"cpu": cpu, "cores": os.cpu_count(), "gpus": gpus, "system": platform.platform()}
+
+
+def _peak_memory() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @dataclass(frozen=True)
@@ -213,6 +219,11 @@ STAGES = (
         _part("target", "draft", "train", "seed"),
         lambda run: [*run.completion_files, run.path("vocab", "vocab.safetensors")],
         _train,
+        # What is only watched or kept does not restart a training.
+        lambda run: [
+            _part("target", "draft", "seed")(run),
+            run.recipe.train.model_dump(mode="json", exclude=BOOKKEEPING),
+        ],
     ),
     Stage(
         "export",
@@ -289,8 +300,14 @@ def run_stage(run: Run, stage: Stage, force: bool = False) -> dict[str, Any]:
     started = time.monotonic()
     stage.run(run, out)
     files.write_json(record, {"key": key, "resume_key": continued, "finished": True})
-    seconds = round(time.monotonic() - started, 1)
-    return {"ran": True, "why": why, "seconds": seconds, "commit": commit(), "command": " ".join(run.command)}
+    return {
+        "ran": True,
+        "why": why,
+        "seconds": round(time.monotonic() - started, 1),
+        "peak_memory_bytes": _peak_memory(),  # of this process so far
+        "commit": commit(),
+        "command": " ".join(run.command),
+    }
 
 
 def run_pipeline(run: Run, only: str | None = None) -> Path:

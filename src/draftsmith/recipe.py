@@ -208,6 +208,10 @@ class TrainRecipe(Model):
     """Converged once tau - 1 rose by less than 1 % over this many evaluations."""
 
 
+# Keys of `train` that only say what is watched and kept: changing them continues a training.
+BOOKKEEPING = {"log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "patience"}
+
+
 class DraftShape(Model):
     """Steps, top-k and draft tokens, as SGLang counts them; top-k 1 is a chain."""
 

@@ -17,7 +17,7 @@ from draftsmith.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from draftsmith.errors import CheckpointError, DataError, TargetError, TrainingError
 from draftsmith.files import digest, write_json
 from draftsmith.progress import Meter, say
-from draftsmith.recipe import Recipe
+from draftsmith.recipe import BOOKKEEPING, Recipe
 from draftsmith.targets.base import Target
 from draftsmith.targets.local import DTYPES
 from draftsmith.training.capture import CaptureSource, OfflineCapture, OnlineCapture
@@ -347,7 +347,7 @@ class Trainer:
             "draft": self.draft.config.to_dict(),
             "vocabulary": self.vocabulary.name,
             "target": self.target.identity.__dict__,
-            "train": recipe.train.model_dump(mode="json", exclude={"keep_checkpoints", "checkpoint_every"}),
+            "train": recipe.train.model_dump(mode="json", exclude=BOOKKEEPING),
             "seed": recipe.seed,
             "data": digest([c["id"] for c in self.rows], [len(c["ids"]) for c in self.rows]),
         }
