@@ -122,7 +122,8 @@ def execute(command: StageCommand | InspectCommand) -> int:
     transformers_logging.disable_progress_bar()
     report = run_pipeline(run, None if command.command == "run" else command.command)
     if command.command in ("run", "report"):
-        print(f"report: {report}\ndraft:  {run.draft_directory}")
+        card = run.draft_directory / "README.md"
+        print(f"report: {report}\ndraft:  {run.draft_directory}\ncard:   {card} (to be; the card stage is not built yet)")
     return 0
 
 
