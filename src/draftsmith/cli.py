@@ -123,7 +123,9 @@ def execute(command: StageCommand | InspectCommand) -> int:
     report = run_pipeline(run, None if command.command == "run" else command.command)
     if command.command in ("run", "report"):
         card = run.draft_directory / "README.md"
-        print(f"report: {report}\ndraft:  {run.draft_directory}\ncard:   {card} (to be; the card stage is not built yet)")
+        print(
+            f"report: {report}\ndraft:  {run.draft_directory}\ncard:   {card} (to be; the card stage is not built yet)"
+        )
     return 0
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith import files
+from draftsmith.allocator import return_freed_memory
 from draftsmith.errors import DataError
 from draftsmith.progress import say
 from draftsmith.recipe import BOOKKEEPING, Recipe, dump_recipe
@@ -299,6 +300,7 @@ def run_stage(run: Run, stage: Stage, force: bool = False) -> dict[str, Any]:
     files.write_json(record, {"key": key, "resume_key": continued, "finished": False})
     started = time.monotonic()
     stage.run(run, out)
+    return_freed_memory()
     files.write_json(record, {"key": key, "resume_key": continued, "finished": True})
     return {
         "ran": True,

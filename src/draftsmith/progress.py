@@ -23,9 +23,9 @@ def short_duration(seconds: float) -> str:
 
 
 class Meter:
-    """Counts `total` units (`unit`) and, beside them, tokens; shows rate, tokens/s and time left."""
+    """Counts `total` units (`unit`; None where nobody knows) and, beside them, tokens; shows tokens/s and time left."""
 
-    def __init__(self, label: str, total: float, unit: str = "steps"):
+    def __init__(self, label: str, total: float | None, unit: str = "steps"):
         self.label, self.total, self.unit = label, total, unit
         self.done = 0.0
         self.tokens = 0
@@ -77,12 +77,17 @@ class Meter:
             self._bar.update(self._task, completed=self.done, detail=self._detail())
         elif time.monotonic() - self._last_line > LOG_EVERY_S:
             self._last_line = time.monotonic()
-            fresh = self.done - self._skipped
-            left = (self.total - self.done) * self.seconds / fresh if fresh else 0.0
-            say(f"{self.label}: {self._detail()}, {short_duration(left)} left")
+            say(f"{self.label}: {self._detail()}{self._left()}")
+
+    def _left(self) -> str:
+        fresh = self.done - self._skipped
+        if self.total is None or not fresh:
+            return ""
+        return f", {short_duration((self.total - self.done) * self.seconds / fresh)} left"
 
     def _detail(self) -> str:
-        parts = [f"{self.done:,.0f}/{self.total:,.0f} {self.unit}"]
+        of_total = "" if self.total is None else f"/{self.total:,.0f}"
+        parts = [f"{self.done:,.0f}{of_total} {self.unit}"]
         if self.tokens:
             parts.append(f"{self.tokens_per_s:,.0f} tokens/s")
         return ", ".join([*parts, self.note] if self.note else parts)

@@ -17,7 +17,7 @@ import orjson
 
 from draftsmith.errors import DataError
 from draftsmith.files import digest, write_json, write_jsonl
-from draftsmith.progress import say
+from draftsmith.progress import Meter, say
 from draftsmith.recipe import Recipe, Source
 
 Prompt = dict[str, Any]
@@ -159,24 +159,27 @@ def read_source(source: Source, max_turns: int, skip_bad: bool, seed: int) -> tu
     """(prompts of one source, number of bad rows skipped)."""
     prompts: list[Prompt] = []
     bad = 0
-    for where, row in _raw_rows(source, seed):
-        try:
-            if isinstance(row, Exception):
-                raise DataError(f"not JSON: {row}")
-            messages = messages_of(row, max_turns)
-        except DataError as error:
-            if not skip_bad:
-                raise DataError(f"{where}: {error}; mend the line or pass --prompts.skip-bad") from None
-            bad += 1
-            continue
-        prompts.append(
-            {
-                "id": str(row.get("id") or f"{Path(source.name).stem}-{digest(messages)[:10]}"),
-                "category": str(row.get("category") or source.category or "other"),
-                "source": str(row.get("source") or Path(source.name).stem),
-                "messages": messages,
-            }
-        )
+    total = source.limit if source.name in HUB else None  # of a file every row is read
+    with Meter(f"prompts {source.name}", total, "rows") as meter:
+        for where, row in _raw_rows(source, seed):
+            meter.advance()
+            try:
+                if isinstance(row, Exception):
+                    raise DataError(f"not JSON: {row}")
+                messages = messages_of(row, max_turns)
+            except DataError as error:
+                if not skip_bad:
+                    raise DataError(f"{where}: {error}; mend the line or pass --prompts.skip-bad") from None
+                bad += 1
+                continue
+            prompts.append(
+                {
+                    "id": str(row.get("id") or f"{Path(source.name).stem}-{digest(messages)[:10]}"),
+                    "category": str(row.get("category") or source.category or "other"),
+                    "source": str(row.get("source") or Path(source.name).stem),
+                    "messages": messages,
+                }
+            )
     if not prompts:
         raise DataError(f"prompts.sources: {source.name} holds no prompts ({bad} bad rows); give another source")
     if source.limit and len(prompts) > source.limit:

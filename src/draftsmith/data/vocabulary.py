@@ -18,7 +18,7 @@ from torch import Tensor
 from draftsmith.data.regenerate import loss_tokens, read_completions
 from draftsmith.errors import CheckpointError, DataError
 from draftsmith.files import digest, save_tensors, write_json
-from draftsmith.progress import say
+from draftsmith.progress import Meter, say
 from draftsmith.recipe import Recipe
 
 SIZES = [1024 * 2**i for i in range(7)]  # 1 k .. 64 k
@@ -99,8 +99,11 @@ def build_vocabulary(
 ) -> DraftVocabulary:
     """Stage `vocab`: writes vocab.safetensors and coverage.json."""
     counts: dict[str, Counter[int]] = {}
-    for completion in read_completions(completions):
-        counts.setdefault(completion["category"], Counter()).update(loss_tokens(completion))
+    with Meter("vocab", None, "completions") as meter:
+        for completion in read_completions(completions):
+            tokens = loss_tokens(completion)
+            counts.setdefault(completion["category"], Counter()).update(tokens)
+            meter.advance(tokens=len(tokens))
     vocabulary = choose(sum(counts.values(), Counter()), recipe.vocab.size, target_size, always)
     chosen = set(vocabulary.ids_D.tolist())
     table = coverage_table(counts, always)

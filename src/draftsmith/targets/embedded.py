@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from draftsmith.allocator import return_freed_memory
 from draftsmith.errors import TargetError
 
 NAME = "gemma3-270m"
@@ -66,4 +67,6 @@ def materialise() -> Path:
         if out.exists():  # an empty or damaged directory of an earlier version
             shutil.rmtree(out)
         os.replace(partial, out)
+    del model
+    return_freed_memory()
     return out
