@@ -11,13 +11,17 @@ def lines(capsys, monkeypatch, total):
 
 def test_lines_tell_rate_note_and_time_left(capsys, monkeypatch):
     first, second = lines(capsys, monkeypatch, 40)
-    assert first.startswith("reading: 10/40 rows, ") and " tokens/s, " in first and first.endswith(" left")
-    assert ", loss 2.0, " in second and second.startswith("reading: 20/40 rows, ")
+    assert first.startswith("reading: 10/40 rows, ")
+    assert " tokens/s, " in first
+    assert first.endswith(" left")
+    assert ", loss 2.0, " in second
+    assert second.startswith("reading: 20/40 rows, ")
 
 
 def test_an_unknown_total_promises_no_end(capsys, monkeypatch):
     _, second = lines(capsys, monkeypatch, None)
-    assert second.startswith("reading: 20 rows, ") and second.endswith(", loss 2.0")
+    assert second.startswith("reading: 20 rows, ")
+    assert second.endswith(", loss 2.0")
 
 
 def test_resumed_units_do_not_count_towards_the_time_left(capsys, monkeypatch):
