@@ -31,7 +31,8 @@ def main() -> None:
     from draftsmith.data.templates import ChatFormat
     from draftsmith.decoding.sampling import Sampling
     from draftsmith.recipe import Source, load_recipe
-    from draftsmith.targets.local import LocalTarget, resolve_model
+    from draftsmith.targets.ends import resolve_model
+    from draftsmith.targets.local import LocalTarget
 
     recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "gemma3-270m-quick.yaml")
     target = LocalTarget("gemma3-270m", batch_size=options.batch)

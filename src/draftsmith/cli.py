@@ -120,7 +120,8 @@ def execute(command: StageCommand | InspectCommand) -> int:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    report = run_pipeline(run, None if command.command == "run" else command.command)
+    with contextlib.closing(run):
+        report = run_pipeline(run, None if command.command == "run" else command.command)
     if command.command in ("run", "report"):
         card = run.draft_directory / "README.md"
         print(

@@ -20,7 +20,7 @@ from typing import Any
 
 from draftsmith import files
 from draftsmith.allocator import return_freed_memory
-from draftsmith.errors import DataError
+from draftsmith.errors import DataError, TargetError
 from draftsmith.progress import say
 from draftsmith.recipe import BOOKKEEPING, Recipe, dump_recipe
 
@@ -87,9 +87,14 @@ class Run:
 
     @cached_property
     def target(self):
+        """The target: in this process, or servers that answer for it."""
+        wish = self.recipe.target
+        if wish.engine != "transformers":
+            from draftsmith.targets.servers import ServedTarget
+
+            return ServedTarget(wish, self.recipe.server, self.recipe.device)
         from draftsmith.targets.local import LocalTarget
 
-        wish = self.recipe.target
         return LocalTarget(
             wish.model,
             wish.revision,
@@ -99,9 +104,15 @@ class Run:
             self.recipe.regenerate.batch_size,
         )
 
+    def close(self) -> None:
+        """Let go of servers, if any were asked."""
+        target = self.__dict__.get("target")  # only if it was ever made
+        if target is not None and self.recipe.target.engine != "transformers":
+            target.close()
+
     @cached_property
     def tokenizer(self):
-        from draftsmith.targets.local import load_tokenizer
+        from draftsmith.targets.ends import load_tokenizer
 
         wish = self.recipe.target
         return load_tokenizer(wish.model, wish.revision, wish.trust_remote_code)
@@ -150,7 +161,13 @@ def _regenerate(run: Run, out: Path) -> None:
     from draftsmith.data.templates import ChatFormat
 
     chat = ChatFormat(run.tokenizer, run.recipe.target.template)
-    regenerate(run.recipe, run.target, chat, run.path("prompts", "prompts.jsonl"), out)
+    prompts = run.path("prompts", "prompts.jsonl")
+    if run.recipe.target.engine == "transformers":
+        regenerate(run.recipe, run.target, chat, prompts, out)
+    else:
+        from draftsmith.data.regenerate_served import ServedRegeneration
+
+        ServedRegeneration(run.recipe, run.target, chat, prompts, out).run()
 
 
 def _vocab(run: Run, out: Path) -> None:
@@ -180,6 +197,11 @@ def _export(run: Run, out: Path) -> None:
 def _evaluate(run: Run, out: Path) -> None:
     from draftsmith.evaluation.evaluate import evaluate
 
+    if run.recipe.target.engine != "transformers":
+        raise TargetError(
+            "evaluate: decodes in this process only, for now; where the target fits, run the stage with "
+            "--target.engine transformers"
+        )
     evaluate(
         run.recipe, run.target, run.draft_directory, run.path("prompts", "evaluation.jsonl"), out, run.created_with
     )

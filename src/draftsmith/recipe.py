@@ -48,8 +48,8 @@ class Template(Model):
 class TargetRecipe(Model):
     """The model to speed up."""
 
-    engine: Literal["transformers"] = "transformers"
-    """Where the target runs: in this process, by transformers."""
+    engine: Literal["transformers", "vllm", "sglang"] = "transformers"
+    """What runs the target: transformers in this process, or vLLM or SGLang servers (see `server`)."""
     model: str
     """Directory, hub name, or `gemma3-270m` for the embedded target."""
     revision: str | None = None
@@ -60,6 +60,27 @@ class TargetRecipe(Model):
     """Run Python code that comes with the model. Off unless you trust its author."""
     template: Template | None = None
     """Prompt format; leave out to use the tokenizer's own chat template."""
+
+
+class ServerRecipe(Model):
+    """Where the servers are and how patiently they are asked; changes nothing about what they answer."""
+
+    urls: tuple[str, ...] = ()
+    """One URL per replica, such as http://127.0.0.1:8000."""
+    concurrency: Positive = 32
+    """Requests in flight per replica."""
+    deadline_s: Annotated[float, Field(gt=0)] = 600.0
+    """Longest wait for one answer."""
+    attempts: Positive = 8
+    """Times a request is asked before the run stops."""
+    backoff_s: Annotated[float, Field(gt=0)] = 1.0
+    """First pause after a failure; it doubles up to 30 s."""
+    packs_ahead: Positive = 4
+    """Packs whose hidden states are fetched before training needs them; this bounds memory and disk."""
+    hidden_states: Path | None = None
+    """Folder in which this machine sees the files that capturing servers write; left out: the servers' own path."""
+    api_key_env: str = "DRAFTSMITH_API_KEY"
+    """Environment variable that holds the servers' key, if they want one."""
 
 
 class Source(Model):
@@ -273,6 +294,7 @@ class Recipe(Model):
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     target: TargetRecipe
+    server: ServerRecipe = ServerRecipe()
     prompts: PromptsRecipe = PromptsRecipe()
     regenerate: RegenerateRecipe = RegenerateRecipe()
     vocab: VocabRecipe = VocabRecipe()

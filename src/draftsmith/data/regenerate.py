@@ -17,7 +17,7 @@ from draftsmith.errors import DataError
 from draftsmith.files import digest, read_jsonl, write_json, write_jsonl
 from draftsmith.progress import Meter, say
 from draftsmith.recipe import Recipe, RegenerateRecipe
-from draftsmith.targets.base import Target
+from draftsmith.targets.base import Generation, Target
 
 Completion = dict[str, Any]
 
@@ -50,6 +50,21 @@ class Conversation:
     ids: list[int]
     spans: list[list[int]] = field(default_factory=list)
     finish_reason: str = ""
+
+    def extend(self, generation: Generation, chat: ChatFormat, max_prompt_tokens: int) -> bool:
+        """Add an answer; True if another user turn follows it."""
+        start = len(self.ids)
+        self.ids = self.ids + generation.ids
+        self.finish_reason = generation.finish_reason
+        if generation.ids:
+            self.spans.append([start, len(self.ids)])
+        if not self.users or generation.finish_reason not in ("eos", "stop"):
+            return False
+        after = chat.next_turn(generation.ids, self.users.pop(0))
+        if len(self.ids) + len(after) > max_prompt_tokens:
+            return False
+        self.ids = self.ids + after
+        return True
 
     def completion(self, sampling: Sampling) -> Completion:
         return {
@@ -94,21 +109,62 @@ def answer(
             settings.stop_loops,
         ):
             conversation = conversations[index]
-            start = len(conversation.ids)
-            conversation.ids = conversation.ids + generation.ids
-            conversation.finish_reason = generation.finish_reason
-            if generation.ids:
-                conversation.spans.append([start, len(conversation.ids)])
-            if conversation.users and generation.finish_reason in ("eos", "stop"):
-                after = chat.next_turn(generation.ids, conversation.users.pop(0))
-                if len(conversation.ids) + len(after) <= settings.max_prompt_tokens:
-                    conversation.ids = conversation.ids + after
-                    following.append(conversation)
-                    yield len(generation.ids), None
-                    continue
-            yield len(generation.ids), conversation.completion(sampling)
+            if conversation.extend(generation, chat, settings.max_prompt_tokens):
+                following.append(conversation)
+                yield len(generation.ids), None
+            else:
+                yield len(generation.ids), conversation.completion(sampling)
         conversations = following
         turn += 1
+
+
+class Tally:
+    """What a regeneration made: becomes summary.json and, for what this process wrote itself, timing.json."""
+
+    def __init__(self) -> None:
+        self.tokens = self.written = self.too_long = 0
+        self.started = time.monotonic()
+        self._empty = 0
+        self._finish_reasons = dict.fromkeys(("eos", "stop", "length", "loop"), 0)
+        self._by_category: Counter[str] = Counter()
+
+    def add(self, row: Completion) -> None:
+        size = sum(end - start for start, end in row["spans"])
+        self.tokens += size
+        self._by_category[row["category"]] += size
+        self._finish_reasons[row["finish_reason"]] += 1
+        self._empty += not row["spans"]
+
+    def finish(self, out: Path) -> dict[str, Any]:
+        """Write the files; returns the summary. No loss token at all is a `DataError`."""
+        if not self.tokens:
+            raise DataError(
+                "regenerate: the completions hold no loss tokens; check target.template (does a stop text come at "
+                "once?)"
+            )
+        summary = {
+            "completion_tokens": self.tokens,
+            "completions": sum(self._finish_reasons.values()),
+            "finish_reasons": self._finish_reasons,
+            "empty": self._empty,
+            "prompts_too_long": self.too_long,
+            "tokens_by_category": dict(sorted(self._by_category.items())),
+        }
+        write_json(out / "summary.json", summary)
+        if self.written:
+            seconds = time.monotonic() - self.started
+            timing = {
+                "completion_tokens": self.written,
+                "seconds": seconds,
+                "tokens_per_s": self.written / seconds,
+            }
+            write_json(out / "timing.json", timing)
+        say(
+            f"regenerate: {self.tokens:,} completion tokens in {summary['completions']:,} completions "
+            f"({', '.join(f'{n} {r}' for r, n in self._finish_reasons.items() if n)}; {self._empty} empty, "
+            f"{self.too_long} prompts too long)"
+        )
+        return summary
 
 
 def regenerate(recipe: Recipe, target: Target, chat: ChatFormat, prompts_file: Path, out: Path) -> dict[str, Any]:
@@ -117,16 +173,12 @@ def regenerate(recipe: Recipe, target: Target, chat: ChatFormat, prompts_file: P
     prompts = list(read_jsonl(prompts_file))
     out.mkdir(parents=True, exist_ok=True)
     shards = [prompts[i : i + settings.shard_prompts] for i in range(0, len(prompts), settings.shard_prompts)]
-    total = settings.max_tokens
-    tokens = 0
-    counts: Counter[str] = Counter()
-    by_category: Counter[str] = Counter()
-    made_tokens, started = 0, time.monotonic()
+    total, tally = settings.max_tokens, Tally()
     with Meter("regenerate", total or len(prompts), "tokens" if total else "prompts") as meter:
         for number, shard in enumerate(shards):
             path = out / f"{number:05d}.jsonl"
             unused = path.with_suffix(".unused")
-            if total and tokens >= total:  # of an earlier run that wanted more: kept, but read by no stage
+            if total and tally.tokens >= total:  # of an earlier run that wanted more: kept, but read by no stage
                 if path.exists():
                     path.replace(unused)
                 continue
@@ -142,42 +194,13 @@ def regenerate(recipe: Recipe, target: Target, chat: ChatFormat, prompts_file: P
                 for new_tokens, row in answer(
                     opened, target, chat, settings, sampling, int(digest(recipe.seed, number), 16)
                 ):
-                    made_tokens += new_tokens
+                    tally.written += new_tokens
                     if row:
                         rows.append(row)
                     meter.advance(new_tokens if total else int(row is not None), new_tokens)
                 rows.sort(key=lambda row: row["id"])
                 write_jsonl(path, rows)
-            counts["too_long"] += len(shard) - len(rows)
+            tally.too_long += len(shard) - len(rows)
             for row in rows:
-                counts[row["finish_reason"]] += 1
-                counts["empty"] += not row["spans"]
-                size = sum(end - start for start, end in row["spans"])
-                tokens += size
-                by_category[row["category"]] += size
-    if not tokens:
-        raise DataError(
-            "regenerate: the completions hold no loss tokens; check target.template (does a stop text come at once?)"
-        )
-    finish_reasons = {reason: counts[reason] for reason in ("eos", "stop", "length", "loop")}
-    summary = {
-        "completion_tokens": tokens,
-        "completions": sum(finish_reasons.values()),
-        "finish_reasons": finish_reasons,
-        "empty": counts["empty"],
-        "prompts_too_long": counts["too_long"],
-        "tokens_by_category": dict(by_category),
-    }
-    write_json(out / "summary.json", summary)
-    if made_tokens:
-        seconds = time.monotonic() - started
-        write_json(
-            out / "timing.json",
-            {"completion_tokens": made_tokens, "seconds": seconds, "tokens_per_s": made_tokens / seconds},
-        )
-    say(
-        f"regenerate: {tokens:,} completion tokens in {summary['completions']:,} completions "
-        f"({', '.join(f'{n} {r}' for r, n in finish_reasons.items() if n)}; {counts['empty']} empty, "
-        f"{counts['too_long']} prompts too long)"
-    )
-    return summary
+                tally.add(row)
+    return tally.finish(out)

@@ -34,7 +34,9 @@ from draftsmith.evaluation.lossless import compare, greedy_identity
 from draftsmith.files import read_json, read_jsonl, write_json
 from draftsmith.progress import Meter, say
 from draftsmith.recipe import Recipe
-from draftsmith.targets.local import DTYPES, LocalTarget
+from draftsmith.targets.endings import stop_length
+from draftsmith.targets.ends import DTYPES
+from draftsmith.targets.local import LocalTarget
 
 SCHEMA = 1
 SHORTEST_TIMED = 8  # tokens
@@ -49,22 +51,6 @@ def balanced(prompts: list[dict], limit: int | None) -> list[dict]:
     while any(queues.values()):
         order += [queue.pop(0) for queue in queues.values() if queue]
     return order[:limit]
-
-
-def stop_text_end(tokenizer, stop: tuple[str, ...]) -> Callable[[list[int]], int | None] | None:
-    """A check that returns the length to cut a completion to once a stop text has appeared."""
-    if not stop:
-        return None
-
-    def ends(ids: list[int]) -> int | None:
-        tail = ids[-12:]
-        if not any(s in tokenizer.decode(tail) for s in stop):
-            return None
-        while tail and any(s in tokenizer.decode(tail) for s in stop):
-            tail = tail[:-1]
-        return len(ids) - len(ids[-12:]) + len(tail)
-
-    return ends
 
 
 def drafter_for(target: LocalTarget, directory: Path, dtype: str) -> Eagle3Drafter:
@@ -89,7 +75,7 @@ class Evaluation:
         self.prompts = [(c.prompt["id"], c.prompt["category"], c.ids) for c in opened]
         if not opened:
             raise DataError("evaluate: no evaluation prompt is shorter than regenerate.max_prompt_tokens; raise it")
-        self.ends = stop_text_end(target.tokenizer, chat.stop)
+        self.ends = partial(stop_length, target.tokenizer, stop=chat.stop) if chat.stop else None
         self.shapes = [Shape(s.steps, s.topk, s.draft_tokens) for s in self.settings.shapes]
         self.plain = Decoder(target)
         self.speculative = Decoder(target, drafter_for(target, directory, recipe.target.dtype))

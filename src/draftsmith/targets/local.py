@@ -3,64 +3,21 @@
 Shapes: B sequences, T packed tokens, W tokens a step, L cached positions, K taps, H hidden, V vocabulary.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from draftsmith.data.loops import loop_onset
 from draftsmith.decoding.attention import ATTENTION_NAME, MaskedPlan, PackedPlan
 from draftsmith.decoding.cache import StaticCache
 from draftsmith.decoding.sampling import Sampling, sample
 from draftsmith.errors import TargetError
-from draftsmith.targets import embedded
-from draftsmith.targets.base import Capture, Generation, TargetIdentity
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-
-
-def resolve_model(model: str) -> str:
-    """Path or hub name to load; the embedded target is converted on first use."""
-    return str(embedded.materialise()) if model == embedded.NAME else model
+from draftsmith.targets.base import Capture, Generation
+from draftsmith.targets.endings import loops, stop_length
+from draftsmith.targets.ends import DTYPES, ModelEnds, first_line, load_tokenizer, resolve_device, resolve_model
 
 
-def resolve_device(device: str) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise TargetError(f"device: {device} asked for, but torch {torch.__version__} sees no GPU; use auto or cpu")
-    try:
-        return torch.device(device)
-    except RuntimeError:
-        raise TargetError(f"device: {device!r} given; allowed are auto, cpu, cuda and cuda:N") from None
-
-
-def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: bool = False):
-    from transformers import AutoTokenizer
-
-    path = resolve_model(model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise TargetError(f"target.model: no tokenizer in {model!r}: {_first_line(error)}") from None
-    if model == embedded.NAME:
-        embedded.check_tokenizer(tokenizer)
-    return tokenizer
-
-
-def tokenizer_hash(tokenizer) -> str:
-    """Identity of the mapping from text to ids, by vocabulary."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-class LocalTarget:
+class LocalTarget(ModelEnds):
     """Implements `Target` and, for decoding, `prefill` and `verify`."""
 
     def __init__(
@@ -85,8 +42,11 @@ class LocalTarget:
                 use_safetensors=True,
             )
         except (OSError, ValueError) as error:
-            raise TargetError(f"target.model: cannot load {model!r}: {_first_line(error)}") from None
-        self._adopt(lm, model, revision, dtype, batch_size)
+            raise TargetError(f"target.model: cannot load {model!r}: {first_line(error)}") from None
+        lm.to(self.device)  # type: ignore[arg-type]
+        self._adopt(lm, model, revision, dtype)
+        self.batch_size = batch_size
+        self._check_hooks()
 
     @classmethod
     def from_model(cls, lm, tokenizer=None, batch_size: int = 64, name: str = "in-memory") -> "LocalTarget":
@@ -95,43 +55,10 @@ class LocalTarget:
         target.device = next(lm.parameters()).device
         target.tokenizer = tokenizer
         dtype = {v: k for k, v in DTYPES.items()}[next(lm.parameters()).dtype]
-        target._adopt(lm, name, None, dtype, batch_size)
+        target._adopt(lm, name, None, dtype)
+        target.batch_size = batch_size
+        target._check_hooks()
         return target
-
-    def _adopt(self, lm, name: str, revision: str | None, dtype: str, batch_size: int) -> None:
-        self.lm = lm.to(self.device).eval().requires_grad_(False)
-        self.batch_size = batch_size
-        self.decoder = lm.get_decoder()
-        self.config = self.decoder.config
-        missing = [part for part in ("layers", "embed_tokens", "norm") if not hasattr(self.decoder, part)]
-        if missing or lm.get_output_embeddings() is None:
-            raise TargetError(
-                f"target.model: {type(lm).__name__} has no {' and no '.join(missing or ['output head'])}; "
-                "draftsmith needs a decoder-only model with .layers, .embed_tokens, .norm and a head"
-            )
-        rows = lm.get_input_embeddings().weight.shape[0]
-        highest = max(self.tokenizer.get_vocab().values()) if self.tokenizer else 0
-        if highest >= rows:
-            raise TargetError(
-                f"target.model: the tokenizer knows ids up to {highest} but the model has {rows} rows; "
-                "give the model its own tokenizer"
-            )
-        self.head = lm.get_output_embeddings()
-        self.logit_softcap = getattr(self.config, "final_logit_softcapping", None)
-        eos = getattr(lm.generation_config, "eos_token_id", None) or self.config.eos_token_id
-        self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or [])
-        self.identity = TargetIdentity(
-            model=name,
-            revision=revision,
-            dtype=dtype,
-            architecture=type(lm).__name__,
-            num_layers=len(self.decoder.layers),
-            hidden_size=self.config.hidden_size,
-            vocab_size=self.head.weight.shape[0],
-            max_position_embeddings=self.config.max_position_embeddings,
-            tokenizer_hash=tokenizer_hash(self.tokenizer) if self.tokenizer else "none",
-        )
-        self._check_hooks()
 
     def _check_hooks(self) -> None:
         """Drive two short documents our way (packed, then prefill and one cached step) and compare with the model's own
@@ -153,7 +80,7 @@ class LocalTarget:
                 _, stepped = self.verify(cache, 2, documents[0][2:], *root, ())
             except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError) as error:
                 raise TargetError(
-                    f"target.model: {self.identity.architecture} cannot be driven by draftsmith: {_first_line(error)}"
+                    f"target.model: {self.identity.architecture} cannot be driven by draftsmith: {first_line(error)}"
                 ) from None
         wanted = torch.cat([out.logits[0] for out in expected]).float()
         got = torch.cat([packed, self.logits(stepped)]).float()
@@ -198,28 +125,10 @@ class LocalTarget:
             logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
         return logits
 
-    @torch.inference_mode()
-    def norm_gain(self) -> Tensor:
-        """Gain [H] of the final norm as a plain RMSNorm has it: what it makes of a vector of ones.
-
-        So a norm stored as 1 + w (Gemma) needs no special case.
-        """
-        ones = torch.ones(self.identity.hidden_size, dtype=self.head.weight.dtype, device=self.device)
-        gain = self.decoder.norm(ones)
-        if not bool(gain.any()) or not bool(gain.isfinite().all()):
-            raise TargetError(f"target.model: the final norm of {self.identity.architecture} is no RMSNorm")
-        return gain
-
     def _few_fp32_rows(self, hidden: Tensor) -> bool:
         """Where the CPU's fp32 product is twice as fast the other way round: a few rows against a whole vocabulary."""
         few = hidden.ndim == 2 and 1 < len(hidden) <= 16 and getattr(self.head, "bias", None) is None
         return few and hidden.dtype == torch.float32 and hidden.device.type == "cpu"
-
-    def head_rows(self, ids: Tensor) -> Tensor:
-        return self.head.weight[ids.to(self.device)]
-
-    def embedding_rows(self) -> Tensor:
-        return self.decoder.embed_tokens.weight
 
     @torch.inference_mode()
     def capture(self, documents: list[list[int]], taps: Sequence[int]) -> Capture:
@@ -324,14 +233,10 @@ class LocalTarget:
         output.append(token)
         if token in self.eos_ids:
             return "eos"
-        if stop:
-            tail = 12
-            text = self.tokenizer.decode(output[-tail:])
-            if any(s in text for s in stop):
-                while output and any(s in self.tokenizer.decode(output[-tail:]) for s in stop):
-                    output.pop()
-                return "stop"
-        if stop_loops and len(output) % 16 == 0 and loop_onset(output) is not None:
+        if stop and (length := stop_length(self.tokenizer, output, stop)) is not None:
+            del output[length:]
+            return "stop"
+        if stop_loops and loops(output):
             return "loop"
         return "length" if len(output) >= max_new_tokens else None
 

@@ -1,7 +1,10 @@
 """Where the trainer gets a pack's hidden states: from the target at once (online) or from disk (offline)."""
 
+import itertools
 import shutil
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -33,6 +36,34 @@ class OnlineCapture:
 
     def __call__(self, names: list[str], documents: list[list[int]]) -> Capture:
         return self.target.capture(documents, self.taps)
+
+
+class StreamedCapture:
+    """Hidden states that arrive from servers while the trainer works.
+
+    Packs are asked for in the order in which they will be trained on, at most `ahead` of them at once: the trainer
+    holds the servers back, so memory here and files there stay bounded. Anything else is asked for on the spot.
+    """
+
+    def __init__(
+        self, target: Target, taps: Sequence[int], packs: Iterator[tuple[list[str], list[list[int]]]], ahead: int
+    ):
+        self.target, self.taps, self.packs = target, tuple(taps), packs
+        self.fetchers = ThreadPoolExecutor(ahead, thread_name_prefix="capture")
+        self.coming: deque[tuple[list[str], Future[Capture]]] = deque()
+        for _ in range(ahead):
+            self._ask_for_next()
+
+    def _ask_for_next(self) -> None:
+        for names, documents in itertools.islice(self.packs, 1):
+            self.coming.append((names, self.fetchers.submit(self.target.capture, documents, self.taps)))
+
+    def __call__(self, names: list[str], documents: list[list[int]]) -> Capture:
+        if not self.coming or self.coming[0][0] != names:
+            return self.target.capture(documents, self.taps)
+        states = self.coming.popleft()[1].result()
+        self._ask_for_next()
+        return states
 
 
 class OfflineCapture:

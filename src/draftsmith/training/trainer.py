@@ -19,8 +19,8 @@ from draftsmith.files import digest, write_json
 from draftsmith.progress import Meter, say
 from draftsmith.recipe import BOOKKEEPING, Recipe
 from draftsmith.targets.base import Target
-from draftsmith.targets.local import DTYPES
-from draftsmith.training.capture import CaptureSource, OfflineCapture, OnlineCapture
+from draftsmith.targets.ends import DTYPES
+from draftsmith.training.capture import CaptureSource, OfflineCapture, OnlineCapture, StreamedCapture
 from draftsmith.training.checkpoints import (
     checkpoint_paths,
     load_optimizers,
@@ -297,11 +297,19 @@ class Trainer:
 
     def _capture_source(self) -> CaptureSource:
         taps = self.draft.config.taps
-        if self.settings.capture == "online":
+        if self.settings.capture == "online" and self.recipe.target.engine == "transformers":
             return OnlineCapture(self.target, taps)
+        if self.settings.capture == "online":
+            return StreamedCapture(self.target, taps, self._packs_to_come(), self.recipe.server.packs_ahead)
         limit = self.settings.max_document_tokens
         documents = {c["id"]: c["ids"][:limit] for c in (*self.heldout, *self.rows)}
         return OfflineCapture(self.out / "hidden_states", self.target, taps, documents)
+
+    def _packs_to_come(self) -> Iterator[tuple[list[str], list[list[int]]]]:
+        for step in self.steps[self.step :]:
+            for indices in step:
+                pack = make_pack([self.rows[i] for i in indices], self.settings.max_document_tokens)
+                yield pack.names, pack.documents
 
     def _heldout_packs(self, capture: CaptureSource) -> Iterator[PackInputs]:
         settings = self.settings

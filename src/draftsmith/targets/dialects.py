@@ -1,0 +1,102 @@
+"""How vLLM and SGLang are asked, and how their answers are read; facts of vLLM 0.32 and SGLang 0.5."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from draftsmith.decoding.sampling import Sampling
+from draftsmith.errors import TargetError
+
+Request = tuple[str, dict[str, Any]]  # path and JSON body
+
+
+class Dialect(Protocol):
+    def probe(self, model: str, ids: list[int]) -> Request:
+        """Ask what the model thinks of every token of a text."""
+        ...
+
+    def read_probe(self, answer: dict[str, Any]) -> list[float]:
+        """Log-probability of every token after the first."""
+        ...
+
+    def completion(
+        self, model: str, ids: list[int], sampling: Sampling, max_new_tokens: int, stop: Sequence[str], seed: int
+    ) -> Request: ...
+
+    def read_completion(self, answer: dict[str, Any]) -> tuple[list[int], str]:
+        """(token ids as generated, `stop` or `length`)"""
+        ...
+
+    def capture(self, model: str, ids: list[int]) -> Request:
+        """Ask for the hidden states of a text."""
+        ...
+
+    def read_capture(self, answer: dict[str, Any]) -> str:
+        """Path of the safetensors file that the server writes or has written."""
+        ...
+
+
+def _sampling(sampling: Sampling, stop: Sequence[str]) -> dict[str, Any]:
+    """Said in full, because servers take what is left out from the model's generation_config."""
+    settings = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+    }
+    return {**settings, "stop": list(stop)} if stop else settings
+
+
+class VLLM:
+    def probe(self, model: str, ids: list[int]) -> Request:
+        body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        return "/v1/completions", {**body, "return_token_ids": True}
+
+    def read_probe(self, answer: dict[str, Any]) -> list[float]:
+        choice = answer["choices"][0]
+        following = zip(choice["prompt_token_ids"][1:], choice["prompt_logprobs"][1:], strict=True)
+        return [logprobs[str(token)]["logprob"] for token, logprobs in following]
+
+    def completion(
+        self, model: str, ids: list[int], sampling: Sampling, max_new_tokens: int, stop: Sequence[str], seed: int
+    ) -> Request:
+        body = {"model": model, "prompt": ids, "max_tokens": max_new_tokens, "return_token_ids": True, "seed": seed}
+        return "/v1/completions", body | _sampling(sampling, stop)
+
+    def read_completion(self, answer: dict[str, Any]) -> tuple[list[int], str]:
+        choice = answer["choices"][0]
+        return choice["token_ids"], choice["finish_reason"]
+
+    def capture(self, model: str, ids: list[int]) -> Request:
+        return "/v1/completions", {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0.0}
+
+    def read_capture(self, answer: dict[str, Any]) -> str:
+        return answer["kv_transfer_params"]["hidden_states_path"]
+
+
+class SGLang:
+    def probe(self, model: str, ids: list[int]) -> Request:
+        settings = {"temperature": 0.0, "max_new_tokens": 1}
+        body = {"input_ids": ids, "sampling_params": settings, "return_logprob": True, "logprob_start_len": 0}
+        return "/generate", body
+
+    def read_probe(self, answer: dict[str, Any]) -> list[float]:
+        return [logprob for logprob, *_ in answer["meta_info"]["input_token_logprobs"][1:]]
+
+    def completion(
+        self, model: str, ids: list[int], sampling: Sampling, max_new_tokens: int, stop: Sequence[str], seed: int
+    ) -> Request:
+        settings = {"max_new_tokens": max_new_tokens, "sampling_seed": seed}
+        return "/generate", {"input_ids": ids, "sampling_params": settings | _sampling(sampling, stop)}
+
+    def read_completion(self, answer: dict[str, Any]) -> tuple[list[int], str]:
+        return answer["output_ids"], answer["meta_info"]["finish_reason"]["type"]
+
+    def capture(self, model: str, ids: list[int]) -> Request:
+        raise TargetError("target.engine: sglang lends no hidden states yet; train with target.engine vllm")
+
+    def read_capture(self, answer: dict[str, Any]) -> str:
+        raise NotImplementedError
+
+
+DIALECTS: dict[str, Dialect] = {"vllm": VLLM(), "sglang": SGLang()}

@@ -1,0 +1,325 @@
+"""A target behind SGLang or vLLM servers: any number of replicas of one model, unmodified.
+
+Token ids go in and out, so nothing is ever tokenised twice. A request goes to the replica with the fewest in flight;
+one that fails is asked again, elsewhere if there is an elsewhere; a replica that fails is left alone for a while and
+its identity checked again before it is trusted. A request is answered once or not at all, whatever happens on the way.
+"""
+
+import asyncio
+import fcntl
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx2 as httpx
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from draftsmith.decoding.sampling import Sampling
+from draftsmith.errors import TargetError
+from draftsmith.progress import say
+from draftsmith.recipe import ServerRecipe, TargetRecipe
+from draftsmith.targets.base import Capture, Generation
+from draftsmith.targets.dialects import DIALECTS
+from draftsmith.targets.endings import loop_length, stop_length
+from draftsmith.targets.ends import LooseEnds, resolve_model
+
+PROBE = "The quick brown fox jumps over the lazy dog, and then it sleeps."
+SAME_LOGPROB = 0.15  # nats a token: replicas of one model differ by rounding only
+RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
+LONGEST_PAUSE_S = 30.0
+
+T = TypeVar("T")
+
+
+class _Retry(Exception):
+    """A failure that another attempt, or another replica, may not see."""
+
+
+@dataclass
+class Replica:
+    url: str
+    in_flight: int = 0
+    answered: int = 0
+    failures: int = 0  # in a row
+    rests_until: float = 0.0  # monotonic seconds
+    name: str = ""  # what it calls the model; empty until its identity was checked since it last failed
+    checking: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+def _take_states(path: Path, ids: list[int], count: int, hidden_size: int) -> Tensor:
+    """Read and delete a file of hidden states; its lock is held until the server has written it."""
+    lock = path.with_name(f"{path.name}.lock")
+    try:
+        with lock.open() as held:
+            fcntl.flock(held, fcntl.LOCK_SH)
+            with safe_open(path, "pt") as file:
+                states, tokens = file.get_tensor("hidden_states"), file.get_tensor("token_ids")
+    except FileNotFoundError:
+        raise TargetError(
+            f"server.hidden_states: {path} is not there; give the folder in which this machine sees the servers' files"
+        ) from None
+    except (OSError, SafetensorError) as error:
+        raise _Retry(f"{path}: {error}") from None
+    lock.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+    if tokens[: len(ids)].tolist() != ids:
+        raise _Retry(f"{path} holds another text")
+    if states.shape[1:] != (count, hidden_size):
+        raise TargetError(
+            f"draft.taps: the server keeps {list(states.shape[1:])} values a token, this run wants [{count}, "
+            f"{hidden_size}]: its taps and the last layer; start it with the layers that `draftsmith serve` prints"
+        )
+    return states[: len(ids)]
+
+
+class ServedTarget(LooseEnds):
+    """Implements `Target` over replicas. Requests run on an event loop in a thread of its own."""
+
+    def __init__(self, target: TargetRecipe, server: ServerRecipe, device: str = "auto"):
+        if not server.urls:
+            raise TargetError(f"server.urls: none given; target.engine {target.engine} needs at least one URL")
+        super().__init__(target.model, target.revision, target.dtype, device, target.trust_remote_code)
+        self.settings, self.dialect = server, DIALECTS[target.engine]
+        self.known_as = {target.model, resolve_model(target.model)}
+        self.replicas = [Replica(url.rstrip("/")) for url in server.urls]
+        self.fingerprint: list[float] = []  # log-probabilities of the probe's tokens
+        self._random = random.Random(0)  # spreads retries only
+        self._client: httpx.AsyncClient | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="servers", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        async def let_go() -> None:
+            unfinished = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in unfinished:
+                task.cancel()
+            await asyncio.gather(*unfinished, return_exceptions=True)
+            if self._client is not None:
+                await self._client.aclose()
+
+        asyncio.run_coroutine_threadsafe(let_go(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    @property
+    def capacity(self) -> int:
+        """Requests worth having in flight."""
+        return self.settings.concurrency * len(self.replicas)
+
+    def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run a coroutine function against the servers from ordinary code; connects first."""
+
+        async def connected() -> T:
+            await self._connect()
+            return await work()
+
+        future = asyncio.run_coroutine_threadsafe(connected(), self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    async def complete(
+        self,
+        ids: list[int],
+        sampling: Sampling,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        stop_loops: bool = False,
+    ) -> Generation:
+        """One completion; raises `TargetError` once `server.attempts` have failed."""
+
+        async def ask(replica: Replica) -> tuple[list[int], str]:
+            path, body = self.dialect.completion(replica.name, ids, sampling, max_new_tokens, stop, seed)
+            answer = await self._request(replica, "POST", path, body)
+            try:
+                return self.dialect.read_completion(answer)
+            except (KeyError, IndexError, TypeError):
+                raise _Retry(f"{path}: an answer without token ids") from None
+
+        written, reason = await self._somewhere(ask)
+        if stop_loops and (length := loop_length(written)) is not None:
+            return Generation(written[:length], "loop")
+        if written and written[-1] in self.eos_ids:
+            return Generation(written, "eos")
+        if reason == "length":
+            return Generation(written, "length")
+        return Generation(written[: stop_length(self.tokenizer, written, stop)], "stop")
+
+    def capture(self, documents: list[list[int]], taps: Sequence[int]) -> Capture:
+        """Hidden states of whole documents, each by the prefill of one request; safe to call from several threads."""
+
+        async def every_document() -> list[Tensor]:
+            return await asyncio.gather(*(self._states(document, len(taps) + 1) for document in documents))
+
+        states_THK = torch.cat(self.run(every_document)).to(self.device)
+        return Capture(states_THK[:, :-1], self.final_norm(states_THK[:, -1]))
+
+    async def _states(self, ids: list[int], count: int) -> Tensor:
+        """The taps and the last layer's output [T, count, H], un-normed, as the server was told to keep them."""
+
+        async def ask(replica: Replica) -> Tensor:
+            path, body = self.dialect.capture(replica.name, ids)
+            answer = await self._request(replica, "POST", path, body)
+            try:
+                written = Path(self.dialect.read_capture(answer))
+            except (KeyError, TypeError):
+                raise TargetError(
+                    f"server.urls: {replica.url} keeps no hidden states; start it with the connector that "
+                    "`draftsmith serve` prints, or train with target.engine transformers"
+                ) from None
+            if self.settings.hidden_states is not None:
+                written = self.settings.hidden_states / written.name
+            return await asyncio.to_thread(_take_states, written, ids, count, self.identity.hidden_size)
+
+        return await self._somewhere(ask)
+
+    # --- replicas -----------------------------------------------------------------------------------------------
+
+    async def _connect(self) -> None:
+        if self._client is not None:
+            return
+        key = os.environ.get(self.settings.api_key_env, "")
+        self._client = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=self.capacity),
+            timeout=httpx.Timeout(self.settings.deadline_s, connect=10.0),
+            trust_env=False,  # a proxy of the environment is not meant for servers next door
+        )
+        self._freed = asyncio.Condition()
+        failures = await asyncio.gather(*(self._first_check(replica) for replica in self.replicas))
+        if not any(replica.name for replica in self.replicas):
+            raise TargetError(f"server.urls: no server answers; {self.replicas[0].url}: {failures[0]}")
+
+    async def _somewhere(self, ask: Callable[[Replica], Coroutine[Any, Any, T]]) -> T:
+        last = ""
+        failed: set[str] = set()
+        for attempt in range(self.settings.attempts):
+            if attempt:
+                await asyncio.sleep(self._pause(attempt))
+            replica = await self._take(failed)
+            try:
+                await self._check(replica)
+                answer = await ask(replica)
+            except _Retry as error:
+                last = f"{replica.url}: {error}"
+                failed.add(replica.url)
+                self._rest(replica, str(error))
+                continue
+            finally:
+                await self._release(replica)
+            replica.failures = 0
+            replica.answered += 1
+            return answer
+        raise TargetError(
+            f"server.attempts: {self.settings.attempts} attempts failed, the last at {last}; finished completions are "
+            "kept, run the same command to go on"
+        )
+
+    async def _take(self, failed: set[str]) -> Replica:
+        """The least busy replica that is not resting; waits for one. One that failed this request comes last."""
+        async with self._freed:
+            while True:
+                now = time.monotonic()
+                awake = [r for r in self.replicas if r.rests_until <= now]
+                able = [r for r in awake if r.url not in failed] or awake
+                able = [r for r in able if r.in_flight < self.settings.concurrency]
+                if able:
+                    chosen = min(able, key=lambda r: (r.in_flight, r.answered))
+                    chosen.in_flight += 1
+                    return chosen
+                resting = [r.rests_until - now for r in self.replicas if r.rests_until > now]
+                try:
+                    await asyncio.wait_for(self._freed.wait(), min(resting) + 0.01 if resting else None)
+                except TimeoutError:
+                    continue  # a replica has rested
+
+    async def _release(self, replica: Replica) -> None:
+        async with self._freed:
+            replica.in_flight -= 1
+            self._freed.notify_all()
+
+    def _rest(self, replica: Replica, why: str) -> None:
+        replica.name = ""  # it may come back as something else
+        if replica.rests_until <= time.monotonic():  # the first of many requests that fail together
+            replica.failures += 1
+            pause = self._pause(replica.failures)
+            replica.rests_until = time.monotonic() + pause
+            say(f"server {replica.url}: {why}; left alone for {pause:.1f} s")
+
+    def _pause(self, failures: int) -> float:
+        longest = min(LONGEST_PAUSE_S, self.settings.backoff_s * 2 ** (failures - 1))
+        return longest * self._random.uniform(0.5, 1.0)
+
+    async def _first_check(self, replica: Replica) -> str:
+        try:
+            await self._check(replica)
+        except _Retry as error:
+            self._rest(replica, str(error))
+            return str(error)
+        return ""
+
+    async def _check(self, replica: Replica) -> None:
+        """Refuse a server of another model: by name, by tokenizer, and by what it answers."""
+        async with replica.checking:
+            if replica.name:
+                return
+            listed = (await self._request(replica, "GET", "/v1/models"))["data"]
+            names = {str(model[key]) for model in listed for key in ("id", "root") if model.get(key)}
+            if not names & self.known_as:
+                raise TargetError(
+                    f"server.urls: {replica.url} serves {', '.join(sorted(names))}, not target.model "
+                    f"{self.identity.model}; give another URL, or the name it serves as target.model"
+                )
+            name = next(m["id"] for m in listed if {m.get("id"), m.get("root")} & self.known_as)
+            ids = self.tokenizer(PROBE).input_ids
+            answer = await self._request(replica, "POST", "/tokenize", {"model": name, "prompt": PROBE})
+            if answer["tokens"] != ids:
+                raise TargetError(f"server.urls: {replica.url} has another tokenizer than {self.identity.model}")
+            path, body = self.dialect.probe(name, ids)
+            self.compare_fingerprint(
+                replica.url, self.dialect.read_probe(await self._request(replica, "POST", path, body))
+            )
+            replica.name = name
+
+    def compare_fingerprint(self, origin: str, found: list[float]) -> None:
+        """The first fingerprint is the truth; another is an error that names where it comes from."""
+        self.fingerprint = self.fingerprint or found
+        away = sum(abs(a - b) for a, b in zip(self.fingerprint, found, strict=True)) / len(found)
+        if away > SAME_LOGPROB:
+            raise TargetError(
+                f"server.urls: {origin} has other weights under the same name: the log-probabilities of a probe text "
+                f"are {away:.2f} nats a token away from those seen first"
+            )
+
+    async def _request(self, replica: Replica, method: str, path: str, body: dict | None = None) -> Any:
+        assert self._client is not None
+        try:
+            async with asyncio.timeout(self.settings.deadline_s):
+                response = await self._client.request(method, replica.url + path, json=body)
+        except TimeoutError:
+            raise _Retry(f"no answer within {self.settings.deadline_s:g} s") from None
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+            raise TargetError(f"server.urls: {replica.url}: {error}") from None
+        except httpx.TransportError as error:
+            raise _Retry(str(error) or type(error).__name__) from None
+        if response.status_code in RETRIED:
+            raise _Retry(f"HTTP {response.status_code}")
+        if response.status_code != 200:
+            text = " ".join(response.text.split())[:200]
+            raise TargetError(f"{replica.url}{path}: HTTP {response.status_code}: {text}")
+        try:
+            return response.json()
+        except ValueError:
+            raise _Retry("an answer that is no JSON") from None

@@ -1,0 +1,157 @@
+"""Stand-ins that speak like vLLM and SGLang, and the faults that real servers do not show on demand."""
+
+import contextlib
+import json
+import threading
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from draftsmith.decoding.sampling import Sampling
+from draftsmith.targets.local import LocalTarget
+
+Answer = Callable[[str, dict], tuple[int, dict]]
+
+
+class FaultyServer(ThreadingHTTPServer):
+    """Answers requests, except where `fault(n)` of the n-th POST for text names one: an HTTP status, `drop`
+    (connection closed in mid-answer), `torn` (half of the JSON) or `late` (`late_s` seconds too late)."""
+
+    daemon_threads = True
+
+    def __init__(self, answer: Answer, fault: Callable[[int], int | str | None] = lambda n: None, late_s: float = 1.0):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.answer, self.fault, self.late_s = answer, fault, late_s
+        self.asked: list[dict] = []
+        self.counting = threading.Lock()
+        self.dead = False
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request, client_address):
+        """A client that went away is part of the play."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FaultyServer
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self._serve({})
+
+    def do_POST(self):
+        self._serve(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def _serve(self, body: dict) -> None:
+        fault = None
+        if self.path in ("/v1/completions", "/generate") and "prompt_logprobs" not in str(body):
+            with self.server.counting:
+                self.server.asked.append(body)
+                fault = self.server.fault(len(self.server.asked))
+        if self.server.dead:
+            self.close_connection = True
+            self.connection.close()
+            return
+        status, answer = (
+            (fault, {"error": "made up"}) if isinstance(fault, int) else self.server.answer(self.path, body)
+        )
+        content = json.dumps(answer).encode()
+        if fault == "late":
+            time.sleep(self.server.late_s)
+        if fault == "torn":
+            content = content[: len(content) // 2]
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[:10] if fault == "drop" else content)
+        self.close_connection = fault == "drop"
+
+
+@contextlib.contextmanager
+def serving(*servers: FaultyServer) -> Iterator[list[str]]:
+    for server in servers:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield [server.url for server in servers]
+    finally:
+        for server in servers:
+            server.shutdown()
+            server.server_close()
+
+
+def forward(url: str) -> Answer:
+    """Answers of a real server, for faults between it and us."""
+
+    def answer(path: str, body: dict) -> tuple[int, dict]:
+        data = json.dumps(body).encode() if body else None
+        request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=600) as response:
+                return response.status, json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    return answer
+
+
+def tiny_engine(target: LocalTarget, name: str, keep: tuple[Path, tuple[int, ...]] | None = None) -> Answer:
+    """Answers of a tiny target in both engines' words; with `keep` it writes hidden states as vLLM's connector does."""
+    one_at_a_time = threading.Lock()
+
+    def states(ids: list[int]) -> dict:
+        folder, taps = keep
+        raw = []
+        hook = target.decoder.layers[-1].register_forward_hook(lambda _m, _a, out: raw.append(out))
+        kept = target.capture([ids], taps).taps_TKH
+        hook.remove()
+        path = folder / f"{uuid.uuid4().hex}.safetensors"
+        path.with_name(f"{path.name}.lock").touch()
+        hidden = torch.cat([kept, raw[0][0][:, None]], 1)
+        save_file({"hidden_states": hidden.contiguous(), "token_ids": torch.tensor(ids)}, path)
+        return {"kv_transfer_params": {"hidden_states_path": str(path)}}
+
+    def logprobs(ids: list[int]) -> list[float]:
+        logits = target.logits(target.capture([ids], ()).last_TH).float().log_softmax(-1)
+        return [logits[i, token].item() for i, token in enumerate(ids[1:])]
+
+    def write(ids: list[int], settings: dict, length: int, seed: int) -> tuple[list[int], str]:
+        sampling = Sampling(settings["temperature"], settings.get("top_p", 1.0), max(0, settings.get("top_k", 0)))
+        ((_, generation),) = target.generate([ids], sampling, length, tuple(settings.get("stop", ())), seed)
+        return generation.ids, "length" if generation.finish_reason == "length" else "stop"
+
+    def answer(path: str, body: dict) -> tuple[int, dict]:
+        with one_at_a_time, torch.inference_mode():
+            if path == "/v1/models":
+                return 200, {"data": [{"id": name, "root": name}]}
+            if path == "/tokenize":
+                return 200, {"tokens": target.tokenizer(body["prompt"]).input_ids}
+            ids = body.get("prompt") or body["input_ids"]
+            if len(ids) > 200:
+                return 400, {"message": "this model's maximum context length is 200 tokens"}
+            if path == "/v1/completions" and "prompt_logprobs" in body:
+                rows = [{str(t): {"logprob": x}} for t, x in zip(ids[1:], logprobs(ids), strict=True)]
+                return 200, {"choices": [{"prompt_token_ids": ids, "prompt_logprobs": [None, *rows]}]}
+            if path == "/v1/completions":
+                written, reason = write(ids, body, body["max_tokens"], body.get("seed", 0))
+                kept = states(ids) if keep else {}
+                return 200, {"choices": [{"token_ids": written, "finish_reason": reason}], **kept}
+            settings = body["sampling_params"]
+            if body.get("return_logprob"):
+                rows = [[x, t, None] for t, x in zip(ids[1:], logprobs(ids), strict=True)]
+                return 200, {"meta_info": {"input_token_logprobs": [[None, ids[0], None], *rows]}}
+            written, reason = write(ids, settings, settings["max_new_tokens"], settings["sampling_seed"])
+            return 200, {"output_ids": written, "meta_info": {"finish_reason": {"type": reason}}}
+
+    return answer

@@ -1,0 +1,269 @@
+"""Regeneration against servers, with every fault a network and an engine can have."""
+
+import contextlib
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+from models import save_tiny_target, tiny_recipe, tiny_target, write_prompts
+from servers import FaultyServer, serving, tiny_engine
+
+from draftsmith.data.regenerate import answer, open_conversations, read_completions
+from draftsmith.data.regenerate_served import ServedRegeneration
+from draftsmith.data.templates import ChatFormat
+from draftsmith.decoding.sampling import Sampling
+from draftsmith.errors import DraftsmithError, TargetError
+from draftsmith.files import read_json, read_jsonl, write_jsonl
+from draftsmith.pipeline import Run, run_pipeline
+from draftsmith.targets.local import LocalTarget, load_tokenizer
+from draftsmith.targets.servers import ServedTarget
+from draftsmith.training.capture import StreamedCapture
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_target(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def target(model):
+    return LocalTarget(model, dtype="fp32", device="cpu")
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = list(read_jsonl(Path(write_prompts(tmp_path / "raw.jsonl"))))
+    write_jsonl(path, [{**r, "source": "t", "messages": [{"role": "user", "content": r.pop("prompt")}]} for r in rows])
+    return path
+
+
+def recipe_for(model, urls, engine="vllm", **changes):
+    server = {"urls": urls, "concurrency": 3, "deadline_s": 5.0, "attempts": 6, "backoff_s": 0.01, **changes}
+    return tiny_recipe(model, "unused", **{"target.engine": engine, "server": server, "regenerate.max_new_tokens": 12})
+
+
+def regenerate(recipe, prompts, out):
+    with contextlib.closing(ServedTarget(recipe.target, recipe.server, "cpu")) as served:
+        ServedRegeneration(recipe, served, ChatFormat(served.tokenizer, None), prompts, out).run()
+    return list(read_completions(out)), served
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_rows_are_what_the_target_writes_whatever_the_replicas(model, target, prompts, tmp_path, engine):
+    servers = [FaultyServer(tiny_engine(target, model)) for _ in range(3)]
+    with serving(*servers) as urls:
+        rows, served = regenerate(recipe_for(model, urls, engine), prompts, tmp_path / "three")
+        alone, _ = regenerate(recipe_for(model, urls[:1], engine), prompts, tmp_path / "one")
+    assert rows == alone
+    assert sorted(r["id"] for r in rows) == sorted(r["id"] for r in read_jsonl(prompts))
+    by_body = {str(b.get("prompt") or b["input_ids"]): b for s in servers for b in s.asked}
+    for row in rows:
+        start, end = row["spans"][0]
+        body = by_body[str(row["ids"][:start])]
+        seed = body.get("seed") or body["sampling_params"]["sampling_seed"]
+        ((_, wanted),) = target.generate([row["ids"][:start]], Sampling(1.0), 12, (), seed)
+        assert row["ids"][start:end] == wanted.ids
+        assert row["finish_reason"] == wanted.finish_reason
+    answered = [r.answered for r in served.replicas]
+    assert max(answered) - min(answered) <= 3  # fair
+
+
+@pytest.mark.parametrize("fault", [500, 503, 429, "drop", "torn", "late"])
+def test_faults_change_nothing_but_time(model, target, prompts, tmp_path, fault):
+    sound = FaultyServer(tiny_engine(target, model))
+    sick = [FaultyServer(tiny_engine(target, model), lambda n: fault if n % 3 == 1 else None) for _ in range(2)]
+    with serving(sound, *sick) as urls:
+        wanted, _ = regenerate(recipe_for(model, urls[:1]), prompts, tmp_path / "sound")
+        rows, served = regenerate(recipe_for(model, urls[1:], deadline_s=0.5), prompts, tmp_path / "sick")
+    assert rows == wanted
+    assert sum(len(s.asked) for s in sick) > len(rows)
+    assert sum(r.answered for r in served.replicas) == len(rows)
+
+
+def test_a_replica_that_dies_loses_and_doubles_nothing(model, target, prompts, tmp_path, capsys):
+    def die(n):
+        servers[1].dead = n >= 3
+
+    servers = [FaultyServer(tiny_engine(target, model)), FaultyServer(tiny_engine(target, model), die)]
+    with serving(*servers) as urls:
+        rows, served = regenerate(recipe_for(model, urls), prompts, tmp_path / "out")
+    assert sorted(r["id"] for r in rows) == sorted(r["id"] for r in read_jsonl(prompts))
+    assert [r.answered for r in served.replicas] == [len(rows) - 2, 2]
+    assert f"server {urls[1]}: " in capsys.readouterr().err
+
+
+def test_all_dead_stops_and_the_same_command_goes_on(model, target, prompts, tmp_path):
+    def die(n):
+        server.dead = n > 7
+
+    server = FaultyServer(tiny_engine(target, model), die)
+    with serving(server) as urls:
+        recipe, out = recipe_for(model, urls), tmp_path / "out"
+        with pytest.raises(TargetError, match=r"server\.attempts: 6 attempts failed, the last at http"):
+            regenerate(recipe, prompts, out)
+        kept = list(read_completions(out))
+        assert 1 <= len(kept) <= 7
+        torn = out / "00000.jsonl"
+        torn.write_bytes(torn.read_bytes() + b'{"id": "p3", "ids": [1, 2')
+        server.dead, server.fault, server.asked = False, lambda n: None, []
+        rows, _ = regenerate(recipe, prompts, out)
+        assert len(server.asked) == len(rows) - len(kept)
+        assert sorted(r["id"] for r in rows) == sorted(r["id"] for r in read_jsonl(prompts))
+        assert [r for r in rows if r["id"] in {k["id"] for k in kept}] == sorted(kept, key=lambda r: rows.index(r))
+
+
+def test_enough_tokens_is_enough(model, target, prompts, tmp_path):
+    with serving(FaultyServer(tiny_engine(target, model))) as urls:
+        recipe = recipe_for(model, urls)
+        few = recipe.model_copy(update={"regenerate": recipe.regenerate.model_copy(update={"max_tokens": 40})})
+        some, _ = regenerate(few, prompts, tmp_path / "out")
+        more, _ = regenerate(recipe, prompts, tmp_path / "out")
+    assert read_json(tmp_path / "out" / "summary.json")["completion_tokens"] >= 40
+    assert len(some) < len(more) == 20
+
+
+def test_several_turns_are_those_of_the_target_in_process(model, target, tmp_path):
+    talk = [{"role": "user", "content": c} for c in ("the of", "to in w3", "is it")]
+    rows = [
+        {"id": f"t{i}", "category": "chat", "source": "t", "messages": [{"role": "system", "content": f"w{i}"}, *talk]}
+        for i in range(6)
+    ]
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    with serving(FaultyServer(tiny_engine(target, model))) as urls:
+        recipe = recipe_for(model, urls)
+        greedy = recipe.model_copy(update={"regenerate": recipe.regenerate.model_copy(update={"temperature": 0.0})})
+        served, _ = regenerate(greedy, tmp_path / "prompts.jsonl", tmp_path / "out")
+    chat = ChatFormat(load_tokenizer(model), None)
+    opened = open_conversations(rows, chat, greedy.regenerate.max_prompt_tokens)
+    wanted = [row for _, row in answer(opened, target, chat, greedy.regenerate, Sampling(), 0) if row]
+    assert sorted(wanted, key=lambda r: r["id"]) == served
+    assert any(len(r["spans"]) > 1 for r in served)
+
+
+def test_what_cannot_be_right_is_refused_in_one_line(model, target, prompts, tmp_path):
+    other = tiny_target(seed=1, tokenizer=target.tokenizer)
+
+    def other_words(path, body):
+        return (200, {"tokens": [1, 2]}) if path == "/tokenize" else tiny_engine(target, model)(path, body)
+
+    servers = [
+        FaultyServer(tiny_engine(target, model)),
+        FaultyServer(tiny_engine(target, "somebody/else")),
+        FaultyServer(other_words),
+        FaultyServer(tiny_engine(other, model)),
+        FaultyServer(tiny_engine(target, model), lambda n: 404),
+    ]
+    with serving(*servers) as urls:
+        good, elsewhere, words, weights, lost = urls
+        for number, (wanted, given) in enumerate(
+            {
+                "server.urls: none given; target.engine vllm needs at least one URL": [],
+                "serves somebody/else, not target.model": [good, elsewhere],
+                "has another tokenizer than": [words],
+                "has other weights under the same name": [good, weights],
+                "server.urls: no server answers; http://127.0.0.1:9: ": ["http://127.0.0.1:9"],
+                "HTTP 404": [lost],
+                "server.urls: localhost:8000: ": ["localhost:8000"],
+            }.items()
+        ):
+            with pytest.raises(DraftsmithError) as caught:
+                regenerate(recipe_for(model, given), prompts, tmp_path / str(number))
+            assert wanted in str(caught.value)
+            assert "\n" not in str(caught.value)
+        # Weights that were changed between two runs are noticed by what the first one kept.
+        regenerate(recipe_for(model, [good]), prompts, tmp_path / "kept")
+        with pytest.raises(TargetError, match="nats a token away"):
+            regenerate(recipe_for(model, [weights]), prompts, tmp_path / "kept")
+
+
+def test_stages_up_to_the_vocabulary_need_no_model_in_process(model, target, tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    with serving(FaultyServer(tiny_engine(target, model))) as urls:
+        run = served_run(model, prompts, urls, tmp_path / "run")
+        for stage in ("prompts", "regenerate", "vocab"):
+            run_pipeline(run, stage)
+        run.close()
+    assert run.target.lm.get_input_embeddings().weight.is_meta
+    assert read_json(tmp_path / "run" / "vocab" / "coverage.json")
+
+
+def served_run(model, prompts, urls, out, **changes):
+    changes = {"prompts.sources": [{"name": prompts}], "target.engine": "vllm", **changes}
+    server = {"urls": urls, "concurrency": 3, "attempts": 6, "backoff_s": 0.01, "packs_ahead": 2}
+    return Run(tiny_recipe(model, prompts, **changes, server=server), out, ["test"])
+
+
+def test_training_from_servers_gives_the_loss_curve_of_training_in_process(model, target, tmp_path):
+    """Two replicas that keep hidden states, one of which dies; nothing is left in their folder."""
+
+    def die(n):
+        servers[1].dead = n >= 20
+
+    folder = tmp_path / "states"
+    folder.mkdir()
+    engine = tiny_engine(target, model, (folder, (1, 3, 4)))
+    servers = [FaultyServer(engine), FaultyServer(engine, die)]
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    with serving(*servers) as urls, contextlib.closing(served_run(model, prompts, urls, tmp_path / "served")) as served:
+        for stage in ("prompts", "regenerate", "vocab", "train", "export"):
+            run_pipeline(served, stage)
+        with pytest.raises(TargetError, match=r"evaluate: decodes in this process only.*--target\.engine transformers"):
+            run_pipeline(served, "evaluate")
+    assert servers[1].dead
+    assert not [p for p in folder.iterdir() if p.suffix == ".safetensors"]
+    local = served_run(model, prompts, [], tmp_path / "local", **{"target.engine": "transformers"})
+    shutil.copytree(tmp_path / "served" / "completions", tmp_path / "local" / "completions")
+    shutil.copytree(tmp_path / "served" / "vocab", tmp_path / "local" / "vocab")
+    (tmp_path / "local" / "vocab" / "stage.json").unlink()
+    run_pipeline(local, "train")
+    curves = [list(read_jsonl(tmp_path / name / "train" / "metrics.jsonl")) for name in ("served", "local")]
+    losses = [[row["loss"] for row in curve if "loss" in row] for curve in curves]
+    assert len(losses[0]) >= 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    taus = [row["held_out"]["tau_3"] for row in curves[0] if "held_out" in row]
+    assert taus == pytest.approx([row["held_out"]["tau_3"] for row in curves[1] if "held_out" in row], rel=1e-3)
+
+
+def test_servers_that_keep_the_wrong_states_are_refused(model, target, tmp_path):
+    folder = tmp_path / "states"
+    folder.mkdir()
+    servers = [
+        FaultyServer(tiny_engine(target, model)),
+        FaultyServer(tiny_engine(target, model, (folder, (1, 3)))),
+        FaultyServer(tiny_engine(target, model, (folder, (1, 3, 4)))),
+    ]
+    with serving(*servers) as urls:
+        for url, hidden_states, wanted in (
+            (urls[0], None, "keeps no hidden states"),
+            (urls[1], None, "draft.taps: the server keeps [3, 32] values a token, this run wants [4, 32]"),
+            (urls[2], "/elsewhere", "server.hidden_states: /elsewhere/"),
+        ):
+            recipe = recipe_for(model, [url], hidden_states=hidden_states)
+            with contextlib.closing(ServedTarget(recipe.target, recipe.server, "cpu")) as served:
+                with pytest.raises(TargetError) as caught:
+                    served.capture([[1, 2, 3]], (1, 3, 4))
+                assert wanted in str(caught.value)
+
+
+def test_packs_are_fetched_ahead_within_bounds():
+    asked, finish = set(), [threading.Event() for _ in range(10)]
+
+    class Slow:
+        def capture(self, documents, taps):
+            number = documents[0][0]
+            asked.add(number)
+            assert number == 99 or finish[number].wait(10)
+            return number
+
+    packs = [([str(i)], [[i]]) for i in range(10)]
+    capture = StreamedCapture(Slow(), (1,), iter(packs), 3)
+    for i in range(10):
+        finish[i].set()
+        assert capture(*packs[i]) == i
+        assert max(asked) <= i + 3
+        if i == 4:
+            assert capture(["held out"], [[99]]) == 99
+            asked.remove(99)
+    assert asked == set(range(10))
