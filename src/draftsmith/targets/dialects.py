@@ -30,8 +30,8 @@ class Dialect(Protocol):
         """Ask for the hidden states of a text."""
         ...
 
-    def read_capture(self, answer: dict[str, Any]) -> str:
-        """Path of the safetensors file that the server writes or has written."""
+    def read_capture(self, answer: dict[str, Any]) -> str | None:
+        """Path of the safetensors file that the server writes or has written; None if it keeps no hidden states."""
         ...
 
 
@@ -70,8 +70,8 @@ class VLLM:
     def capture(self, model: str, ids: list[int]) -> Request:
         return "/v1/completions", {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0.0}
 
-    def read_capture(self, answer: dict[str, Any]) -> str:
-        return answer["kv_transfer_params"]["hidden_states_path"]
+    def read_capture(self, answer: dict[str, Any]) -> str | None:
+        return (answer.get("kv_transfer_params") or {}).get("hidden_states_path")
 
 
 class SGLang:
@@ -95,8 +95,8 @@ class SGLang:
     def capture(self, model: str, ids: list[int]) -> Request:
         raise TargetError("target.engine: sglang lends no hidden states yet; train with target.engine vllm")
 
-    def read_capture(self, answer: dict[str, Any]) -> str:
-        raise NotImplementedError
+    def read_capture(self, answer: dict[str, Any]) -> str | None:
+        return None
 
 
 DIALECTS: dict[str, Dialect] = {"vllm": VLLM(), "sglang": SGLang()}

@@ -6,12 +6,13 @@ its identity checked again before it is trusted. A request is answered once or n
 """
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import random
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,22 +54,36 @@ class Replica:
     checking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Waits for the lock that the server holds until it has written the file."""
+    with path.with_name(f"{path.name}.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
+
+
+def _delete_states(path: Path) -> None:
+    path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def _discard_states(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError), _written(path):  # not there: the folder of another machine
+        _delete_states(path)
+
+
 def _take_states(path: Path, ids: list[int], count: int, hidden_size: int) -> Tensor:
-    """Read and delete a file of hidden states; its lock is held until the server has written it."""
-    lock = path.with_name(f"{path.name}.lock")
+    """Read and delete a file of hidden states."""
     try:
-        with lock.open() as held:
-            fcntl.flock(held, fcntl.LOCK_SH)
-            with safe_open(path, "pt") as file:
-                states, tokens = file.get_tensor("hidden_states"), file.get_tensor("token_ids")
+        with _written(path), safe_open(path, "pt") as file:
+            states, tokens = file.get_tensor("hidden_states"), file.get_tensor("token_ids")
     except FileNotFoundError:
         raise TargetError(
             f"server.hidden_states: {path} is not there; give the folder in which this machine sees the servers' files"
         ) from None
     except (OSError, SafetensorError) as error:
         raise _Retry(f"{path}: {error}") from None
-    lock.unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
+    _delete_states(path)
     if tokens[: len(ids)].tolist() != ids:
         raise _Retry(f"{path} holds another text")
     if states.shape[1:] != (count, hidden_size):
@@ -143,6 +158,8 @@ class ServedTarget(LooseEnds):
         async def ask(replica: Replica) -> tuple[list[int], str]:
             path, body = self.dialect.completion(replica.name, ids, sampling, max_new_tokens, stop, seed)
             answer = await self._request(replica, "POST", path, body)
+            if kept := self._kept_states(answer):  # a server that captures does so for every request
+                await asyncio.to_thread(_discard_states, kept)
             try:
                 return self.dialect.read_completion(answer)
             except (KeyError, IndexError, TypeError):
@@ -172,18 +189,23 @@ class ServedTarget(LooseEnds):
         async def ask(replica: Replica) -> Tensor:
             path, body = self.dialect.capture(replica.name, ids)
             answer = await self._request(replica, "POST", path, body)
-            try:
-                written = Path(self.dialect.read_capture(answer))
-            except (KeyError, TypeError):
+            kept = self._kept_states(answer)
+            if kept is None:
                 raise TargetError(
                     f"server.urls: {replica.url} keeps no hidden states; start it with the connector that "
                     "`draftsmith serve` prints, or train with target.engine transformers"
-                ) from None
-            if self.settings.hidden_states is not None:
-                written = self.settings.hidden_states / written.name
-            return await asyncio.to_thread(_take_states, written, ids, count, self.identity.hidden_size)
+                )
+            return await asyncio.to_thread(_take_states, kept, ids, count, self.identity.hidden_size)
 
         return await self._somewhere(ask)
+
+    def _kept_states(self, answer: dict[str, Any]) -> Path | None:
+        """Where this machine sees the hidden states that a server kept for a request."""
+        path = self.dialect.read_capture(answer)
+        if path is None:
+            return None
+        folder = self.settings.hidden_states
+        return Path(path) if folder is None else folder / Path(path).name
 
     # --- replicas -----------------------------------------------------------------------------------------------
 
