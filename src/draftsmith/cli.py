@@ -7,13 +7,16 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from draftsmith.errors import DraftsmithError, RecipeError
 from draftsmith.progress import say
 from draftsmith.recipe import Recipe, TargetRecipe, load_recipe
+
+if TYPE_CHECKING:
+    from draftsmith.pipeline import Run
 
 StageName = Literal["run", "prompts", "regenerate", "vocab", "train", "export", "evaluate", "report"]
 STAGE_NAMES = StageName.__args__  # type: ignore[attr-defined]
@@ -39,6 +42,22 @@ class StageCommand:
 
 
 @dataclass
+class ServeCommand:
+    """Start vLLM or SGLang with the run's draft, and stop it on Ctrl-C."""
+
+    command: tyro.conf.Positional[Literal["serve"]]
+    recipe: tyro.conf.Positional[Path]
+    """YAML file of the run."""
+    out: Path | None = None
+    """Run directory; left out: runs/NAME."""
+    purpose: Literal["draft", "plain", "capture"] = "draft"
+    """draft: what users run; plain: the target alone; capture: the target keeping hidden states for `train`."""
+    print: bool = False
+    """Print the command instead of running it."""
+    overrides: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=lambda: PLACEHOLDER)
+
+
+@dataclass
 class InspectCommand:
     """Read any EAGLE-3 draft directory and name every problem an engine would swallow silently."""
 
@@ -55,18 +74,26 @@ class _Positions:
     recipe: tyro.conf.Positional[Path]
 
 
-def parse(arguments: list[str]) -> StageCommand | InspectCommand:
+def parse(arguments: list[str]) -> StageCommand | ServeCommand | InspectCommand:
     """Two passes: the first finds the recipe file, the second takes every flag with the recipe's values as defaults."""
     if arguments[:1] == ["inspect"]:
         return _tyro_in_one_line(InspectCommand, args=arguments)
     default = PLACEHOLDER
-    if arguments[:1] and arguments[0] in STAGE_NAMES and arguments[1:2] and not arguments[1].startswith("-"):
+    if (
+        arguments[:1]
+        and arguments[0] in (*STAGE_NAMES, "serve")
+        and arguments[1:2]
+        and not arguments[1].startswith("-")
+    ):
         first, _ = tyro.cli(_Positions, args=arguments, return_unknown_args=True, add_help=False)
         default = load_recipe(first.recipe)
+    blank: StageCommand | ServeCommand = StageCommand("run", Path("RECIPE"), overrides=default)
+    if arguments[:1] == ["serve"]:
+        blank = ServeCommand("serve", Path("RECIPE"), overrides=default)
     command = _tyro_in_one_line(
-        StageCommand,
+        type(blank),
         args=arguments,
-        default=StageCommand("run", Path("RECIPE"), overrides=default),
+        default=blank,
         config=(tyro.conf.AvoidSubcommands,),
     )
     if default is PLACEHOLDER:
@@ -97,7 +124,21 @@ def _tyro_in_one_line(command: type, **options) -> Any:
         raise RecipeError(f"flags: {text.split(' For full helptext')[0]}") from None
 
 
-def execute(command: StageCommand | InspectCommand) -> int:
+def _serve(command: ServeCommand, run: "Run") -> int:
+    from draftsmith.serving.launch import launch, serve
+    from draftsmith.targets.ends import resolve_model
+
+    recipe, purpose = command.overrides, command.purpose
+    draft = run.draft_for(recipe.serve.engine) if purpose == "draft" else Path()
+    layers = run.captured_layers if purpose == "capture" else ()
+    launched = launch(recipe, resolve_model(recipe.target.model), draft, purpose, layers)
+    if command.print:
+        print(launched)
+        return 0
+    return serve(launched, recipe.serve.patience_s)
+
+
+def execute(command: StageCommand | ServeCommand | InspectCommand) -> int:
     if isinstance(command, InspectCommand):
         from draftsmith.publishing.inspect import inspect
 
@@ -106,6 +147,8 @@ def execute(command: StageCommand | InspectCommand) -> int:
 
     directory = command.out or Path("runs") / command.overrides.name
     run = Run(command.overrides, directory, command_line())
+    if isinstance(command, ServeCommand):
+        return _serve(command, run)
     if command.dry_run:
         print(explain(run))
         return 0

@@ -5,7 +5,8 @@ DraftsmithError            one line: what was given, what is allowed, which key 
 ├── DataError              prompts, completions or a template that cannot be used
 ├── TargetError            a target or tokenizer that cannot be loaded or lacks a hook
 ├── CheckpointError        a checkpoint or draft directory that is damaged or belongs to another run
-└── TrainingError          training that had to stop (non-finite gradients, no loss tokens)
+├── TrainingError          training that had to stop (non-finite gradients, no loss tokens)
+└── ServeError             an engine that cannot be started or does not answer
 
 The command line prints them without a traceback and exits with code 2; anything else is a bug.
 """
@@ -32,4 +33,8 @@ class CheckpointError(DraftsmithError):
 
 
 class TrainingError(DraftsmithError):
+    pass
+
+
+class ServeError(DraftsmithError):
     pass

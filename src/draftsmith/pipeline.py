@@ -121,6 +121,20 @@ class Run:
     def special_tokens(self) -> set[int]:
         return set(self.tokenizer.all_special_ids) | set(self.target.eos_ids)
 
+    @property
+    def captured_layers(self) -> tuple[int, ...]:
+        """What a capturing server has to keep: the taps, and the last layer's output for the teacher."""
+        from transformers import AutoConfig
+
+        from draftsmith.targets.ends import default_taps, resolve_model
+
+        wish = self.recipe.target
+        config = AutoConfig.from_pretrained(
+            resolve_model(wish.model), revision=wish.revision, trust_remote_code=wish.trust_remote_code
+        )
+        layers = config.get_text_config().num_hidden_layers
+        return (*(self.recipe.draft.taps or default_taps(layers)), layers)
+
     @cached_property
     def created_with(self) -> dict[str, Any]:
         return {
@@ -141,8 +155,15 @@ class Run:
 
     @property
     def draft_directory(self) -> Path:
+        """The exported draft; where every engine has its own directory, the embedded engine reads any of them."""
         exported = [self.path("export", name) for name in ("draft", "sglang", "vllm")]
         return next((path for path in exported if path.exists()), exported[0])
+
+    def draft_for(self, engine: str) -> Path:
+        both, own = self.path("export", "draft"), self.path("export", engine)
+        if not both.exists() and not own.exists():
+            raise DataError(f"serve: no draft in {self.path('export')}; run: draftsmith run RECIPE")
+        return both if both.exists() else own
 
 
 def _source_files(run: Run) -> list[Path]:

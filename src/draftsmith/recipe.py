@@ -284,6 +284,35 @@ class EvaluateRecipe(Model):
     """Tokens compared per prompt."""
 
 
+class ServeRecipe(Model):
+    """How `draftsmith serve` starts an engine."""
+
+    engine: Literal["vllm", "sglang"] = "vllm"
+    """The engine to start."""
+    program: str = ""
+    """How it is started, such as "/opt/engine/bin/vllm serve"; left out: `vllm serve` or this Python's sglang."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 opens the server to the network."""
+    port: Annotated[int, Field(gt=0, lt=65536)] = 8000
+    """Port to listen on."""
+    shape: DraftShape = DraftShape(steps=3, topk=1, draft_tokens=4)
+    """What is drafted at every step; vLLM drafts chains (topk 1) only."""
+    tensor_parallel: Positive = 1
+    """GPUs that share the target."""
+    context: Positive | None = None
+    """Longest conversation in tokens; left out: the engine's choice."""
+    draft_quantization: Literal["inherit", "none"] = "none"
+    """SGLang only: `inherit` quantises the draft like its target; vLLM never does."""
+    peer_to_peer: bool = True
+    """Let GPUs talk directly; switch off where PCIe peer access is broken or hangs."""
+    states: Path = Path("/dev/shm/draftsmith-states")
+    """Folder for the hidden states of `--purpose capture`; memory or a fast disk."""
+    patience_s: Annotated[float, Field(gt=0)] = 1800.0
+    """Longest wait until the engine is healthy."""
+    extra: str = ""
+    """More flags for the engine, passed on as they are."""
+
+
 class Recipe(Model):
     """One run, from prompts to a proven draft."""
 
@@ -301,6 +330,7 @@ class Recipe(Model):
     draft: DraftRecipe = DraftRecipe()
     train: TrainRecipe = TrainRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
+    serve: ServeRecipe = ServeRecipe()
 
 
 def _submodel(annotation: Any) -> type[BaseModel] | None:

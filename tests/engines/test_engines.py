@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from engine import TOOLS, VOCAB, engine_environment, engine_python, save_target
 
 from draftsmith.data.packing import make_pack
 from draftsmith.decoding.sampling import Sampling
@@ -25,51 +24,14 @@ from draftsmith.training.objectives import Objective
 from draftsmith.training.ttt_loss import TTTLoss, prepare
 
 pytestmark = pytest.mark.engines
-ROOT = Path(__file__).parents[2]
-TOOLS = Path(os.environ.get("DRAFTSMITH_ENGINE_TOOLS", ROOT.parent / "shared" / "tools"))
 NEW_TOKENS = 48
-VOCAB = 64
-
-
-def engine_python(engine: str) -> Path:
-    """Python of the engine's environment, installed on first use; skips where it cannot be."""
-    named = os.environ.get(f"DRAFTSMITH_{engine.upper()}_VENV")
-    venv = Path(named) if named else ROOT / f".venv-{engine}"
-    python = venv / "bin" / "python"
-    if not (venv / ".installed").exists() and not named:
-        installer = TOOLS / f"{engine}_cpu" / "install.sh"
-        if not installer.exists():
-            pytest.skip(f"{engine} is not installed and {installer} is not there")
-        done = subprocess.run(["bash", installer, venv], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"{engine} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
-        (venv / ".installed").touch()
-    return python
 
 
 @pytest.fixture(scope="module", params=[{}, {"fc_norm": True}], ids=["plain", "fc_norm"])
 def served(request, tmp_path_factory):
     """(target directory, draft directory, prompts): a small Llama and a draft trained on its own text."""
     out = tmp_path_factory.mktemp("served")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=8,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=512,
-        initializer_range=0.12,
-        eos_token_id=None,
-        bos_token_id=1,
-        tie_word_embeddings=False,
-    )
-    lm = LlamaForCausalLM(config).eval()
-    lm.generation_config.eos_token_id = None
-    lm.save_pretrained(out / "target")
-    tiny_tokenizer().save_pretrained(out / "target")
+    save_target(out / "target", eos=False)
     target = LocalTarget(str(out / "target"), dtype="fp32", device="cpu")
     target.eos_ids = frozenset()
     generator = torch.Generator().manual_seed(3)
@@ -127,10 +89,7 @@ def embedded(served, shape: Shape | None):
 def test_vllm_serves_the_draft(served):
     python = engine_python("vllm")
     target, draft, prompts = served
-    environment = dict(os.environ)
-    openmp = python.parents[1] / "lib" / "libiomp5.so"
-    if openmp.exists():
-        environment["LD_PRELOAD"] = str(openmp)
+    environment = os.environ | engine_environment(python)
 
     def run(with_draft):
         job = {"target": str(target), "draft": str(draft) if with_draft else None, "steps": 3, "prompts": prompts}

@@ -52,6 +52,14 @@ def tokenizer_hash(tokenizer) -> str:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
+def default_taps(num_layers: int) -> tuple[int, int, int]:
+    """[2, L//2, L-3]: what SGLang and vLLM capture when a checkpoint names no taps."""
+    taps = (2, num_layers // 2, num_layers - 3)
+    if list(taps) != sorted(set(taps)):
+        raise TargetError(f"draft.taps: a target of {num_layers} layers has no default taps; name them")
+    return taps
+
+
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

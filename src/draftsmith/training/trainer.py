@@ -19,7 +19,7 @@ from draftsmith.files import digest, write_json
 from draftsmith.progress import Meter, say
 from draftsmith.recipe import BOOKKEEPING, Recipe
 from draftsmith.targets.base import Target
-from draftsmith.targets.ends import DTYPES
+from draftsmith.targets.ends import DTYPES, default_taps
 from draftsmith.training.capture import CaptureSource, OfflineCapture, OnlineCapture, StreamedCapture
 from draftsmith.training.checkpoints import (
     checkpoint_paths,
@@ -31,14 +31,6 @@ from draftsmith.training.checkpoints import (
 from draftsmith.training.metrics import append_jsonl, converged, evaluate_heldout, truncate_jsonl
 from draftsmith.training.objectives import Objective
 from draftsmith.training.ttt_loss import PackInputs, TTTLoss, prepare
-
-
-def default_taps(num_layers: int) -> tuple[int, int, int]:
-    """[2, L//2, L-3]: what SGLang and vLLM capture when a checkpoint names no taps."""
-    taps = (2, num_layers // 2, num_layers - 3)
-    if list(taps) != sorted(set(taps)):
-        raise TargetError(f"draft.taps: a target of {num_layers} layers has no default taps; name them")
-    return taps
 
 
 def draft_config(recipe: Recipe, target_config: Any, num_layers: int, draft_vocab_size: int) -> Eagle3Config:

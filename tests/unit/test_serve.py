@@ -1,0 +1,140 @@
+"""Starting and stopping engines; a small program stands in where only process control is at stake."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from models import tiny_recipe
+
+from draftsmith.errors import ServeError
+from draftsmith.serving.launch import launch, running
+
+ENGINE = """
+import http.server, os, signal, subprocess, sys
+port = int(sys.argv[sys.argv.index("--port") + 1])
+print("engine log line", flush=True)
+if "--crash" in sys.argv:
+    sys.exit(3)
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # outlives its parent if it can
+open(sys.argv[1], "w").write(f"{os.getpid()} {worker.pid}")
+if "--stubborn" in sys.argv:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+http.server.HTTPServer(("127.0.0.1", port), Health).serve_forever()
+"""
+
+
+@pytest.fixture
+def engine(tmp_path):
+    """(recipe of a stand-in engine, file with the ids of its processes)"""
+    script, pids = tmp_path / "engine.py", tmp_path / "pids"
+    script.write_text(ENGINE)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def recipe(**changes):
+        program = f"{sys.executable} {script} {pids}"
+        return tiny_recipe("m", "p", serve={"program": program, "port": port, **changes})
+
+    return recipe, pids
+
+
+def alive(pids: Path) -> list[int]:
+    """Those of the engine's processes that still run."""
+    found = []
+    for pid in map(int, pids.read_text().split()):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+                found.append(pid)
+    return found
+
+
+def gone(pids: Path) -> bool:
+    deadline = time.monotonic() + 10
+    while alive(pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not alive(pids)
+
+
+@pytest.mark.parametrize("extra", ["", "--stubborn"])
+def test_an_engine_is_healthy_inside_and_gone_outside(engine, monkeypatch, extra):
+    monkeypatch.setattr("draftsmith.serving.launch.STOP_S", 0.5)
+    recipe, pids = engine
+    with running(launch(recipe(extra=extra), "m", Path("d"), "plain", ()), 20):
+        assert len(alive(pids)) == 2
+    assert gone(pids)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_command_takes_its_engine_with_it(engine, tmp_path, signal_number):
+    recipe, pids = engine
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"name: x\ntarget: {{model: m}}\nserve: {{program: {recipe().serve.program}}}\n")
+    command = [sys.executable, "-m", "draftsmith.cli", "serve", str(file), "--purpose", "plain"]
+    command += ["--serve.port", str(recipe().serve.port)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "ready at" in line:
+            break
+    engine_pid, worker = map(int, pids.read_text().split())
+    os.kill(process.pid, signal_number)
+    if signal_number == signal.SIGKILL:  # nobody is left to stop the engine's workers, but the engine itself is told
+        deadline = time.monotonic() + 10
+        while engine_pid in alive(pids) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert engine_pid not in alive(pids)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+    out, err = process.communicate(timeout=30)
+    assert "engine log line" in out
+    if signal_number != signal.SIGKILL:
+        assert process.returncode == 0
+        assert "serve: stopped" in err
+        assert gone(pids)
+
+
+def test_what_cannot_start_is_told_in_one_line(engine):
+    recipe, _ = engine
+    cases = {
+        "serve: the engine stopped with exit code 3": recipe(extra="--crash"),
+        "serve.program: cannot start 'no-such-engine'": recipe(program="no-such-engine serve"),
+        "serve.patience_s: the engine did not answer within 0.5 s": recipe(program="sleep 60 #", patience_s=0.5),
+    }
+    for wanted, given in cases.items():
+        launched = launch(given, "m", Path("d"), "plain", ())
+        with pytest.raises(ServeError) as caught, running(launched, given.serve.patience_s):
+            pass
+        assert wanted in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_commands_are_the_engines_own():
+    tree = {"steps": 3, "topk": 4, "draft_tokens": 8}
+    sglang = {"engine": "sglang", "shape": tree, "tensor_parallel": 8, "port": 30000, "peer_to_peer": False}
+    command = str(launch(tiny_recipe("m", "p", serve=sglang), "org/model", Path("d"), "draft", ()))
+    assert command.startswith("NCCL_P2P_DISABLE=1 ")
+    assert command.endswith(
+        "-m sglang.launch_server --model-path org/model --tp-size 8 --speculative-algorithm EAGLE3 "
+        "--speculative-draft-model-path d --speculative-num-steps 3 --speculative-eagle-topk 4 "
+        "--speculative-num-draft-tokens 8 --speculative-draft-model-quantization unquant --host 127.0.0.1 "
+        "--port 30000 --dtype float32 --disable-custom-all-reduce"
+    )
+    chain = launch(tiny_recipe("m", "p", serve={"context": 4096}), "org/model", Path("d"), "draft", ())
+    assert chain.url == "http://127.0.0.1:8000"
+    assert '{"method": "eagle3", "model": "d", "num_speculative_tokens": 3}' in chain.command
+    capture = launch(tiny_recipe("m", "p"), "org/model", Path("d"), "capture", (2, 31, 59, 62))
+    assert any('"eagle_aux_hidden_state_layer_ids": [2, 31, 59, 62]' in part for part in capture.command)
+    with pytest.raises(ServeError, match="3/4/8 is a tree, and vLLM drafts chains; give topk: 1, draft_tokens: 4"):
+        launch(tiny_recipe("m", "p", serve={"shape": tree}), "org/model", Path("d"), "draft", ())
