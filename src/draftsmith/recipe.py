@@ -71,10 +71,10 @@ class ServerRecipe(Model):
     """Requests in flight per replica."""
     deadline_s: Annotated[float, Field(gt=0)] = 600.0
     """Longest wait for one answer."""
-    attempts: Positive = 8
-    """Times a request is asked before the run stops."""
+    attempts: Positive = 12
+    """Times a request, or a server that went away, is asked before the run stops."""
     backoff_s: Annotated[float, Field(gt=0)] = 1.0
-    """First pause after a failure; it doubles up to 30 s."""
+    """First pause after a failure; it doubles up to a minute."""
     packs_ahead: Positive = 4
     """Packs whose hidden states are fetched before training needs them; this bounds memory and disk."""
     hidden_states: Path | None = None

@@ -101,7 +101,7 @@ def test_all_dead_stops_and_the_same_command_goes_on(model, target, prompts, tmp
     server = FaultyServer(tiny_engine(target, model), die)
     with serving(server) as urls:
         recipe, out = recipe_for(model, urls), tmp_path / "out"
-        with pytest.raises(TargetError, match=r"server\.attempts: 6 attempts failed, the last at http"):
+        with pytest.raises(TargetError, match=r"server\.attempts: .*, the last .*http"):
             regenerate(recipe, prompts, out)
         kept = list(read_completions(out))
         assert 1 <= len(kept) <= 7

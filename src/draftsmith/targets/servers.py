@@ -13,7 +13,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +34,8 @@ from draftsmith.targets.ends import LooseEnds, resolve_model
 PROBE = "The quick brown fox jumps over the lazy dog, and then it sleeps."
 SAME_LOGPROB = 0.15  # nats a token: replicas of one model differ by rounding only
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
-LONGEST_PAUSE_S = 30.0
+LONGEST_PAUSE_S = 60.0
+GO_ON = "finished completions are kept, run the same command to go on"
 
 T = TypeVar("T")
 
@@ -50,8 +51,9 @@ class Replica:
     answered: int = 0
     failures: int = 0  # in a row
     rests_until: float = 0.0  # monotonic seconds
-    name: str = ""  # what it calls the model; empty until its identity was checked since it last failed
-    checking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    name: str = ""  # what it calls the model
+    trusted: bool = False  # its identity was proved since it last failed
+    proving: bool = False
 
 
 @contextlib.contextmanager
@@ -221,7 +223,7 @@ class ServedTarget(LooseEnds):
         )
         self._freed = asyncio.Condition()
         failures = await asyncio.gather(*(self._first_check(replica) for replica in self.replicas))
-        if not any(replica.name for replica in self.replicas):
+        if not any(replica.trusted for replica in self.replicas):
             raise TargetError(f"server.urls: no server answers; {self.replicas[0].url}: {failures[0]}")
 
     async def _somewhere(self, ask: Callable[[Replica], Coroutine[Any, Any, T]]) -> T:
@@ -232,7 +234,6 @@ class ServedTarget(LooseEnds):
                 await asyncio.sleep(self._pause(attempt))
             replica = await self._take(failed)
             try:
-                await self._check(replica)
                 answer = await ask(replica)
             except _Retry as error:
                 last = f"{replica.url}: {error}"
@@ -244,22 +245,44 @@ class ServedTarget(LooseEnds):
             replica.failures = 0
             replica.answered += 1
             return answer
-        raise TargetError(
-            f"server.attempts: {self.settings.attempts} attempts failed, the last at {last}; finished completions are "
-            "kept, run the same command to go on"
-        )
+        raise TargetError(f"server.attempts: {self.settings.attempts} attempts failed, the last at {last}; {GO_ON}")
 
     async def _take(self, failed: set[str]) -> Replica:
-        """The least busy replica that is not resting; waits for one. One that failed this request comes last."""
+        """A trusted replica, the least busy one; waits for it. One that failed this request comes last.
+
+        A replica that rested is proved by one request's patience, not by everybody's: until then others go elsewhere.
+        """
+        while True:
+            replica = await self._choose(failed)
+            if replica.trusted:
+                return replica
+            try:
+                await self._prove(replica)
+                async with self._freed:
+                    self._freed.notify_all()  # it has room for others too
+                return replica
+            except _Retry as error:
+                self._rest(replica, str(error))
+                await self._release(replica)
+                if min(r.failures for r in self.replicas) >= self.settings.attempts:
+                    raise TargetError(
+                        f"server.attempts: no server answers any more, the last one {replica.url}: {error}; {GO_ON}"
+                    ) from None
+            except BaseException:
+                await self._release(replica)
+                raise
+
+    async def _choose(self, failed: set[str]) -> Replica:
         async with self._freed:
             while True:
                 now = time.monotonic()
-                awake = [r for r in self.replicas if r.rests_until <= now]
+                awake = [r for r in self.replicas if r.rests_until <= now and not r.proving]
                 able = [r for r in awake if r.url not in failed] or awake
                 able = [r for r in able if r.in_flight < self.settings.concurrency]
                 if able:
                     chosen = min(able, key=lambda r: (r.in_flight, r.answered))
                     chosen.in_flight += 1
+                    chosen.proving = not chosen.trusted
                     return chosen
                 resting = [r.rests_until - now for r in self.replicas if r.rests_until > now]
                 try:
@@ -273,7 +296,7 @@ class ServedTarget(LooseEnds):
             self._freed.notify_all()
 
     def _rest(self, replica: Replica, why: str) -> None:
-        replica.name = ""  # it may come back as something else
+        replica.trusted = False  # it may come back as something else
         if replica.rests_until <= time.monotonic():  # the first of many requests that fail together
             replica.failures += 1
             pause = self._pause(replica.failures)
@@ -286,17 +309,15 @@ class ServedTarget(LooseEnds):
 
     async def _first_check(self, replica: Replica) -> str:
         try:
-            await self._check(replica)
+            await self._prove(replica)
         except _Retry as error:
             self._rest(replica, str(error))
             return str(error)
         return ""
 
-    async def _check(self, replica: Replica) -> None:
-        """Refuse a server of another model: by name, by tokenizer, and by what it answers."""
-        async with replica.checking:
-            if replica.name:
-                return
+    async def _prove(self, replica: Replica) -> None:
+        """Refuse a server of another model: by name, by tokenizer, and by what it thinks of a text."""
+        try:
             listed = (await self._request(replica, "GET", "/v1/models"))["data"]
             names = {str(model[key]) for model in listed for key in ("id", "root") if model.get(key)}
             if not names & self.known_as:
@@ -304,16 +325,18 @@ class ServedTarget(LooseEnds):
                     f"server.urls: {replica.url} serves {', '.join(sorted(names))}, not target.model "
                     f"{self.identity.model}; give another URL, or the name it serves as target.model"
                 )
-            name = next(m["id"] for m in listed if {m.get("id"), m.get("root")} & self.known_as)
+            replica.name = next(m["id"] for m in listed if {m.get("id"), m.get("root")} & self.known_as)
             ids = self.tokenizer(PROBE).input_ids
-            answer = await self._request(replica, "POST", "/tokenize", {"model": name, "prompt": PROBE})
+            answer = await self._request(replica, "POST", "/tokenize", {"model": replica.name, "prompt": PROBE})
             if answer["tokens"] != ids:
                 raise TargetError(f"server.urls: {replica.url} has another tokenizer than {self.identity.model}")
-            path, body = self.dialect.probe(name, ids)
+            path, body = self.dialect.probe(replica.name, ids)
             self.compare_fingerprint(
                 replica.url, self.dialect.read_probe(await self._request(replica, "POST", path, body))
             )
-            replica.name = name
+            replica.trusted = True
+        finally:
+            replica.proving = False
 
     def compare_fingerprint(self, origin: str, found: list[float]) -> None:
         """The first fingerprint is the truth; another is an error that names where it comes from."""
