@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from draftsmith import files
 from draftsmith.allocator import return_freed_memory
@@ -122,6 +122,19 @@ class Run:
         return set(self.tokenizer.all_special_ids) | set(self.target.eos_ids)
 
     @property
+    def judge(self) -> Literal["embedded", "vllm", "sglang"]:
+        """The engine that `evaluate` decodes with."""
+        wish, own = self.recipe.evaluate.engine, self.recipe.target.engine
+        if wish == "auto":
+            return "embedded" if own == "transformers" else own
+        if wish == "embedded" and own != "transformers":
+            raise TargetError(
+                f"evaluate.engine: embedded needs the target in this process; where it fits, give --target.engine "
+                f"transformers, else leave evaluate.engine out and {own} decodes"
+            )
+        return wish
+
+    @property
     def captured_layers(self) -> tuple[int, ...]:
         """What a capturing server has to keep: the taps, and the last layer's output for the teacher."""
         from transformers import AutoConfig
@@ -216,16 +229,15 @@ def _export(run: Run, out: Path) -> None:
 
 
 def _evaluate(run: Run, out: Path) -> None:
-    from draftsmith.evaluation.evaluate import evaluate
+    prompts, engine = run.path("prompts", "evaluation.jsonl"), run.judge
+    if engine == "embedded":
+        from draftsmith.evaluation.evaluate import evaluate
 
-    if run.recipe.target.engine != "transformers":
-        raise TargetError(
-            "evaluate: decodes in this process only, for now; where the target fits, run the stage with "
-            "--target.engine transformers"
-        )
-    evaluate(
-        run.recipe, run.target, run.draft_directory, run.path("prompts", "evaluation.jsonl"), out, run.created_with
-    )
+        evaluate(run.recipe, run.target, run.draft_directory, prompts, out, run.created_with)
+    else:
+        from draftsmith.evaluation.served import ServedEvaluation
+
+        ServedEvaluation(run.recipe, engine, run.draft_for(engine), prompts, out).run(run.created_with)
 
 
 def _report(run: Run, out: Path) -> None:
@@ -300,6 +312,8 @@ DIRECTORY = {"regenerate": "completions"}  # the others are named like their sta
 
 
 def stage_directory(run: Run, stage: Stage) -> Path:
+    if stage.name == "evaluate" and run.recipe.evaluate.engine not in ("auto", "embedded"):
+        return run.path(f"evaluate-{run.judge}")  # beside what the embedded engine measured
     return run.path(DIRECTORY.get(stage.name, stage.name))
 
 

@@ -261,6 +261,14 @@ class DraftShape(Model):
 class EvaluateRecipe(Model):
     """What is measured on the exported draft."""
 
+    engine: Literal["auto", "embedded", "vllm", "sglang"] = "auto"
+    """What decodes: the embedded engine, or a real one; auto: embedded where the target runs in this process."""
+    url: str | None = None
+    """Server that runs the target with the draft; left out: one is started as `serve` says."""
+    plain_url: str | None = None
+    """Server of the target alone, for speed and losslessness; left out: one is started, unless `url` is given."""
+    batches: tuple[Positive, ...] = (1,)
+    """Requests in flight while a real engine's speed is measured."""
     shapes: tuple[DraftShape, ...] = (
         DraftShape(steps=3, topk=1, draft_tokens=4),
         DraftShape(steps=3, topk=4, draft_tokens=8),

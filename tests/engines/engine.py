@@ -49,7 +49,7 @@ BUILDERS = {
         )
     ),
     "minimax_m2": lambda: MiniMaxM2ForCausalLM(
-        MiniMaxM2Config(**SHAPE, num_local_experts=4, num_experts_per_tok=2, rotary_dim=32)
+        MiniMaxM2Config(**SHAPE, num_local_experts=4, num_experts_per_tok=2, rotary_dim=32, scoring_func="sigmoid")
     ),
 }
 

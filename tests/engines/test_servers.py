@@ -109,7 +109,7 @@ def test_training_from_a_server_equals_training_in_process(tmp_path):
     with started("vllm", model, "capture", tmp_path) as url:
         # A second replica that dies in mid-training: the same server behind a network that ends.
         def die(n):
-            mortal.dead = n >= 60
+            mortal.dead = n >= 30
 
         mortal = FaultyServer(forward(url), die)
         with serving(mortal) as urls:

@@ -209,8 +209,6 @@ def test_training_from_servers_gives_the_loss_curve_of_training_in_process(model
     with serving(*servers) as urls, contextlib.closing(served_run(model, prompts, urls, tmp_path / "served")) as served:
         for stage in ("prompts", "regenerate", "vocab", "train", "export"):
             run_pipeline(served, stage)
-        with pytest.raises(TargetError, match=r"evaluate: decodes in this process only.*--target\.engine transformers"):
-            run_pipeline(served, "evaluate")
     assert servers[1].dead
     assert not [p for p in folder.iterdir() if p.suffix == ".safetensors"]
     local = served_run(model, prompts, [], tmp_path / "local", **{"target.engine": "transformers"})

@@ -184,9 +184,10 @@ def verdict_line(result: dict[str, Any]) -> str:
             f"tokens in {result['dtype']}, shapes {', '.join(result['shapes'])}"
         )
     first = result["differences"][0]
+    gap = "" if first["logit_gap"] is None else f", logit gap {first['logit_gap']:.2g}"
     return (
-        f"lossless: NO; {len(result['differences'])} differences, the first in {first['id']} at token {first['token']} "
-        f"(shape {first['shape']}, logit gap {first['logit_gap']:.2g})"
+        f"lossless: NO; {len(result['differences'])} differences in {result['dtype']}, the first in {first['id']} at "
+        f"token {first['token']} (shape {first['shape']}{gap})"
     )
 
 

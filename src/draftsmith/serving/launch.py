@@ -25,6 +25,7 @@ from draftsmith.errors import ServeError
 from draftsmith.progress import say
 from draftsmith.recipe import Recipe
 
+Engine = Literal["vllm", "sglang"]
 Purpose = Literal["draft", "plain", "capture"]
 PROGRAMS = {"vllm": ("vllm", "serve"), "sglang": (sys.executable, "-m", "sglang.launch_server")}
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}

@@ -13,10 +13,16 @@ from draftsmith.decoding.sampling import Sampling
 
 @dataclass(frozen=True)
 class Generation:
-    """One completion. `finish_reason`: `eos`, `stop` (a stop string, cut off), `loop` or `length`."""
+    """One completion. `finish_reason`: `eos`, `stop` (a stop string, cut off), `loop` or `length`.
+
+    verified: draft tokens accepted by every verification step, of servers that draft and tell; in order where
+    `in_order`, else sorted.
+    """
 
     ids: list[int]
     finish_reason: str
+    verified: tuple[int, ...] = ()
+    in_order: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.errors import TargetError
+from draftsmith.targets.base import Generation
 
 Request = tuple[str, dict[str, Any]]  # path and JSON body
 
@@ -22,8 +23,8 @@ class Dialect(Protocol):
         self, model: str, ids: list[int], sampling: Sampling, max_new_tokens: int, stop: Sequence[str], seed: int
     ) -> Request: ...
 
-    def read_completion(self, answer: dict[str, Any]) -> tuple[list[int], str]:
-        """(token ids as generated, `stop` or `length`)"""
+    def read_completion(self, answer: dict[str, Any]) -> Generation:
+        """Token ids as generated; the finish reason is `length`, or `stop` for all that the server does not tell."""
         ...
 
     def capture(self, model: str, ids: list[int]) -> Request:
@@ -63,9 +64,10 @@ class VLLM:
         body = {"model": model, "prompt": ids, "max_tokens": max_new_tokens, "return_token_ids": True, "seed": seed}
         return "/v1/completions", body | _sampling(sampling, stop)
 
-    def read_completion(self, answer: dict[str, Any]) -> tuple[list[int], str]:
+    def read_completion(self, answer: dict[str, Any]) -> Generation:
         choice = answer["choices"][0]
-        return choice["token_ids"], choice["finish_reason"]
+        told = ((answer.get("metrics") or {}).get("speculative_decoding") or {}).get("per_step_accepted")
+        return Generation(choice["token_ids"], choice["finish_reason"], tuple(told or ()), in_order=True)
 
     def capture(self, model: str, ids: list[int]) -> Request:
         return "/v1/completions", {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0.0}
@@ -89,8 +91,11 @@ class SGLang:
         settings = {"max_new_tokens": max_new_tokens, "sampling_seed": seed}
         return "/generate", {"input_ids": ids, "sampling_params": settings | _sampling(sampling, stop)}
 
-    def read_completion(self, answer: dict[str, Any]) -> tuple[list[int], str]:
-        return answer["output_ids"], answer["meta_info"]["finish_reason"]["type"]
+    def read_completion(self, answer: dict[str, Any]) -> Generation:
+        meta = answer["meta_info"]
+        histogram = meta.get("spec_correct_drafts_histogram") or []
+        told = tuple(accepted for accepted, steps in enumerate(histogram) for _ in range(steps))
+        return Generation(answer["output_ids"], meta["finish_reason"]["type"], told)
 
     def capture(self, model: str, ids: list[int]) -> Request:
         raise TargetError("target.engine: sglang lends no hidden states yet; train with target.engine vllm")

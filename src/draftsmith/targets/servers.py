@@ -13,7 +13,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -157,24 +157,23 @@ class ServedTarget(LooseEnds):
     ) -> Generation:
         """One completion; raises `TargetError` once `server.attempts` have failed."""
 
-        async def ask(replica: Replica) -> tuple[list[int], str]:
+        async def ask(replica: Replica) -> Generation:
             path, body = self.dialect.completion(replica.name, ids, sampling, max_new_tokens, stop, seed)
             answer = await self._request(replica, "POST", path, body)
-            if kept := self._kept_states(answer):  # a server that captures does so for every request
-                await asyncio.to_thread(_discard_states, kept)
+            await self._let_go(answer)
             try:
                 return self.dialect.read_completion(answer)
             except (KeyError, IndexError, TypeError):
                 raise _Retry(f"{path}: an answer without token ids") from None
 
-        written, reason = await self._somewhere(ask)
-        if stop_loops and (length := loop_length(written)) is not None:
-            return Generation(written[:length], "loop")
-        if written and written[-1] in self.eos_ids:
-            return Generation(written, "eos")
-        if reason == "length":
-            return Generation(written, "length")
-        return Generation(written[: stop_length(self.tokenizer, written, stop)], "stop")
+        written = await self._somewhere(ask)
+        if stop_loops and (length := loop_length(written.ids)) is not None:
+            return replace(written, ids=written.ids[:length], finish_reason="loop")
+        if written.ids and written.ids[-1] in self.eos_ids:
+            return replace(written, finish_reason="eos")
+        if written.finish_reason == "length":
+            return written
+        return replace(written, ids=written.ids[: stop_length(self.tokenizer, written.ids, stop)], finish_reason="stop")
 
     def capture(self, documents: list[list[int]], taps: Sequence[int]) -> Capture:
         """Hidden states of whole documents, each by the prefill of one request; safe to call from several threads."""
@@ -208,6 +207,11 @@ class ServedTarget(LooseEnds):
             return None
         folder = self.settings.hidden_states
         return Path(path) if folder is None else folder / Path(path).name
+
+    async def _let_go(self, answer: dict[str, Any]) -> None:
+        """A server that captures keeps the hidden states of every request, wanted or not."""
+        if kept := self._kept_states(answer):
+            await asyncio.to_thread(_discard_states, kept)
 
     # --- replicas -----------------------------------------------------------------------------------------------
 
@@ -331,9 +335,9 @@ class ServedTarget(LooseEnds):
             if answer["tokens"] != ids:
                 raise TargetError(f"server.urls: {replica.url} has another tokenizer than {self.identity.model}")
             path, body = self.dialect.probe(replica.name, ids)
-            self.compare_fingerprint(
-                replica.url, self.dialect.read_probe(await self._request(replica, "POST", path, body))
-            )
+            answer = await self._request(replica, "POST", path, body)
+            await self._let_go(answer)
+            self.compare_fingerprint(replica.url, self.dialect.read_probe(answer))
             replica.trusted = True
         finally:
             replica.proving = False

@@ -1,0 +1,270 @@
+"""Stage 6 on a real engine: the same measurements as `evaluate`, from what vLLM or SGLang tell; same results.json.
+
+tau is 1 + accepted draft tokens / verification steps, as DESIGN.md has it. vLLM tells every step in order, so steps cut
+short by the end of a text and looping text are left out exactly as in the embedded engine. SGLang tells a histogram
+per request: there whole completions that loop are left out, and steps cut short by the end count.
+"""
+
+import asyncio
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from draftsmith.data.loops import loop_onset
+from draftsmith.data.regenerate import open_conversations
+from draftsmith.data.templates import ChatFormat
+from draftsmith.decoding.sampling import Sampling
+from draftsmith.decoding.speculate import Decoded, Step
+from draftsmith.errors import DataError, TargetError
+from draftsmith.evaluation.acceptance import PromptAcceptance, count, summarise
+from draftsmith.evaluation.evaluate import SCHEMA, SHORTEST_TIMED, balanced, tau_line, verdict_line
+from draftsmith.evaluation.lossless import first_difference
+from draftsmith.files import read_jsonl, write_json
+from draftsmith.progress import Meter, say
+from draftsmith.recipe import DraftShape, Recipe
+from draftsmith.serving.launch import Engine, launch, running
+from draftsmith.targets.base import Generation
+from draftsmith.targets.ends import resolve_model
+from draftsmith.targets.servers import ServedTarget
+
+Prompt = tuple[str, str, list[int]]  # id, category, token ids
+
+
+def count_served(name: str, category: str, generation: Generation, depth: int) -> PromptAcceptance:
+    """Counts of one completion from what the server told of its verification steps."""
+    if generation.in_order:
+        steps, root = [], 0
+        for accepted in generation.verified:
+            steps.append(Step(root, depth, accepted))
+            root += accepted + 1
+        return count(name, category, Decoded(generation.ids, generation.finish_reason, steps), depth)
+    onset = loop_onset(generation.ids)
+    size = len(generation.ids)
+    row = PromptAcceptance(name, category, size, 0 if onset is None else size - onset)
+    row.reached, row.accepted_at = [0] * depth, [0] * depth
+    if onset is not None:
+        row.looping_steps, row.looping_accepted = len(generation.verified), sum(generation.verified)
+        return row
+    row.steps, row.accepted = len(generation.verified), sum(generation.verified)
+    row.reached = [sum(a >= d for a in generation.verified) for d in range(depth)]
+    row.accepted_at = [sum(a > d for a in generation.verified) for d in range(depth)]
+    return row
+
+
+class ServedEvaluation:
+    def __init__(self, recipe: Recipe, engine: Engine, draft: Path, prompts_file: Path, out: Path):
+        self.recipe, self.settings, self.engine, self.draft, self.out = recipe, recipe.evaluate, engine, draft, out
+        self.available = list(read_jsonl(prompts_file))
+
+    @contextlib.contextmanager
+    def _server(self, url: str | None, shape: DraftShape | None) -> Iterator[ServedTarget]:
+        """The target behind a URL, or behind an engine started for it; with the draft where a shape is given."""
+        recipe = self.recipe
+        target = recipe.target.model_copy(update={"engine": self.engine})
+        with contextlib.ExitStack() as stack:
+            if url is None:
+                # Two engines run side by side: the plain one takes the next port.
+                port = recipe.serve.port + (shape is None)
+                serve = recipe.serve.model_copy(
+                    update={"engine": self.engine, "port": port, **({"shape": shape} if shape else {})}
+                )
+                launched = launch(
+                    recipe.model_copy(update={"serve": serve}),
+                    resolve_model(target.model),
+                    self.draft,
+                    "draft" if shape else "plain",
+                    (),
+                )
+                say(f"evaluate: {launched}")
+                log = self.out / f"{self.engine}-{'plain' if shape is None else str(shape).replace('/', '-')}.log"
+                stack.enter_context(running(launched, serve.patience_s, log))
+                url = launched.url
+            server = recipe.server.model_copy(update={"urls": (url,)})
+            yield stack.enter_context(contextlib.closing(ServedTarget(target, server, recipe.device)))
+
+    def run(self, created_with: dict[str, Any]) -> dict[str, Any]:
+        settings = self.settings
+        shapes = [s for s in settings.shapes if s.topk == 1 or self.engine == "sglang"]
+        for shape in set(settings.shapes) - set(shapes):
+            say(f"evaluate: {shape} left out; vLLM drafts chains only")
+        if settings.url is not None:
+            shapes = shapes[:1]
+        if not shapes:
+            raise DataError("evaluate.shapes: none that vLLM can draft; add steps: 3, topk: 1, draft_tokens: 4")
+        acceptance: list[dict[str, Any]] = []
+        speed: list[dict[str, Any]] = []
+        differences: list[dict[str, Any]] = []
+        compared = None
+        with contextlib.ExitStack() as stack:
+            plain = None
+            if settings.plain_url is not None or settings.url is None:
+                plain = stack.enter_context(self._server(settings.plain_url, None))
+            for shape in shapes:
+                with self._server(settings.url, shape) as drafted:
+                    prompts = self._prompts(drafted)
+                    for temperature in settings.temperatures:
+                        acceptance.append(self._acceptance(drafted, prompts, shape, temperature))
+                        say(tau_line(acceptance[-1]))
+                    if plain is not None:
+                        compared = self._identity(plain, drafted, prompts, shape, differences)
+                        for batch in settings.batches:
+                            entry = self._speed(plain, drafted, prompts, shape, batch)
+                            speed += [entry] if entry else []
+        lossless = compared and {**compared, "shapes": [str(s) for s in shapes], "differences": differences}
+        if lossless is not None:
+            lossless["identical"] = not differences
+            say(verdict_line(lossless))
+        results = {
+            "schema": SCHEMA,
+            "created_with": created_with,
+            "settings": {
+                "engine": self.engine,
+                "prompts": len(prompts),
+                "prompts_available": len(self.available),
+                "max_new_tokens": settings.max_new_tokens,
+                "top_p": settings.top_p,
+                "top_k": settings.top_k,
+                "target": self.recipe.target.model,
+                "dtype": self.recipe.target.dtype,
+            },
+            "acceptance": acceptance,
+            "lossless": lossless,
+            "speed": speed,
+            "partial": len(prompts) < len(self.available),
+        }
+        write_json(self.out / "results.json", results)
+        return results
+
+    def _prompts(self, target: ServedTarget) -> list[Prompt]:
+        self.chat = ChatFormat(target.tokenizer, self.recipe.target.template)
+        chosen = balanced(self.available, self.settings.prompts)
+        opened = open_conversations(chosen, self.chat, self.recipe.regenerate.max_prompt_tokens)
+        if not opened:
+            raise DataError("evaluate: no evaluation prompt is shorter than regenerate.max_prompt_tokens; raise it")
+        return [(c.prompt["id"], c.prompt["category"], c.ids) for c in opened]
+
+    def _complete(
+        self,
+        target: ServedTarget,
+        prompts: list[Prompt],
+        what: str,
+        sampling: Sampling,
+        length: int,
+        at_once: int,
+        stop: tuple[str, ...] = (),
+    ) -> list[Generation]:
+        """Completions in the prompts' order, `at_once` of them in flight."""
+        room = asyncio.Semaphore(at_once)
+        meter = Meter(what, len(prompts), "prompts")
+
+        async def one(number: int, ids: list[int]) -> Generation:
+            async with room:
+                generation = await target.complete(ids, sampling, length, stop, self.recipe.seed + number)
+            meter.advance(1, len(generation.ids))
+            return generation
+
+        async def every() -> list[Generation]:
+            return await asyncio.gather(*(one(i, ids) for i, (_, _, ids) in enumerate(prompts)))
+
+        with meter:
+            return target.run(every)
+
+    def _acceptance(
+        self, target: ServedTarget, prompts: list[Prompt], shape: DraftShape, temperature: float
+    ) -> dict[str, Any]:
+        settings = self.settings
+        sampling = Sampling(temperature, settings.top_p, settings.top_k) if temperature else Sampling()
+        generations = self._complete(
+            target,
+            prompts,
+            f"tau {shape} T={temperature:g} on {self.engine}",
+            sampling,
+            settings.max_new_tokens,
+            target.capacity,
+            self.chat.stop,
+        )
+        if not any(generation.verified for generation in generations):
+            raise TargetError(
+                "evaluate.url: the server tells nothing of drafting; start it with a draft"
+                + (" and --per-request-spec-decode-metrics detailed" if self.engine == "vllm" else "")
+            )
+        rows = [
+            count_served(name, category, generation, shape.steps)
+            for (name, category, _), generation in zip(prompts, generations, strict=True)
+        ]
+        return {
+            "shape": str(shape),
+            "temperature": temperature,
+            **summarise(rows),
+            "prompts": [row.to_dict() for row in rows],
+        }
+
+    def _identity(
+        self,
+        plain: ServedTarget,
+        drafted: ServedTarget,
+        prompts: list[Prompt],
+        shape: DraftShape,
+        differences: list[dict[str, Any]],
+    ) -> dict[str, Any]:
+        """Greedy outputs of the two servers, one request at a time: other batches round differently."""
+        length, chosen = self.settings.lossless_tokens, prompts[: self.settings.lossless_prompts]
+        pair = [self._complete(t, chosen, f"lossless {shape}", Sampling(), length, 1) for t in (plain, drafted)]
+        for (name, _, _), one, other in zip(chosen, *pair, strict=True):
+            at = first_difference(one.ids, other.ids)
+            if at is not None:
+                differences.append({"shape": str(shape), "id": name, "token": at, "logit_gap": None})
+        return {
+            "dtype": self.recipe.target.dtype,
+            "prompts": len(chosen),
+            "tokens_per_prompt": length,
+            "tokens": sum(len(g.ids) for g in pair[0]),
+        }
+
+    def _speed(
+        self, plain: ServedTarget, drafted: ServedTarget, prompts: list[Prompt], shape: DraftShape, batch: int
+    ) -> dict[str, Any] | None:
+        """Tokens per second with `batch` requests in flight; the two servers take turns, group by group."""
+        length, ratios, tokens, seconds = self.settings.max_new_tokens, [], [0, 0], [0.0, 0.0]
+        chosen = prompts[: max(batch, self.settings.speed_prompts // batch * batch)]
+        accepted = steps = 0
+        for target in (plain, drafted):  # warm
+            self._complete(target, chosen[:batch], f"warm {shape}", Sampling(), 8, batch)
+        for start in range(0, len(chosen), batch):
+            group, rates = chosen[start : start + batch], []
+            for side, target in enumerate((plain, drafted)):
+                started = time.perf_counter()
+                made = self._complete(
+                    target, group, f"speed {shape} at batch {batch}", Sampling(), length, batch, self.chat.stop
+                )
+                spent, size = time.perf_counter() - started, sum(len(g.ids) for g in made)
+                seconds[side] += spent
+                tokens[side] += size
+                rates.append(size / spent)
+                accepted += sum(sum(g.verified) for g in made)
+                steps += sum(len(g.verified) for g in made)
+            if size >= SHORTEST_TIMED * len(group):
+                ratios.append(rates[1] / rates[0])
+        if not ratios:
+            say(f"speed {shape}: no answer is long enough to be timed")
+            return None
+        entry = {
+            "shape": str(shape),
+            "batch": batch,
+            "prompts": len(chosen),
+            "tokens": tokens[0],
+            "plain_tokens_per_s": tokens[0] / seconds[0],
+            "drafted_tokens_per_s": tokens[1] / seconds[1],
+            "speedup": statistics.median(ratios),
+            "tau": 1 + accepted / max(1, steps),
+            "dtype": self.recipe.target.dtype,
+            "differences": [],
+        }
+        say(
+            f"speed {shape} at batch {batch}: {entry['drafted_tokens_per_s']:.1f} tokens/s against "
+            f"{entry['plain_tokens_per_s']:.1f} plain, {entry['speedup']:.2f}x"
+        )
+        return entry
