@@ -38,6 +38,8 @@ class StageCommand:
     """Run directory; left out: runs/NAME."""
     dry_run: bool = False
     """Print the resolved recipe and what each stage would do, then stop."""
+    check: Literal["vllm", "sglang"] | None = None
+    """After export: start this engine and compare it with the embedded one, token by token and depth by depth."""
     overrides: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=lambda: PLACEHOLDER)
 
 
@@ -165,6 +167,8 @@ def execute(command: StageCommand | ServeCommand | InspectCommand) -> int:
     transformers_logging.disable_progress_bar()
     with contextlib.closing(run):
         report = run_pipeline(run, None if command.command == "run" else command.command)
+        if command.check and not run.check_draft(command.check):
+            return 1
     if command.command in ("run", "report"):
         card = run.draft_directory / "README.md"
         print(

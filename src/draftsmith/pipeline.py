@@ -121,6 +121,13 @@ class Run:
     def special_tokens(self) -> set[int]:
         return set(self.tokenizer.all_special_ids) | set(self.target.eos_ids)
 
+    def check_draft(self, engine: Literal["vllm", "sglang"]) -> bool:
+        from draftsmith.data.vocabulary import DraftVocabulary
+        from draftsmith.publishing.check import check
+
+        vocabulary = DraftVocabulary.load(self.path("vocab", "vocab.safetensors"))
+        return check(self.recipe, engine, self.draft_for(engine), self.path("train"), vocabulary, self.directory)
+
     @property
     def judge(self) -> Literal["embedded", "vllm", "sglang"]:
         """The engine that `evaluate` decodes with."""

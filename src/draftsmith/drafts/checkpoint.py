@@ -60,16 +60,24 @@ def engine_config(config: Eagle3Config, engine_taps: list[int] | None, provenanc
     }
 
 
-def write_draft(
-    directory: Path, draft: Eagle3Draft, ids_D: Tensor, engine_taps: list[int] | None, provenance: dict[str, Any]
-) -> None:
-    """Write bf16 weights, d2t offsets, t2d and config.json; then read them back strictly."""
+def draft_files(
+    draft: Eagle3Draft, ids_D: Tensor, engine_taps: list[int] | None, provenance: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config.json, tensors): bf16 weights, d2t offsets and t2d."""
     config = draft.config
     tensors = {name: p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in draft.named_parameters()}
     tensors["d2t"] = ids_D - torch.arange(len(ids_D))
     tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, ids_D, True)
+    return engine_config(config, engine_taps, provenance), tensors
+
+
+def write_draft(
+    directory: Path, draft: Eagle3Draft, ids_D: Tensor, engine_taps: list[int] | None, provenance: dict[str, Any]
+) -> None:
+    """Write what `draft_files` makes and read it back strictly."""
+    config, tensors = draft_files(draft, ids_D, engine_taps, provenance)
     save_tensors(directory / "model.safetensors", tensors, {"format": "pt"})
-    write_json(directory / "config.json", engine_config(config, engine_taps, provenance))
+    write_json(directory / "config.json", config)
     problems = [p for p in inspect_draft(directory).problems if not p.startswith("note:")]
     if problems:
         raise CheckpointError(f"{directory}: the export does not hold: {problems[0]}")

@@ -60,7 +60,7 @@ class ServedEvaluation:
         self.available = list(read_jsonl(prompts_file))
 
     @contextlib.contextmanager
-    def _server(self, url: str | None, shape: DraftShape | None) -> Iterator[ServedTarget]:
+    def server(self, url: str | None, shape: DraftShape | None) -> Iterator[ServedTarget]:
         """The target behind a URL, or behind an engine started for it; with the draft where a shape is given."""
         recipe = self.recipe
         target = recipe.target.model_copy(update={"engine": self.engine})
@@ -101,10 +101,10 @@ class ServedEvaluation:
         with contextlib.ExitStack() as stack:
             plain = None
             if settings.plain_url is not None or settings.url is None:
-                plain = stack.enter_context(self._server(settings.plain_url, None))
+                plain = stack.enter_context(self.server(settings.plain_url, None))
             for shape in shapes:
-                with self._server(settings.url, shape) as drafted:
-                    prompts = self._prompts(drafted)
+                with self.server(settings.url, shape) as drafted:
+                    prompts = self.open_prompts(drafted)
                     for temperature in settings.temperatures:
                         acceptance.append(self._acceptance(drafted, prompts, shape, temperature))
                         say(tau_line(acceptance[-1]))
@@ -138,7 +138,7 @@ class ServedEvaluation:
         write_json(self.out / "results.json", results)
         return results
 
-    def _prompts(self, target: ServedTarget) -> list[Prompt]:
+    def open_prompts(self, target: ServedTarget) -> list[Prompt]:
         self.chat = ChatFormat(target.tokenizer, self.recipe.target.template)
         chosen = balanced(self.available, self.settings.prompts)
         opened = open_conversations(chosen, self.chat, self.recipe.regenerate.max_prompt_tokens)
@@ -146,7 +146,7 @@ class ServedEvaluation:
             raise DataError("evaluate: no evaluation prompt is shorter than regenerate.max_prompt_tokens; raise it")
         return [(c.prompt["id"], c.prompt["category"], c.ids) for c in opened]
 
-    def _complete(
+    def complete(
         self,
         target: ServedTarget,
         prompts: list[Prompt],
@@ -177,7 +177,7 @@ class ServedEvaluation:
     ) -> dict[str, Any]:
         settings = self.settings
         sampling = Sampling(temperature, settings.top_p, settings.top_k) if temperature else Sampling()
-        generations = self._complete(
+        generations = self.complete(
             target,
             prompts,
             f"tau {shape} T={temperature:g} on {self.engine}",
@@ -212,7 +212,7 @@ class ServedEvaluation:
     ) -> dict[str, Any]:
         """Greedy outputs of the two servers, one request at a time: other batches round differently."""
         length, chosen = self.settings.lossless_tokens, prompts[: self.settings.lossless_prompts]
-        pair = [self._complete(t, chosen, f"lossless {shape}", Sampling(), length, 1) for t in (plain, drafted)]
+        pair = [self.complete(t, chosen, f"lossless {shape}", Sampling(), length, 1) for t in (plain, drafted)]
         for (name, _, _), one, other in zip(chosen, *pair, strict=True):
             at = first_difference(one.ids, other.ids)
             if at is not None:
@@ -232,12 +232,12 @@ class ServedEvaluation:
         chosen = prompts[: max(batch, self.settings.speed_prompts // batch * batch)]
         accepted = steps = 0
         for target in (plain, drafted):  # warm
-            self._complete(target, chosen[:batch], f"warm {shape}", Sampling(), 8, batch)
+            self.complete(target, chosen[:batch], f"warm {shape}", Sampling(), 8, batch)
         for start in range(0, len(chosen), batch):
             group, rates = chosen[start : start + batch], []
             for side, target in enumerate((plain, drafted)):
                 started = time.perf_counter()
-                made = self._complete(
+                made = self.complete(
                     target, group, f"speed {shape} at batch {batch}", Sampling(), length, batch, self.chat.stop
                 )
                 spent, size = time.perf_counter() - started, sum(len(g.ids) for g in made)

@@ -8,8 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from draftsmith.data.vocabulary import DraftVocabulary
-from draftsmith.drafts.checkpoint import write_draft
+from draftsmith.drafts.checkpoint import draft_files, read_config, read_tensors, write_draft
 from draftsmith.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from draftsmith.errors import CheckpointError
 from draftsmith.progress import say
@@ -25,8 +28,8 @@ def engine_taps(taps: tuple[int, ...], num_layers: int) -> dict[str, list[int] |
     return {"sglang": [tap - 1 for tap in taps], "vllm": list(taps)}
 
 
-def export(checkpoints: Path, vocabulary: DraftVocabulary, out: Path, provenance: dict[str, Any]) -> list[Path]:
-    """Write the newest checkpoint as engine directories; returns them."""
+def newest_draft(checkpoints: Path, vocabulary: DraftVocabulary) -> tuple[Eagle3Draft, dict[str, Any]]:
+    """(draft in fp32, training state) of the newest checkpoint."""
     paths = checkpoint_paths(checkpoints)
     if not paths:
         raise CheckpointError(f"{checkpoints}: no checkpoint to export; run: draftsmith train RECIPE")
@@ -36,9 +39,14 @@ def export(checkpoints: Path, vocabulary: DraftVocabulary, out: Path, provenance
             f"{paths[-1]}: trained with the draft vocabulary {state['vocabulary']}, but vocab.safetensors is "
             f"{vocabulary.name}; a draft refuses a map that is not its own"
         )
-    config = Eagle3Config.from_dict(state["draft"])
-    draft = Eagle3Draft(config)
+    draft = Eagle3Draft(Eagle3Config.from_dict(state["draft"]))
     load_weights(paths[-1], draft)
+    return draft, state
+
+
+def export(checkpoints: Path, vocabulary: DraftVocabulary, out: Path, provenance: dict[str, Any]) -> list[Path]:
+    """Write the newest checkpoint as engine directories; returns them."""
+    draft, state = newest_draft(checkpoints, vocabulary)
     provenance = {
         **provenance,
         "vocabulary": vocabulary.name,
@@ -47,10 +55,46 @@ def export(checkpoints: Path, vocabulary: DraftVocabulary, out: Path, provenance
         "steps": state["step"],
     }
     directories = []
-    for name, ids in engine_taps(config.taps, state["target"]["num_layers"]).items():
+    for name, ids in engine_taps(draft.config.taps, state["target"]["num_layers"]).items():
         directory = out / name
         shutil.rmtree(directory, ignore_errors=True)
         write_draft(directory, draft, vocabulary.ids_D, ids, provenance)
         directories.append(directory)
         say(f"export: {directory} ({(directory / 'model.safetensors').stat().st_size / 1e6:.1f} MB)")
     return directories
+
+
+def damages(directory: Path, checkpoints: Path, vocabulary: DraftVocabulary) -> list[str]:
+    """Everything in an engine directory that is not what the newest checkpoint exports to, each named."""
+    draft, state = newest_draft(checkpoints, vocabulary)
+    taps = engine_taps(draft.config.taps, state["target"]["num_layers"]).get(directory.name)
+    config, tensors = draft_files(draft, vocabulary.ids_D, taps, {})
+    held_config, held = read_config(directory), read_tensors(directory)
+    found = []
+    for key in sorted({*config, *held_config} - {"draftsmith"}):
+        if config.get(key) != held_config.get(key):
+            found.append(f"config.json: {key} is {held_config.get(key)}, trained with {config.get(key)}")
+    found += [f"{name} is missing" for name in tensors if name not in held]
+    found += [f"{name} is not of this draft" for name in held if name not in tensors]
+    for name, tensor in held.items():
+        same = name in tensors and tensor.dtype == tensors[name].dtype and torch.equal(tensor, tensors[name])
+        if name in tensors and not same:
+            found.append(_difference(name, tensor, tensors, vocabulary))
+    return found
+
+
+def _difference(name: str, held: Tensor, tensors: dict[str, Tensor], vocabulary: DraftVocabulary) -> str:
+    """What became of a tensor, in the words of the likeliest mistake."""
+    wanted = tensors[name]
+    if held.shape != wanted.shape:
+        turned = held.ndim == 2 and held.shape == wanted.T.shape and torch.equal(held, wanted.T)
+        return f"{name} is transposed" if turned else f"{name} has shape {list(held.shape)}, not {list(wanted.shape)}"
+    if held.dtype != wanted.dtype:
+        return f"{name} is {held.dtype}, not {wanted.dtype}"
+    if name == "d2t" and torch.equal(held, vocabulary.ids_D):
+        return "d2t holds target ids where engines read offsets"
+    twin = next((other for other, t in tensors.items() if t.shape == held.shape and torch.equal(t, held)), None)
+    if twin is not None:
+        return f"{name} holds {twin}: swapped"
+    changed = (held != wanted).float().mean().item()
+    return f"{name} is not the trained one ({changed:.0%} of its numbers differ)"

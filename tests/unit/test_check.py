@@ -1,0 +1,117 @@
+"""A directory that is not what the checkpoint exports to is caught, and the message names the damage."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_draft, tiny_target
+from safetensors.torch import load_file, save_file
+
+from draftsmith.data.vocabulary import DraftVocabulary
+from draftsmith.decoding.speculate import Decoded, Step
+from draftsmith.decoding.tree import Shape
+from draftsmith.publishing.check import compare_engines
+from draftsmith.publishing.export import damages, export
+from draftsmith.targets.base import Generation
+from draftsmith.training.checkpoints import save_checkpoint
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """(directory of an engine, checkpoints, vocabulary)"""
+    target = tiny_target()
+    draft, ids = tiny_draft(target)
+    vocabulary = DraftVocabulary(ids, target.identity.vocab_size)
+    identity = {"model": "t", "dtype": "fp32", "num_layers": 6, "max_position_embeddings": 256}
+    state = {"step": 1, "vocabulary": vocabulary.name, "draft": draft.config.to_dict(), "target": identity}
+    save_checkpoint(tmp_path / "train", draft, [], {**state, "status": "preview"}, 1)
+    (directory, _) = export(tmp_path / "train", vocabulary, tmp_path / "export", {"version": "test", "commit": None})
+    return directory, tmp_path / "train", vocabulary
+
+
+def tensors(change):
+    def damage(directory: Path, vocabulary: DraftVocabulary) -> None:
+        held = load_file(directory / "model.safetensors")
+        change(held, vocabulary)
+        save_file({k: v.contiguous() for k, v in held.items()}, directory / "model.safetensors", {"format": "pt"})
+
+    return damage
+
+
+def config(**changes):
+    def damage(directory: Path, vocabulary: DraftVocabulary) -> None:
+        path = directory / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+Q = "midlayer.self_attn.q_proj.weight"
+
+
+def swap(held, one, other):
+    held[one], held[other] = held[other].clone(), held[one].clone()
+
+
+def swapped_norms(held, _):
+    held["midlayer.hidden_norm.weight"].fill_(0.5)  # freshly initialised norms are all alike
+    swap(held, "midlayer.input_layernorm.weight", "midlayer.hidden_norm.weight")
+
+
+DAMAGES = {
+    "fc.weight is missing": tensors(lambda held, _: held.pop("fc.weight")),
+    "eagle_config is {": config(eagle_config={"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}),
+    "midlayer.input_layernorm.weight is not the trained one": tensors(swapped_norms),
+    "d2t holds target ids where engines read offsets": tensors(lambda held, v: held.update(d2t=v.ids_D.clone())),
+    "d2t is not the trained one": tensors(lambda held, _: held["d2t"].__setitem__(3, held["d2t"][3] + 1)),
+    "lm_head.weight is transposed": tensors(lambda held, _: held.update({"lm_head.weight": held["lm_head.weight"].T})),
+    "rope_theta is 500000.0, trained with 10000.0": config(rope_theta=500000.0),
+    "midlayer.self_attn.k_proj.weight holds midlayer.self_attn.v_proj.weight: swapped": tensors(
+        lambda held, _: swap(held, "midlayer.self_attn.k_proj.weight", "midlayer.self_attn.v_proj.weight")
+    ),
+    "midlayer.self_attn.q_proj.weight has shape [32, 32], not [32, 64]": tensors(
+        lambda held, _: held.update(
+            {"midlayer.self_attn.q_proj.weight": held["midlayer.self_attn.q_proj.weight"][:, :32]}
+        )
+    ),
+    "norm.weight is torch.float32, not torch.bfloat16": tensors(
+        lambda held, _: held.update({"norm.weight": held["norm.weight"].float()})
+    ),
+    "lm_head.bias is not of this draft": tensors(lambda held, _: held.update({"lm_head.bias": torch.zeros(40)})),
+    "num_attention_heads is 8, trained with 4": config(num_attention_heads=8),
+}
+
+
+@pytest.mark.parametrize("wanted", DAMAGES)
+def test_a_damage_is_named(exported, wanted):
+    directory, checkpoints, vocabulary = exported
+    assert damages(directory, checkpoints, vocabulary) == []
+    DAMAGES[wanted](directory, vocabulary)
+    found = damages(directory, checkpoints, vocabulary)
+    assert any(wanted in problem for problem in found), found
+
+
+def told(accepted, size=40):
+    return Generation(list(range(size)), "length", tuple(accepted), in_order=True)
+
+
+def decoded(accepted, size=40):
+    steps, root = [], 0
+    for a in accepted:
+        steps.append(Step(root, 3, a))
+        root += a + 1
+    return Decoded(list(range(size)), "length", steps)
+
+
+def test_engines_that_differ_beyond_noise_are_told_apart():
+    prompts = [(str(i), "chat", [1]) for i in range(6)]
+    accepted = [[i % 4, 2, 1, 3, 0, 2, 1, 2, 3, 1] for i in range(6)]
+    shape = Shape(3, 1, 4)
+    ours = [decoded(a) for a in accepted]
+    same = compare_engines("vllm", shape, prompts, ours, [told(a) for a in accepted])
+    assert (same.problems, same.engine_tau, same.same_tokens) == ([], same.embedded_tau, 6)
+    worse = compare_engines("vllm", shape, prompts, ours, [told([0, 1] * 10) for _ in accepted])
+    assert "vllm accepts tau 1.5" in worse.problems[0]
+    other = compare_engines("vllm", shape, prompts, ours, [told(a, 39) for a in accepted])
+    assert "agree on only 0 of 6 prompts" in other.problems[0]
