@@ -181,14 +181,14 @@ def main() -> int:
     try:
         return execute(parse(sys.argv[1:]))
     except DraftsmithError as error:
-        say(f"draftsmith: {error}")
+        say(f"draftsmith: {error}", error=True)
     except KeyboardInterrupt:
         say("draftsmith: interrupted; what is finished is kept, the same command goes on from there")
     except OSError as error:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         place = f" ({error.filename})" if error.filename else ""
-        say(f"draftsmith: {error.strerror}{place}; mend it or give another --out; what is finished is kept")
+        say(f"draftsmith: {error.strerror}{place}; mend it or give another --out; what is finished is kept", error=True)
     return 2
 
 

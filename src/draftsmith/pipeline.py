@@ -86,26 +86,33 @@ class Run:
         self.recipe, self.directory, self.command = recipe, directory, command
 
     @cached_property
+    def world(self):
+        from draftsmith.training.world import World
+
+        return World()
+
+    @cached_property
     def target(self):
         """The target: in this process, or servers that answer for it."""
-        wish = self.recipe.target
+        wish, device = self.recipe.target, self.world.device(self.recipe.device)
         if wish.engine != "transformers":
             from draftsmith.targets.servers import ServedTarget
 
-            return ServedTarget(wish, self.recipe.server, self.recipe.device)
+            return ServedTarget(wish, self.recipe.server, device)
         from draftsmith.targets.local import LocalTarget
 
         return LocalTarget(
             wish.model,
             wish.revision,
             wish.dtype,
-            self.recipe.device,
+            device,
             wish.trust_remote_code,
             self.recipe.regenerate.batch_size,
         )
 
     def close(self) -> None:
-        """Let go of servers, if any were asked."""
+        """Let go of other processes and servers, if there are any."""
+        self.world.leave()
         target = self.__dict__.get("target")  # only if it was ever made
         if target is not None and self.recipe.target.engine != "transformers":
             target.close()
@@ -223,7 +230,7 @@ def _train(run: Run, out: Path) -> None:
     from draftsmith.training.trainer import Trainer
 
     vocabulary = DraftVocabulary.load(run.path("vocab", "vocab.safetensors"))
-    Trainer(run.recipe, run.target, run.target.config, run.path("completions"), vocabulary, out).train()
+    Trainer(run.recipe, run.target, run.target.config, run.path("completions"), vocabulary, out, run.world).train()
 
 
 def _export(run: Run, out: Path) -> None:
@@ -348,6 +355,7 @@ def run_stage(run: Run, stage: Stage, force: bool = False) -> dict[str, Any]:
     key, out = stage_key(run, stage), stage_directory(run, stage)
     why = "asked for" if force else reason_to_run(run, stage, key)
     if why is None:
+        run.world.wait()
         say(f"{stage.name}: up to date")
         return {"ran": False, "why": "inputs, recipe and format unchanged", "seconds": 0.0}
     continued = files.digest(FORMAT, stage.resume_key(run), *stage.inputs(run)) if stage.resume_key else key
@@ -362,6 +370,7 @@ def run_stage(run: Run, stage: Stage, force: bool = False) -> dict[str, Any]:
             say(f"{stage.name}: the recipe or inputs changed; the old output is kept in {aside}")
     out.mkdir(parents=True, exist_ok=True)
     files.write_json(record, {"key": key, "resume_key": continued, "finished": False})
+    run.world.wait()
     started = time.monotonic()
     stage.run(run, out)
     return_freed_memory()
@@ -377,21 +386,35 @@ def run_stage(run: Run, stage: Stage, force: bool = False) -> dict[str, Any]:
 
 
 def run_pipeline(run: Run, only: str | None = None) -> Path:
-    """All stages, or one of them; returns the report's path."""
+    """All stages, or one of them; returns the report's path.
+
+    Under torchrun the first process does everything and the others join it in training.
+    """
+    chosen = [stage for stage in STAGES if only in (None, stage.name)]
+    if not run.world.main:
+        for stage in chosen:
+            run.world.wait()  # until the stage's directory is ready
+            if stage.name == "train" and _unfinished(run, stage):
+                stage.run(run, stage_directory(run, stage))
+            run.world.wait()
+        return run.path("report.html")
     run.directory.mkdir(parents=True, exist_ok=True)
     files.write_atomic(run.path("recipe.yaml"), dump_recipe(run.recipe))
     manifest_file = run.path("manifest.json")
     earlier = files.read_json(manifest_file)["stages"] if manifest_file.exists() else {}
     stages = dict(earlier)
-    for stage in STAGES:
-        if only and stage.name != only:
-            continue
+    for stage in chosen:
         entry = run_stage(run, stage, force=stage.name == "report")
         if not entry["ran"] and stage.name in earlier:
             entry = {**earlier[stage.name], **entry, "seconds": earlier[stage.name]["seconds"]}
         stages[stage.name] = entry
         files.write_json(manifest_file, {**run.created_with, "stages": stages})
+        run.world.wait()
     return run.path("report.html")
+
+
+def _unfinished(run: Run, stage: Stage) -> bool:
+    return not files.read_json(stage_directory(run, stage) / "stage.json")["finished"]
 
 
 def explain(run: Run) -> str:

@@ -1,5 +1,6 @@
 """Progress of anything that takes more than two seconds: a bar on a terminal, log lines otherwise."""
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -10,9 +11,11 @@ LOG_EVERY_S = 15.0
 QUIET_S = 2.0
 
 
-def say(text: str) -> None:
-    """One line for the user, on stderr so that stdout stays for results."""
-    print(text, file=sys.stderr, flush=True)
+def say(text: str, error: bool = False) -> None:
+    """One line for the user, on stderr so that stdout stays for results; of many processes the first speaks for all,
+    but everyone names his errors."""
+    if error or os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 def short_duration(seconds: float) -> str:

@@ -183,7 +183,9 @@ class TrainRecipe(Model):
     max_document_tokens: Positive = 2048
     """Longer conversations are cut."""
     accumulate: Positive = 1
-    """Packs per optimiser step."""
+    """Packs per optimiser step, dealt out to all processes."""
+    shard: bool = False
+    """Several processes only: keep weights and optimiser in parts on them (FSDP2) instead of a copy on each."""
     ttt_steps: Positive = 7
     """Depth of the training-time test."""
     step_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
@@ -229,8 +231,8 @@ class TrainRecipe(Model):
     """Converged once tau - 1 rose by less than 1 % over this many evaluations."""
 
 
-# Keys of `train` that only say what is watched and kept: changing them continues a training.
-BOOKKEEPING = {"log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "patience"}
+# Keys of `train` that only say what is watched and kept, and where: changing them continues a training.
+BOOKKEEPING = {"log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "patience", "shard"}
 
 
 class DraftShape(Model):
@@ -318,7 +320,7 @@ class ServeRecipe(Model):
     patience_s: Annotated[float, Field(gt=0)] = 1800.0
     """Longest wait until the engine is healthy."""
     extra: str = ""
-    """More flags for the engine, passed on as they are."""
+    """More flags for the engine, passed on as they are; on the command line write --serve.extra="--flag value"."""
 
 
 class Recipe(Model):

@@ -15,6 +15,7 @@ from draftsmith.errors import DataError
 from draftsmith.files import read_json, save_tensors, write_json
 from draftsmith.progress import Meter, say
 from draftsmith.targets.base import Capture, Target
+from draftsmith.training.world import World
 
 SHARD_TOKENS = 16384
 
@@ -69,7 +70,9 @@ class StreamedCapture:
 class OfflineCapture:
     """Hidden states written once as sharded safetensors and read in every epoch."""
 
-    def __init__(self, directory: Path, target: Target, taps: Sequence[int], documents: dict[str, list[int]]):
+    def __init__(
+        self, directory: Path, target: Target, taps: Sequence[int], documents: dict[str, list[int]], world: World
+    ):
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         tokens = sum(map(len, documents.values()))
@@ -93,7 +96,8 @@ class OfflineCapture:
         with Meter("capture", len(shards), "shards") as meter:
             for number, names in enumerate(shards):
                 path = directory / f"{number:05d}.safetensors"
-                if not self._holds(path, names):
+                mine = number % world.size == world.rank
+                if mine and not self._holds(path, names):
                     states = target.capture([documents[name] for name in names], tuple(taps))
                     save_tensors(path, {"taps": states.taps_TKH.cpu(), "last": states.last_TH.cpu()})
                     write_json(path.with_suffix(".json"), names)
@@ -102,6 +106,7 @@ class OfflineCapture:
                     self.place[name] = (path, start, len(documents[name]))
                     start += len(documents[name])
                 meter.advance(tokens=start)
+        world.wait()
 
     @staticmethod
     def _holds(path: Path, names: list[str]) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from draftsmith.errors import CheckpointError
 from draftsmith.files import read_json, save_tensors, write_json
+from draftsmith.training.world import laid_out_like, whole
 
 
 def checkpoint_paths(directory: Path) -> list[Path]:
@@ -29,19 +30,28 @@ def checkpoint_paths(directory: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    directory: Path, draft: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any], keep: int
+    directory: Path,
+    draft: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    state: dict[str, Any],
+    keep: int,
+    main: bool = True,
 ) -> Path:
-    path = directory / f"checkpoint-{state['step']:06d}"
-    partial = directory / f".partial-{state['step']:06d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    """Every rank calls it, as sharded tensors are gathered; `main` alone writes. World sizes leave no trace in it."""
     names = {id(p): name for name, p in draft.named_parameters()}
-    save_tensors(partial / "draft.safetensors", {name: p.detach().cpu() for name, p in draft.named_parameters()})
+    weights = {name: whole(p.detach()).cpu() for name, p in draft.named_parameters()}
     moments: dict[str, Tensor] = {}
     for optimizer in optimizers:
         for parameter, values in optimizer.state.items():
             for key, value in values.items():
-                moments[f"{names[id(parameter)]}/{key}"] = value.detach().cpu().clone()
+                moments[f"{names[id(parameter)]}/{key}"] = whole(value.detach()).cpu().clone()
+    path = directory / f"checkpoint-{state['step']:06d}"
+    if not main:
+        return path
+    partial = directory / f".partial-{state['step']:06d}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_tensors(partial / "draft.safetensors", weights)
     save_tensors(partial / "optimizer.safetensors", moments)
     write_json(partial / "state.json", state)
     shutil.rmtree(path, ignore_errors=True)
@@ -71,7 +81,7 @@ def load_weights(path: Path, draft: nn.Module) -> None:
         raise CheckpointError(f"{path}: the weights do not fit the draft of this recipe; use another run directory")
     with torch.no_grad():
         for name, parameter in wanted.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(laid_out_like(parameter, tensors[name]))
 
 
 def load_optimizers(path: Path, draft: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -89,6 +99,7 @@ def load_optimizers(path: Path, draft: nn.Module, optimizers: list[torch.optim.O
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 optimizer.state[parameter] = {
-                    field: value.to(parameter.device)  # the fused AdamW keeps even its step counter there
+                    # the fused AdamW keeps even its step counter there
+                    field: laid_out_like(parameter, value) if value.ndim else value.to(parameter.device)
                     for field, value in by_name.get(names[id(parameter)], {}).items()
                 }

@@ -31,6 +31,7 @@ from draftsmith.training.checkpoints import (
 from draftsmith.training.metrics import append_jsonl, converged, evaluate_heldout, truncate_jsonl
 from draftsmith.training.objectives import Objective
 from draftsmith.training.ttt_loss import PackInputs, TTTLoss, prepare
+from draftsmith.training.world import World, whole
 
 
 def draft_config(recipe: Recipe, target_config: Any, num_layers: int, draft_vocab_size: int) -> Eagle3Config:
@@ -73,8 +74,15 @@ class Trainer:
         completions: Path,
         vocabulary: DraftVocabulary,
         out: Path,
+        world: World | None = None,
     ):
         settings = recipe.train
+        self.world = world = world or World()
+        if settings.accumulate % world.size:
+            raise DataError(
+                f"train.accumulate: {settings.accumulate} packs a step cannot be dealt out to {world.size} processes; "
+                f"give a multiple of {world.size}"
+            )
         self.recipe, self.settings, self.target, self.vocabulary, self.out = recipe, settings, target, vocabulary, out
         out.mkdir(parents=True, exist_ok=True)
         self.dtype = DTYPES[settings.dtype]
@@ -99,6 +107,11 @@ class Trainer:
             target.head_rows(vocabulary.ids_D), target.norm_gain(), torch.Generator().manual_seed(recipe.seed)
         )
         self.loss = TTTLoss(self.draft, settings.ttt_steps, Objective(settings.objective, settings.lk_eta))
+        self.sharded = settings.shard and world.size > 1
+        if self.sharded:
+            if settings.optimizer == "muon":
+                raise DataError("train.shard: Muon needs whole matrices; give train.optimizer adamw or shard false")
+            world.shard(self.loss, self.dtype)
         self.optimizers = self._make_optimizers()
         self.head_rows = target.head_rows(vocabulary.ids_D).contiguous()
         everything = torch.arange(vocabulary.target_size)
@@ -113,29 +126,28 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Run to the end of the schedule; returns the summary that is also written to summary.json."""
         self._resume()
-        settings, capture = self.settings, self._capture_source()
+        settings, world, capture = self.settings, self.world, self._capture_source()
         tokens = sum(
             min(len(self.rows[i]["ids"]), settings.max_document_tokens) for p in self.steps for q in p for i in q
         )
         say(
             f"train: {sum(p.numel() for p in self.draft.parameters()):,} parameters, {len(self.rows):,} completions, "
             f"{len(self.steps):,} steps, {tokens:,} tokens, {settings.dtype} on {self.device}"
+            + (f", {world.size} processes" if world.size > 1 else "")
         )
         with Meter("train", len(self.steps)) as meter:
             meter.resume(self.step)
             while self.step < len(self.steps):
                 started = time.perf_counter()
-                packs = [
-                    make_pack([self.rows[i] for i in p], settings.max_document_tokens) for p in self.steps[self.step]
-                ]
+                step = self.steps[self.step]
+                packs = [make_pack([self.rows[i] for i in p], settings.max_document_tokens) for p in world.share(step)]
                 self._optimiser_step(packs, capture)
                 self.step += 1
                 last = self.step == len(self.steps)
-                size = sum(len(pack.ids_T) for pack in packs)
+                size = sum(min(len(self.rows[i]["ids"]), settings.max_document_tokens) for p in step for i in p)
                 meter.advance(1, size, f"loss {self.sums['last_loss']:.3f}")
-                append_jsonl(
-                    self.out / "timing.jsonl",
-                    {"step": self.step, "tokens": size, "seconds": time.perf_counter() - started},
+                self._write(
+                    "timing.jsonl", {"step": self.step, "tokens": size, "seconds": time.perf_counter() - started}
                 )
                 if self.step % settings.log_every == 0 or last:
                     self._log()
@@ -149,16 +161,22 @@ class Trainer:
             "completions": len(self.rows),
             "held_out_completions": len(self.heldout),
             "tokens": tokens,
-            "quarantined": self.quarantined,
+            "quarantined": world.union(self.quarantined),
             "status": self.status,
-            "tau_held_out": self.taus[-1],
+            "tau_held_out": self.taus[-1] if self.taus else None,  # only rank 0 measures
             "checkpoint": checkpoint_paths(self.out)[-1].name,
         }
-        write_json(self.out / "summary.json", summary)
+        if world.main:
+            write_json(self.out / "summary.json", summary)
         return summary
 
     def _optimiser_step(self, packs: list[Pack], capture: CaptureSource) -> None:
         inputs = [made for pack in packs if (made := self._inputs(pack, capture)) is not None]
+        if self.sharded and len(inputs) < len(packs):
+            raise TrainingError(
+                "train.shard: a whole pack was quarantined on one process, which sharded training cannot sit out; "
+                "go on with train.shard false"
+            )
         lr = self._learning_rate()
         for optimizer in self.optimizers:
             beside_muon = len(self.optimizers) > 1 and isinstance(optimizer, torch.optim.AdamW)
@@ -169,12 +187,16 @@ class Trainer:
         alpha_sums, alpha_counts = [0.0] * self.settings.ttt_steps, [0] * self.settings.ttt_steps
         for pack_inputs in inputs:
             loss, alphas = self._forward(pack_inputs, weights)
-            loss.backward()
+            (loss * self.world.size if self.sharded else loss).backward()  # FSDP2 averages where we sum
             total += loss.item()
             for i, alpha in enumerate(alphas):
                 alpha_sums[i] += alpha.sum().item()
                 alpha_counts[i] += len(alpha)
-        norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self.settings.clip_norm).item()
+        if not self.sharded:
+            self.world.sum_gradients(list(self.draft.parameters()))
+        total, *flat = self.world.sum([total, *alpha_sums, *alpha_counts])
+        alpha_sums, alpha_counts = flat[: len(alpha_sums)], [round(n) for n in flat[len(alpha_sums) :]]
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self.settings.clip_norm)).item()
         if not (math.isfinite(norm) and math.isfinite(total)):
             names = [name for pack in packs for name in pack.names]
             raise TrainingError(
@@ -182,7 +204,7 @@ class Trainer:
                 f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''}; the last checkpoint is untouched"
             )
         for optimizer in self.optimizers:
-            if inputs:
+            if any(alpha_counts):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         sums = self.sums or {
@@ -201,7 +223,7 @@ class Trainer:
 
     def _forward(self, inputs: PackInputs, weights: list[float]) -> tuple[Tensor, list[Tensor]]:
         """Loss with the parameters cast to the compute dtype; gradients arrive at the fp32 masters."""
-        if self.dtype == torch.float32:
+        if self.dtype == torch.float32 or self.sharded:  # FSDP2 casts by itself
             return self.loss(inputs, weights)
         cast = {name: p.to(self.dtype) for name, p in self.loss.named_parameters()}
         return functional_call(self.loss, cast, (inputs, weights))
@@ -274,7 +296,7 @@ class Trainer:
     def _step_weights(self, packs: list[Pack]) -> list[float]:
         """Weight of one scored row at every step: a mean over the whole batch, whatever its packing."""
         decay = [self.settings.step_decay**i for i in range(self.settings.ttt_steps)]
-        counts = [sum(len(p.step_rows(i)) for p in packs) for i in range(self.settings.ttt_steps)]
+        counts = self.world.sum([sum(len(p.step_rows(i)) for p in packs) for i in range(self.settings.ttt_steps)])
         return [d / (sum(decay) * max(1, n)) for d, n in zip(decay, counts, strict=True)]
 
     def _learning_rate(self) -> float:
@@ -295,11 +317,11 @@ class Trainer:
             return StreamedCapture(self.target, taps, self._packs_to_come(), self.recipe.server.packs_ahead)
         limit = self.settings.max_document_tokens
         documents = {c["id"]: c["ids"][:limit] for c in (*self.heldout, *self.rows)}
-        return OfflineCapture(self.out / "hidden_states", self.target, taps, documents)
+        return OfflineCapture(self.out / "hidden_states", self.target, taps, documents, self.world)
 
     def _packs_to_come(self) -> Iterator[tuple[list[str], list[list[int]]]]:
         for step in self.steps[self.step :]:
-            for indices in step:
+            for indices in self.world.share(step):
                 pack = make_pack([self.rows[i] for i in indices], self.settings.max_document_tokens)
                 yield pack.names, pack.documents
 
@@ -314,16 +336,23 @@ class Trainer:
 
     def _evaluate(self, capture: CaptureSource) -> None:
         steps = self.settings.ttt_steps
+        weights = {name: whole(tensor).to(self.dtype) for name, tensor in self.draft.state_dict().items()}
+        if not self.world.main:
+            return
         cast = Eagle3Draft(self.draft.config).to(self.device, self.dtype)
-        cast.load_state_dict(self.draft.state_dict())
+        cast.load_state_dict(weights)
         result = evaluate_heldout(cast, self._heldout_packs(capture), self.vocabulary.ids_D, steps)
         self.taus.append(result[f"tau_{min(3, steps)}"])
-        append_jsonl(self.out / "metrics.jsonl", {"step": self.step, "held_out": result})
+        self._write("metrics.jsonl", {"step": self.step, "held_out": result})
+
+    def _write(self, name: str, row: dict[str, Any]) -> None:
+        if self.world.main:
+            append_jsonl(self.out / name, row)
 
     def _log(self) -> None:
         sums = self.sums
-        append_jsonl(
-            self.out / "metrics.jsonl",
+        self._write(
+            "metrics.jsonl",
             {
                 "step": self.step,
                 "loss": sums["loss"] / sums["count"],
@@ -359,9 +388,10 @@ class Trainer:
             "status": self.status,
             "taus": self.taus,
             "sums": self.sums,
-            "quarantined": self.quarantined,
+            "quarantined": self.world.union(self.quarantined),
         }
-        save_checkpoint(self.out, self.draft, self.optimizers, state, self.settings.keep_checkpoints)
+        save_checkpoint(self.out, self.draft, self.optimizers, state, self.settings.keep_checkpoints, self.world.main)
+        self.world.wait()
 
     def _resume(self) -> None:
         """Continue from the newest checkpoint, which must belong to this very run."""
@@ -378,5 +408,7 @@ class Trainer:
             self.step, self.taus = state["step"], state["taus"]
             self.sums, self.quarantined = state["sums"], state["quarantined"]
             say(f"train: continuing from {paths[-1].name}")
-        for name in ("metrics.jsonl", "timing.jsonl"):
-            truncate_jsonl(self.out / name, self.step)
+        self.world.wait()
+        if self.world.main:
+            for name in ("metrics.jsonl", "timing.jsonl"):
+                truncate_jsonl(self.out / name, self.step)
