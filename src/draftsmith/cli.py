@@ -52,8 +52,9 @@ class ServeCommand:
     """YAML file of the run."""
     out: Path | None = None
     """Run directory; left out: runs/NAME."""
-    purpose: Literal["draft", "plain", "capture"] = "draft"
-    """draft: what users run; plain: the target alone; capture: the target keeping hidden states for `train`."""
+    purpose: Literal["draft", "plain", "capture", "last"] = "draft"
+    """draft: what users run; plain: the target alone; capture: the target keeping hidden states for `train`; last:
+    SGLang's other half of it."""
     print: bool = False
     """Print the command instead of running it."""
     overrides: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=lambda: PLACEHOLDER)

@@ -67,6 +67,8 @@ class ServerRecipe(Model):
 
     urls: tuple[str, ...] = ()
     """One URL per replica, such as http://127.0.0.1:8000."""
+    last_urls: tuple[str, ...] = ()
+    """SGLang only, for training: servers that return the last hidden state, beside `urls`, which return the taps."""
     concurrency: Positive = 32
     """Requests in flight per replica."""
     deadline_s: Annotated[float, Field(gt=0)] = 600.0

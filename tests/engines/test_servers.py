@@ -42,8 +42,7 @@ def recipe_for(model: str, prompts: str, urls: list[str], engine: str, **changes
         "draft.taps": list(TAPS),
         "draft.head_dim": 64,
         "server": {"urls": urls, "concurrency": 8, "attempts": 8, "backoff_s": 0.05, "deadline_s": 60.0},
-        **changes,
-    }
+    } | changes
     return tiny_recipe(model, prompts, **changes)
 
 
@@ -85,23 +84,34 @@ def test_a_real_server_behind_a_bad_network_regenerates_all_and_nothing_twice(en
     assert any(r["ids"] != wanted[r["id"]]["ids"] for r in some)
 
 
-@pytest.mark.parametrize("architecture", BUILDERS)
-def test_states_from_a_stock_server_are_those_of_transformers(architecture, tmp_path):
-    model = save_target(tmp_path / "model", architecture)
+def check_states(model: str, served_by) -> None:
+    """What servers return is what transformers computes, and a tap off by one cannot pass."""
     generator = torch.Generator().manual_seed(1)
     documents = [torch.randint(6, 64, (n,), generator=generator).tolist() for n in (40, 7, 130, 1, 64)]
-    with started("vllm", model, "capture", tmp_path) as url:
-        recipe = recipe_for(model, "p", [url], "vllm")
-        with contextlib.closing(ServedTarget(recipe.target, recipe.server, "cpu")) as served:
-            got = served.capture(documents, TAPS)
+    with contextlib.closing(ServedTarget(served_by.target, served_by.server, "cpu")) as served:
+        got = served.capture(documents, TAPS)
     target = LocalTarget(model, dtype="fp32", device="cpu")
     wanted = target.capture(documents, TAPS)
     scale = wanted.taps_TKH.abs().max()
     assert (got.taps_TKH - wanted.taps_TKH).abs().max() < 1e-4 * scale
     assert (got.last_TH - wanted.last_TH).abs().max() < 1e-4 * wanted.last_TH.abs().max()
     shifted = target.capture(documents, tuple(tap + 1 for tap in TAPS))
-    assert (got.taps_TKH - shifted.taps_TKH).abs().max() > 1e-2 * scale  # a tap off by one cannot pass
+    assert (got.taps_TKH - shifted.taps_TKH).abs().max() > 1e-2 * scale
+
+
+@pytest.mark.parametrize("architecture", BUILDERS)
+def test_states_from_a_stock_vllm_are_those_of_transformers(architecture, tmp_path):
+    model = save_target(tmp_path / "model", architecture)
+    with started("vllm", model, "capture", tmp_path) as url:
+        check_states(model, recipe_for(model, "p", [url], "vllm"))
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("architecture", BUILDERS)
+def test_states_from_two_stock_sglangs_are_those_of_transformers(architecture, tmp_path):
+    model = save_target(tmp_path / "model", architecture)
+    with started("sglang", model, "capture", tmp_path) as url, started("sglang", model, "last", tmp_path) as last:
+        check_states(model, recipe_for(model, "p", [url], "sglang", **{"server.last_urls": [last]}))
 
 
 def test_training_from_a_server_equals_training_in_process(tmp_path):

@@ -10,6 +10,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from draftsmith.progress import Meter, say
 from draftsmith.recipe import DraftShape, Recipe
 from draftsmith.serving.launch import Engine, launch, running
 from draftsmith.targets.base import Generation
+from draftsmith.targets.endings import first_stop
 from draftsmith.targets.ends import resolve_model
 from draftsmith.targets.servers import ServedTarget
 
@@ -177,6 +179,7 @@ class ServedEvaluation:
     ) -> dict[str, Any]:
         settings = self.settings
         sampling = Sampling(temperature, settings.top_p, settings.top_k) if temperature else Sampling()
+        # vLLM tells nothing of completions that a stop text ends, so there it is looked for afterwards.
         generations = self.complete(
             target,
             prompts,
@@ -184,11 +187,16 @@ class ServedEvaluation:
             sampling,
             settings.max_new_tokens,
             target.capacity,
-            self.chat.stop,
+            () if self.engine == "vllm" else self.chat.stop,
         )
-        if not any(generation.verified for generation in generations):
+        generations = [
+            replace(g, ids=g.ids[: first_stop(target.tokenizer, g.ids, self.chat.stop)]) for g in generations
+        ]
+        untold = sum(not g.verified for g in generations if len(g.ids) > 1)
+        if untold:
             raise TargetError(
-                "evaluate.url: the server tells nothing of drafting; start it with a draft"
+                f"evaluate.url: the server tells nothing of drafting for {untold} of {len(generations)} completions; "
+                "start it with a draft"
                 + (" and --per-request-spec-decode-metrics detailed" if self.engine == "vllm" else "")
             )
         rows = [
@@ -259,7 +267,7 @@ class ServedEvaluation:
             "plain_tokens_per_s": tokens[0] / seconds[0],
             "drafted_tokens_per_s": tokens[1] / seconds[1],
             "speedup": statistics.median(ratios),
-            "tau": 1 + accepted / max(1, steps),
+            "tau": 1 + accepted / max(1, steps),  # of completions that no stop text ended
             "dtype": self.recipe.target.dtype,
             "differences": [],
         }

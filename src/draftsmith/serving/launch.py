@@ -26,7 +26,7 @@ from draftsmith.progress import say
 from draftsmith.recipe import Recipe
 
 Engine = Literal["vllm", "sglang"]
-Purpose = Literal["draft", "plain", "capture"]
+Purpose = Literal["draft", "plain", "capture", "last"]
 PROGRAMS = {"vllm": ("vllm", "serve"), "sglang": (sys.executable, "-m", "sglang.launch_server")}
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
 STOP_S = 30.0  # an engine is given this long to stop by itself
@@ -79,6 +79,8 @@ def _vllm(recipe: Recipe, model: str, draft: Path, purpose: Purpose, layers: Seq
         speculative = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": settings.shape.steps}
         arguments += ["--speculative-config", json.dumps(speculative)]
         arguments += ["--per-request-spec-decode-metrics", "detailed"]
+    if purpose == "last":
+        raise ServeError("serve: vLLM keeps the last layer beside the taps; use --purpose capture")
     if purpose == "capture":
         keep = {"hf_config": {"eagle_aux_hidden_state_layer_ids": list(layers)}}
         speculative = {"method": "extract_hidden_states", "num_speculative_tokens": 1, "draft_model_config": keep}
@@ -105,7 +107,13 @@ def _sglang(recipe: Recipe, model: str, draft: Path, purpose: Purpose, layers: S
         if settings.draft_quantization != "inherit":
             arguments += ["--speculative-draft-model-quantization", "unquant"]
     if purpose == "capture":
-        raise ServeError("serve.engine: sglang hands out taps without the last hidden state; capture with vllm")
+        # An id names a layer whose output is captured: tap t is the output of layer t - 1.
+        arguments += ["--enable-return-aux-hidden-states", "--speculative-algorithm", "EAGLE3"]
+        arguments += ["--return-aux-hidden-state-layer-ids", *(str(tap - 1) for tap in layers[:-1])]
+    if purpose == "last":
+        arguments += ["--return-hidden-states-mode", "full"]
+    if purpose in ("capture", "last"):
+        arguments += ["--disable-radix-cache", "--chunked-prefill-size", "-1"]
     return arguments
 
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from draftsmith.decoding.sampling import Sampling
-from draftsmith.errors import TargetError
 from draftsmith.targets.base import Generation
 
 Request = tuple[str, dict[str, Any]]  # path and JSON body
@@ -31,8 +30,11 @@ class Dialect(Protocol):
         """Ask for the hidden states of a text."""
         ...
 
-    def read_capture(self, answer: dict[str, Any]) -> str | None:
-        """Path of the safetensors file that the server writes or has written; None if it keeps no hidden states."""
+    def read_capture(self, answer: dict[str, Any]) -> str | list[list[float]] | None:
+        """Path of the safetensors file that the server writes or has written, or the numbers, one list a token.
+
+        None if the server keeps no hidden states.
+        """
         ...
 
 
@@ -98,10 +100,12 @@ class SGLang:
         return Generation(answer["output_ids"], meta["finish_reason"]["type"], told)
 
     def capture(self, model: str, ids: list[int]) -> Request:
-        raise TargetError("target.engine: sglang lends no hidden states yet; train with target.engine vllm")
+        body = {"input_ids": ids, "sampling_params": {"temperature": 0.0, "max_new_tokens": 1}}
+        return "/generate", {**body, "return_hidden_states": True}
 
-    def read_capture(self, answer: dict[str, Any]) -> str | None:
-        return None
+    def read_capture(self, answer: dict[str, Any]) -> list[list[float]] | None:
+        forwards = answer["meta_info"].get("hidden_states")  # the prompt's rows, then one list for each token written
+        return forwards and forwards[0]
 
 
 DIALECTS: dict[str, Dialect] = {"vllm": VLLM(), "sglang": SGLang()}

@@ -24,6 +24,13 @@ def stop_length(tokenizer, ids: Sequence[int], stop: Sequence[str]) -> int | Non
     return before + len(tail)
 
 
+def first_stop(tokenizer, ids: Sequence[int], stop: Sequence[str]) -> int | None:
+    """Length at which a decoder that looks for stop texts after every token would have cut `ids`, else None."""
+    return next(
+        (cut for n in range(1, len(ids) + 1) if (cut := stop_length(tokenizer, ids[:n], stop)) is not None), None
+    )
+
+
 def loops(ids: Sequence[int]) -> bool:
     """Looked for at every 16th token, because a look costs as much as a token of a small model."""
     return len(ids) % LOOP_EVERY == 0 and loop_onset(ids) is not None

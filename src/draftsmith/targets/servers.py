@@ -13,6 +13,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -88,12 +89,18 @@ def _take_states(path: Path, ids: list[int], count: int, hidden_size: int) -> Te
     _delete_states(path)
     if tokens[: len(ids)].tolist() != ids:
         raise _Retry(f"{path} holds another text")
+    return _checked(states[: len(ids)], ids, count, hidden_size)
+
+
+def _checked(states: Tensor, ids: list[int], count: int, hidden_size: int) -> Tensor:
+    if len(states) != len(ids):
+        raise _Retry(f"hidden states of {len(states)} tokens for a text of {len(ids)}")
     if states.shape[1:] != (count, hidden_size):
         raise TargetError(
             f"draft.taps: the server keeps {list(states.shape[1:])} values a token, this run wants [{count}, "
-            f"{hidden_size}]: its taps and the last layer; start it with the layers that `draftsmith serve` prints"
+            f"{hidden_size}]; start it with the layers that `draftsmith serve RECIPE --purpose capture` names"
         )
-    return states[: len(ids)]
+    return states
 
 
 class ServedTarget(LooseEnds):
@@ -110,10 +117,18 @@ class ServedTarget(LooseEnds):
         self._random = random.Random(0)  # spreads retries only
         self._client: httpx.AsyncClient | None = None
         self._loop = asyncio.new_event_loop()
+        self.last: ServedTarget | None = None
+        if server.last_urls:
+            self.last = ServedTarget(
+                target, server.model_copy(update={"urls": server.last_urls, "last_urls": ()}), device
+            )
         self._thread = threading.Thread(target=self._loop.run_forever, name="servers", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
+        if self.last is not None:
+            self.last.close()
+
         async def let_go() -> None:
             unfinished = asyncio.all_tasks() - {asyncio.current_task()}
             for task in unfinished:
@@ -176,42 +191,53 @@ class ServedTarget(LooseEnds):
         return replace(written, ids=written.ids[: stop_length(self.tokenizer, written.ids, stop)], finish_reason="stop")
 
     def capture(self, documents: list[list[int]], taps: Sequence[int]) -> Capture:
-        """Hidden states of whole documents, each by the prefill of one request; safe to call from several threads."""
+        """Hidden states of whole documents, each by the prefill of one request; safe to call from several threads.
+
+        vLLM keeps taps and the last layer's output side by side. SGLang returns the taps or the last state, never
+        both, so there `server.last_urls` are asked as well.
+        """
+        if self.last is None:
+            states_THK = self.states(documents, len(taps) + 1)
+            return Capture(states_THK[:, :-1], self.final_norm(states_THK[:, -1]))
+        with ThreadPoolExecutor(1) as beside:
+            last = beside.submit(self.last.states, documents, 1)
+            return Capture(self.states(documents, len(taps)), last.result()[:, 0])
+
+    def states(self, documents: list[list[int]], count: int) -> Tensor:
+        """What the servers were told to keep, [T, count, H] over all documents."""
 
         async def every_document() -> list[Tensor]:
-            return await asyncio.gather(*(self._states(document, len(taps) + 1) for document in documents))
+            return await asyncio.gather(*(self._states(document, count) for document in documents))
 
-        states_THK = torch.cat(self.run(every_document)).to(self.device)
-        return Capture(states_THK[:, :-1], self.final_norm(states_THK[:, -1]))
+        return torch.cat(self.run(every_document)).to(self.device)
 
     async def _states(self, ids: list[int], count: int) -> Tensor:
-        """The taps and the last layer's output [T, count, H], un-normed, as the server was told to keep them."""
-
         async def ask(replica: Replica) -> Tensor:
             path, body = self.dialect.capture(replica.name, ids)
             answer = await self._request(replica, "POST", path, body)
-            kept = self._kept_states(answer)
+            kept = self.dialect.read_capture(answer)
             if kept is None:
                 raise TargetError(
-                    f"server.urls: {replica.url} keeps no hidden states; start it with the connector that "
-                    "`draftsmith serve` prints, or train with target.engine transformers"
+                    f"server.urls: {replica.url} keeps no hidden states; start it with `draftsmith serve RECIPE "
+                    "--purpose capture`, or train with target.engine transformers"
                 )
-            return await asyncio.to_thread(_take_states, kept, ids, count, self.identity.hidden_size)
+            size = self.identity.hidden_size
+            if isinstance(kept, str):
+                return await asyncio.to_thread(_take_states, self._here(kept), ids, count, size)
+            rows = torch.tensor(kept, dtype=self.head.weight.dtype)[: len(ids)]
+            return _checked(rows.reshape(len(rows), -1, size) if rows.shape[-1] % size == 0 else rows, ids, count, size)
 
         return await self._somewhere(ask)
 
-    def _kept_states(self, answer: dict[str, Any]) -> Path | None:
-        """Where this machine sees the hidden states that a server kept for a request."""
-        path = self.dialect.read_capture(answer)
-        if path is None:
-            return None
+    def _here(self, path: str) -> Path:
+        """Where this machine sees a file that a server wrote."""
         folder = self.settings.hidden_states
         return Path(path) if folder is None else folder / Path(path).name
 
     async def _let_go(self, answer: dict[str, Any]) -> None:
         """A server that captures keeps the hidden states of every request, wanted or not."""
-        if kept := self._kept_states(answer):
-            await asyncio.to_thread(_discard_states, kept)
+        if isinstance(kept := self.dialect.read_capture(answer), str):
+            await asyncio.to_thread(_discard_states, self._here(kept))
 
     # --- replicas -----------------------------------------------------------------------------------------------
 
