@@ -16,6 +16,7 @@ from draftsmith.decoding.sampling import Sampling
 from draftsmith.errors import DraftsmithError, TargetError
 from draftsmith.files import read_json, read_jsonl, write_jsonl
 from draftsmith.pipeline import Run, run_pipeline
+from draftsmith.targets.endings import first_stop
 from draftsmith.targets.local import LocalTarget, load_tokenizer
 from draftsmith.targets.servers import ServedTarget
 from draftsmith.training.capture import StreamedCapture
@@ -112,6 +113,16 @@ def test_all_dead_stops_and_the_same_command_goes_on(model, target, prompts, tmp
         assert len(server.asked) == len(rows) - len(kept)
         assert sorted(r["id"] for r in rows) == sorted(r["id"] for r in read_jsonl(prompts))
         assert [r for r in rows if r["id"] in {k["id"] for k in kept}] == sorted(kept, key=lambda r: rows.index(r))
+
+
+def test_a_stop_text_is_found_afterwards_where_a_decoder_would_have_stopped(target):
+    prompts, stop = [[1, 5 + i, 9] for i in range(24)], ("w7", "to in", "the")
+    for (_, free), (_, stopped) in zip(
+        sorted(target.generate(prompts, Sampling(), 24)),
+        sorted(target.generate(prompts, Sampling(), 24, stop)),
+        strict=True,
+    ):
+        assert free.ids[: first_stop(target.tokenizer, free.ids, stop)] == stopped.ids
 
 
 def test_enough_tokens_is_enough(model, target, prompts, tmp_path):
