@@ -42,14 +42,24 @@ BUILDERS = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE)),
     "gemma3": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(
-            **SHAPE,
+            **(SHAPE | {"tie_word_embeddings": True}),  # as SGLang takes for granted
             sliding_window=16,
             layer_types=["sliding_attention", "full_attention"] * 4,
             query_pre_attn_scalar=64,
         )
     ),
     "minimax_m2": lambda: MiniMaxM2ForCausalLM(
-        MiniMaxM2Config(**SHAPE, num_local_experts=4, num_experts_per_tok=2, rotary_dim=32, scoring_func="sigmoid")
+        MiniMaxM2Config(
+            **SHAPE,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            rotary_dim=32,
+            # keys of the real model's config.json, which the engines read and transformers does not
+            scoring_func="sigmoid",
+            use_routing_bias=True,
+            use_qk_norm=True,
+            qk_norm_type="per_layer",
+        )
     ),
 }
 

@@ -256,6 +256,16 @@ def test_servers_that_keep_the_wrong_states_are_refused(model, target, tmp_path)
                 assert wanted in str(caught.value)
 
 
+def test_taps_of_a_gemma_on_sglang_are_refused(tmp_path):
+    gemma = save_tiny_target(tmp_path, "gemma3")
+    recipe = recipe_for(gemma, ["http://127.0.0.1:9"], "sglang", last_urls=["http://127.0.0.1:9"])
+    with (
+        contextlib.closing(ServedTarget(recipe.target, recipe.server, "cpu")) as served,
+        pytest.raises(TargetError, match="returns its taps without the residual stream"),
+    ):
+        served.capture([[1, 2]], (1, 3, 4))
+
+
 def test_packs_are_fetched_ahead_within_bounds():
     asked, finish = set(), [threading.Event() for _ in range(10)]
 

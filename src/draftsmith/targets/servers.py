@@ -199,6 +199,11 @@ class ServedTarget(LooseEnds):
         if self.last is None:
             states_THK = self.states(documents, len(taps) + 1)
             return Capture(states_THK[:, :-1], self.final_norm(states_THK[:, -1]))
+        if self.config.model_type.startswith("gemma3"):
+            raise TargetError(
+                "target.engine: SGLang 0.5's Gemma-3 returns its taps without the residual stream (docs/engines.md); "
+                "train with target.engine vllm or transformers"
+            )
         with ThreadPoolExecutor(1) as beside:
             last = beside.submit(self.last.states, documents, 1)
             return Capture(self.states(documents, len(taps)), last.result()[:, 0])
