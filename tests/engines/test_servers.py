@@ -107,7 +107,7 @@ def test_states_from_a_stock_vllm_are_those_of_transformers(architecture, tmp_pa
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "minimax_m2"])  # not Gemma-3: docs/engines.md
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])  # why not the others: docs/engines.md
 def test_states_from_two_stock_sglangs_are_those_of_transformers(architecture, tmp_path):
     model = save_target(tmp_path / "model", architecture)
     with started("sglang", model, "capture", tmp_path) as url, started("sglang", model, "last", tmp_path) as last:
