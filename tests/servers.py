@@ -135,6 +135,8 @@ def tiny_engine(target: LocalTarget, name: str, keep: tuple[Path, tuple[int, ...
         with one_at_a_time, torch.inference_mode():
             if path == "/v1/models":
                 return 200, {"data": [{"id": name, "root": name}]}
+            if path == "/server_info":  # of a stock SGLang
+                return 200, {"json_model_override_args": "{}"}
             if path == "/tokenize":
                 return 200, {"tokens": target.tokenizer(body["prompt"]).input_ids}
             ids = body.get("prompt") or body["input_ids"]

@@ -131,6 +131,12 @@ def test_commands_are_the_engines_own():
         "--speculative-num-draft-tokens 8 --speculative-draft-model-quantization unquant --host 127.0.0.1 "
         "--port 30000 --dtype float32 --disable-custom-all-reduce"
     )
+    gemma = launch(tiny_recipe("m", "p", serve=sglang), "google/gemma-3-1b-it", Path("d"), "draft", ())
+    assert gemma.environment["SGLANG_EXTERNAL_MODEL_PACKAGE"] == "draftsmith_sglang"
+    assert (Path(gemma.environment["PYTHONPATH"].split(":")[0]) / "draftsmith_sglang" / "gemma3.py").exists()
+    assert '{"draftsmith_residual": true}' in gemma.command
+    plain = launch(tiny_recipe("m", "p", serve=sglang), "google/gemma-3-1b-it", Path("d"), "plain", ())
+    assert "SGLANG_EXTERNAL_MODEL_PACKAGE" not in plain.environment
     chain = launch(tiny_recipe("m", "p", serve={"context": 4096}), "org/model", Path("d"), "draft", ())
     assert chain.url == "http://127.0.0.1:8000"
     assert '{"method": "eagle3", "model": "d", "num_speculative_tokens": 3}' in chain.command

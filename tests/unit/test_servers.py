@@ -256,14 +256,15 @@ def test_servers_that_keep_the_wrong_states_are_refused(model, target, tmp_path)
                 assert wanted in str(caught.value)
 
 
-def test_taps_of_a_gemma_on_sglang_are_refused(tmp_path):
+def test_a_gemma_whose_sglang_leaves_the_residual_stream_out_is_refused(tmp_path):
     gemma = save_tiny_target(tmp_path, "gemma3")
-    recipe = recipe_for(gemma, ["http://127.0.0.1:9"], "sglang", last_urls=["http://127.0.0.1:9"])
-    with (
-        contextlib.closing(ServedTarget(recipe.target, recipe.server, "cpu")) as served,
-        pytest.raises(TargetError, match="returns its taps without the residual stream"),
-    ):
-        served.capture([[1, 2]], (1, 3, 4))
+    with serving(FaultyServer(tiny_engine(LocalTarget(gemma, dtype="fp32", device="cpu"), gemma))) as urls:
+        recipe = recipe_for(gemma, urls, "sglang", last_urls=urls)
+        with (
+            contextlib.closing(ServedTarget(recipe.target, recipe.server, "cpu")) as served,
+            pytest.raises(TargetError, match="runs SGLang's own Gemma-3, which returns its taps without the residual"),
+        ):
+            served.capture([[1, 2]], (1, 3, 4))
 
 
 def test_packs_are_fetched_ahead_within_bounds():

@@ -22,13 +22,16 @@ from pathlib import Path
 from typing import Literal
 
 from draftsmith.errors import ServeError
+from draftsmith.files import read_json
 from draftsmith.progress import say
 from draftsmith.recipe import Recipe
+from draftsmith.targets.dialects import RESIDUAL
 
 Engine = Literal["vllm", "sglang"]
 Purpose = Literal["draft", "plain", "capture", "last"]
 PROGRAMS = {"vllm": ("vllm", "serve"), "sglang": (sys.executable, "-m", "sglang.launch_server")}
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
+SGLANG_MODELS = Path(__file__).parent / "sglang_models"
 STOP_S = 30.0  # an engine is given this long to stop by itself
 POLL_S = 0.5
 
@@ -56,13 +59,25 @@ def launch(recipe: Recipe, model: str, draft: Path, purpose: Purpose, layers: Se
         arguments += ["--revision", recipe.target.revision]
     if recipe.target.trust_remote_code:
         arguments += ["--trust-remote-code"]
-    environment = {}
+    environment: dict[str, str] = {}
+    if settings.engine == "sglang" and purpose in ("draft", "capture") and is_gemma3(model):
+        arguments += ["--json-model-override-args", json.dumps({RESIDUAL: True})]  # tells clients what runs here
+        path = os.pathsep.join(filter(None, [str(SGLANG_MODELS), os.environ.get("PYTHONPATH")]))
+        environment |= {"SGLANG_EXTERNAL_MODEL_PACKAGE": "draftsmith_sglang", "PYTHONPATH": path}
     if not settings.peer_to_peer:  # broken between PCIe cards more often than engines think
         arguments += ["--disable-custom-all-reduce"]
         environment["NCCL_P2P_DISABLE"] = "1"
     arguments += shlex.split(settings.extra)
     host = "127.0.0.1" if settings.host == "0.0.0.0" else settings.host
     return Launch((*program, *arguments), environment, f"http://{host}:{settings.port}")
+
+
+def is_gemma3(model: str) -> bool:
+    """Whether SGLang needs our class for this model (docs/engines.md); a hub name is not looked up."""
+    config = Path(model) / "config.json"
+    return (read_json(config).get("model_type", "") if config.exists() else model.lower()).startswith(
+        ("gemma3", "google/gemma-3")
+    )
 
 
 def _vllm(recipe: Recipe, model: str, draft: Path, purpose: Purpose, layers: Sequence[int]) -> list[str]:

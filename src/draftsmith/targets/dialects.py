@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.targets.base import Generation
 
+RESIDUAL = "draftsmith_residual"  # said by an SGLang whose Gemma-3 captures the residual stream (sglang_models)
 Request = tuple[str, dict[str, Any]]  # path and JSON body
 
 

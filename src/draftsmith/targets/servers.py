@@ -28,7 +28,7 @@ from draftsmith.errors import TargetError
 from draftsmith.progress import say
 from draftsmith.recipe import ServerRecipe, TargetRecipe
 from draftsmith.targets.base import Capture, Generation
-from draftsmith.targets.dialects import DIALECTS
+from draftsmith.targets.dialects import DIALECTS, RESIDUAL
 from draftsmith.targets.endings import loop_length, stop_length
 from draftsmith.targets.ends import LooseEnds, resolve_model
 
@@ -199,11 +199,6 @@ class ServedTarget(LooseEnds):
         if self.last is None:
             states_THK = self.states(documents, len(taps) + 1)
             return Capture(states_THK[:, :-1], self.final_norm(states_THK[:, -1]))
-        if self.config.model_type.startswith("gemma3"):
-            raise TargetError(
-                "target.engine: SGLang 0.5's Gemma-3 returns its taps without the residual stream (docs/engines.md); "
-                "train with target.engine vllm or transformers"
-            )
         with ThreadPoolExecutor(1) as beside:
             last = beside.submit(self.last.states, documents, 1)
             return Capture(self.states(documents, len(taps)), last.result()[:, 0])
@@ -369,9 +364,19 @@ class ServedTarget(LooseEnds):
             answer = await self._request(replica, "POST", path, body)
             await self._let_go(answer)
             self.compare_fingerprint(replica.url, self.dialect.read_probe(answer))
+            if self.last is not None and self.config.model_type.startswith("gemma3"):
+                await self._require_residual(replica)
             replica.trusted = True
         finally:
             replica.proving = False
+
+    async def _require_residual(self, replica: Replica) -> None:
+        started_with = (await self._request(replica, "GET", "/server_info")).get("json_model_override_args") or "{}"
+        if RESIDUAL not in started_with:
+            raise TargetError(
+                f"server.urls: {replica.url} runs SGLang's own Gemma-3, which returns its taps without the residual "
+                "stream (docs/engines.md); start it with `draftsmith serve RECIPE --purpose capture`"
+            )
 
     def compare_fingerprint(self, origin: str, found: list[float]) -> None:
         """The first fingerprint is the truth; another is an error that names where it comes from."""
