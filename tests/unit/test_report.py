@@ -226,6 +226,21 @@ def test_a_partial_evaluation_says_so_loudly(run: Path) -> None:
     assert "PARTIAL EVALUATION: only 9 prompts" in report(run)
 
 
+def test_what_engines_measured_stands_beside_the_embedded_figures(run: Path) -> None:
+    assert "draftsmith evaluate RECIPE --evaluate.engine vllm" in report(run)
+    served = results()
+    served["settings"] |= {"engine": "vllm"}
+    served["acceptance"] = [acceptance("3/1/4", 0.0, 1.87)]
+    served["speed"] = [{**served["speed"][0], "batch": 4, "speedup": 1.19}]
+    served["lossless"] |= {"identical": False, "differences": [{}, {}], "dtype": "bf16"}
+    write(run / "evaluate-vllm" / "results.json", served)
+    write(run / "evaluate-vllm.0123abcd" / "results.json", served)  # kept aside, of another recipe
+    page = report(run)
+    assert page.count("<th>vllm (bf16), 3/1/4, T=0</th><td>1.87 [") == 1
+    assert "<th>vllm, 3/1/4</th><td>4</td><td>20.0</td><td>24.6</td><td>1.19×</td>" in page
+    assert "vllm: greedy output with and without the draft differs on 2 of 50 prompts" in page
+
+
 def test_a_difference_turns_the_verdict(run: Path) -> None:
     changed = results()
     difference = {"shape": "3/4/8", "id": "broken-prompt", "token": 3, "plain": 1, "drafted": 2, "logit_gap": 4.5}

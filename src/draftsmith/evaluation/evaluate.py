@@ -206,27 +206,27 @@ def tau_line(entry: dict[str, Any]) -> str:
     return line
 
 
+def measured_once(out: Path, name: str, measure: Callable[[], Any]) -> Any:
+    """The measurement, from `parts/` if it was made before: an interruption loses one."""
+    path = out / "parts" / f"{name.replace('/', '-')}.json"
+    if not path.exists():
+        write_json(path, measure())
+    return read_json(path)
+
+
 def evaluate(
     recipe: Recipe, target: LocalTarget, directory: Path, prompts_file: Path, out: Path, created_with: dict[str, Any]
 ) -> dict[str, Any]:
-    """Stage `evaluate`; each measurement is kept in `parts/` as soon as it is made, so an interruption loses one."""
+    """Stage `evaluate` on the embedded engine."""
     evaluation = Evaluation(recipe, target, directory, prompts_file)
-
-    def once(name: str, measure: Callable[[], Any]) -> Any:
-        path = out / "parts" / f"{name}.json"
-        if not path.exists():
-            write_json(path, measure())
-        return read_json(path)
-
+    once = partial(measured_once, out)
     acceptance = []
     for temperature in recipe.evaluate.temperatures:
         for shape in evaluation.shapes:
-            name = f"tau-{shape}-T{temperature:g}".replace("/", "-")
+            name = f"tau-{shape}-T{temperature:g}"
             acceptance.append(once(name, partial(evaluation.acceptance, shape, temperature)))
             say(tau_line(acceptance[-1]))
-    measured = [
-        once(f"speed-{shape}".replace("/", "-"), partial(evaluation.speed, shape)) for shape in evaluation.shapes
-    ]
+    measured = [once(f"speed-{shape}", partial(evaluation.speed, shape)) for shape in evaluation.shapes]
     speed = [entry for entry in measured if entry]
     for entry in speed:
         say(

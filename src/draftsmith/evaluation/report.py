@@ -18,6 +18,7 @@ from draftsmith.evaluation.report_sections import (
     View,
     answer_view,
     data_view,
+    engines_view,
     evaluation_view,
     mask_view,
     sample_completions,
@@ -48,6 +49,7 @@ class Run:
     step_timing: list[View]
     training: View | None
     results: View | None
+    engine_results: list[View]
 
     @classmethod
     def read(cls, directory: Path) -> "Run":
@@ -72,6 +74,11 @@ class Run:
             lines("train", "timing.jsonl"),
             optional("train", "summary.json"),
             optional("evaluate", "results.json"),
+            [
+                read_json(path)
+                for path in sorted(directory.glob("evaluate-*/results.json"))
+                if "." not in path.parent.name
+            ],
         )
 
     @property
@@ -279,6 +286,7 @@ def write_report(run_dir: Path, tokenizer) -> Path:
             answers=[answer_view(row, tokenizer) for row in rows],
             training=training_view(run.metrics, run.step_timing, run.training),
             evaluation=evaluation_view(run.results),
+            engines=engines_view(run.engine_results),
             verdict=verdict(run.results),
             next_steps=next_steps(run),
             created_with=run.created_with,

@@ -203,6 +203,21 @@ def evaluation_view(results: View | None) -> View | None:
     }
 
 
+def engines_view(results: Sequence[View]) -> View:
+    """What engines measured beside the embedded one: a row per engine, shape and temperature."""
+    rows = [
+        {"engine": r["settings"]["engine"], "dtype": r["settings"]["dtype"], "setting": setting(e), **e}
+        for r in results
+        for e in r["acceptance"]
+    ]
+    return {
+        "rows": rows,
+        "categories": sorted({name for row in rows for name in row["by_category"]}),
+        "speed": [{"engine": r["settings"]["engine"], **entry} for r in results for entry in r["speed"]],
+        "lossless": [{"engine": r["settings"]["engine"], **r["lossless"]} for r in results if r["lossless"]],
+    }
+
+
 def tau_plot(rows: Sequence[View], categories: Sequence[str]) -> Markup:
     def dot(value: View | None) -> tuple[float, float, float] | None:
         return (value["tau"], value["low"], value["high"]) if value and value["tau"] is not None else None

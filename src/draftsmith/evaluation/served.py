@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.speculate import Decoded, Step
 from draftsmith.errors import DataError, TargetError
 from draftsmith.evaluation.acceptance import PromptAcceptance, count, summarise
-from draftsmith.evaluation.evaluate import SCHEMA, SHORTEST_TIMED, balanced, tau_line, verdict_line
+from draftsmith.evaluation.evaluate import SCHEMA, SHORTEST_TIMED, balanced, measured_once, tau_line, verdict_line
 from draftsmith.evaluation.lossless import first_difference
 from draftsmith.files import read_jsonl, write_json
 from draftsmith.progress import Meter, say
@@ -96,10 +97,8 @@ class ServedEvaluation:
             shapes = shapes[:1]
         if not shapes:
             raise DataError("evaluate.shapes: none that vLLM can draft; add steps: 3, topk: 1, draft_tokens: 4")
-        acceptance: list[dict[str, Any]] = []
-        speed: list[dict[str, Any]] = []
-        differences: list[dict[str, Any]] = []
-        compared = None
+        once = partial(measured_once, self.out)
+        acceptance, speed, identity = [], [], []
         with contextlib.ExitStack() as stack:
             plain = None
             if settings.plain_url is not None or settings.url is None:
@@ -108,15 +107,21 @@ class ServedEvaluation:
                 with self.server(settings.url, shape) as drafted:
                     prompts = self.open_prompts(drafted)
                     for temperature in settings.temperatures:
-                        acceptance.append(self._acceptance(drafted, prompts, shape, temperature))
+                        name = f"tau-{shape}-T{temperature:g}"
+                        acceptance.append(once(name, partial(self._acceptance, drafted, prompts, shape, temperature)))
                         say(tau_line(acceptance[-1]))
                     if plain is not None:
-                        compared = self._identity(plain, drafted, prompts, shape, differences)
+                        identity.append(
+                            once(f"lossless-{shape}", partial(self._identity, plain, drafted, prompts, shape))
+                        )
                         for batch in settings.batches:
-                            entry = self._speed(plain, drafted, prompts, shape, batch)
+                            name = f"speed-{shape}-{batch}"
+                            entry = once(name, partial(self._speed, plain, drafted, prompts, shape, batch))
                             speed += [entry] if entry else []
-        lossless = compared and {**compared, "shapes": [str(s) for s in shapes], "differences": differences}
-        if lossless is not None:
+        lossless = None
+        if identity:
+            differences = [difference for found in identity for difference in found["differences"]]
+            lossless = {**identity[0], "shapes": [str(s) for s in shapes], "differences": differences}
             lossless["identical"] = not differences
             say(verdict_line(lossless))
         results = {
@@ -216,11 +221,11 @@ class ServedEvaluation:
         drafted: ServedTarget,
         prompts: list[Prompt],
         shape: DraftShape,
-        differences: list[dict[str, Any]],
     ) -> dict[str, Any]:
         """Greedy outputs of the two servers, one request at a time: other batches round differently."""
         length, chosen = self.settings.lossless_tokens, prompts[: self.settings.lossless_prompts]
         pair = [self.complete(t, chosen, f"lossless {shape}", Sampling(), length, 1) for t in (plain, drafted)]
+        differences = []
         for (name, _, _), one, other in zip(chosen, *pair, strict=True):
             at = first_difference(one.ids, other.ids)
             if at is not None:
@@ -230,6 +235,7 @@ class ServedEvaluation:
             "prompts": len(chosen),
             "tokens_per_prompt": length,
             "tokens": sum(len(g.ids) for g in pair[0]),
+            "differences": differences,
         }
 
     def _speed(
