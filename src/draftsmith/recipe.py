@@ -325,6 +325,20 @@ class ServeRecipe(Model):
     """More flags for the engine, passed on as they are; on the command line write --serve.extra="--flag value"."""
 
 
+class CardRecipe(Model):
+    """The model card; everything else on it comes from the run."""
+
+    repo: str | None = None
+    """Where the draft is to live, as owner/name; stands in the card's commands and is where `publish` uploads."""
+    licence: str | None = None
+    """Licence of the draft, as Hugging Face writes it (apache-2.0, mit, gemma, other ...); needed where the target's
+    is not known, and then your own decision."""
+    data_licences: dict[str, str] = {}
+    """Licences of prompt sources that draftsmith does not know, by the source's name."""
+    author: str = ""
+    """Who stands behind the draft."""
+
+
 class Recipe(Model):
     """One run, from prompts to a proven draft."""
 
@@ -343,6 +357,7 @@ class Recipe(Model):
     train: TrainRecipe = TrainRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
     serve: ServeRecipe = ServeRecipe()
+    card: CardRecipe = CardRecipe()
 
 
 def _submodel(annotation: Any) -> type[BaseModel] | None:

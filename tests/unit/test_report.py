@@ -237,7 +237,7 @@ def test_what_engines_measured_stands_beside_the_embedded_figures(run: Path) -> 
     write(run / "evaluate-vllm.0123abcd" / "results.json", served)  # kept aside, of another recipe
     page = report(run)
     assert page.count("<th>vllm (bf16), 3/1/4, T=0</th><td>1.87 [") == 1
-    assert "<th>vllm, 3/1/4</th><td>4</td><td>20.0</td><td>24.6</td><td>1.19×</td>" in page
+    assert "<th>vllm, 3/1/4</th><td>4</td><td>20.0</td><td>24.6</td><td>1.19\N{MULTIPLICATION SIGN}</td>" in page
     assert "vllm: greedy output with and without the draft differs on 2 of 50 prompts" in page
 
 
