@@ -18,46 +18,121 @@ from draftsmith.recipe import Recipe, TargetRecipe, load_recipe
 if TYPE_CHECKING:
     from draftsmith.pipeline import Run
 
-StageName = Literal["run", "prompts", "regenerate", "vocab", "train", "export", "evaluate", "report"]
-STAGE_NAMES = StageName.__args__  # type: ignore[attr-defined]
+StageName = Literal["run", "prompts", "regenerate", "vocab", "train", "export", "evaluate", "report", "card"]
 PLACEHOLDER = Recipe(name="from the recipe", target=TargetRecipe(model="from the recipe"))
 
 
 @dataclass
-class StageCommand:
+class RecipeCommand:
+    """What every command about a run takes."""
+
+    command: tyro.conf.Positional[str]
+    recipe: tyro.conf.Positional[Path]
+    """YAML file, for example recipes/gemma3-270m-quick.yaml."""
+    out: Path | None = None
+    """Run directory; left out: runs/NAME."""
+    overrides: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=lambda: PLACEHOLDER)
+
+
+@dataclass
+class StageCommand(RecipeCommand):
     """Make a draft model for speculative decoding.
 
     `run` goes through all stages; a stage's name runs that stage alone. Finished stages are skipped.
     """
 
     command: tyro.conf.Positional[StageName]
-    """run, or one stage: prompts, regenerate, vocab, train, export, evaluate, report."""
-    recipe: tyro.conf.Positional[Path]
-    """YAML file, for example recipes/gemma3-270m-quick.yaml."""
-    out: Path | None = None
-    """Run directory; left out: runs/NAME."""
+    """run, or one stage: prompts, regenerate, vocab, train, export, evaluate, report, card."""
     dry_run: bool = False
     """Print the resolved recipe and what each stage would do, then stop."""
     check: Literal["vllm", "sglang"] | None = None
     """After export: start this engine and compare it with the embedded one, token by token and depth by depth."""
-    overrides: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=lambda: PLACEHOLDER)
 
 
 @dataclass
-class ServeCommand:
+class ServeCommand(RecipeCommand):
     """Start vLLM or SGLang with the run's draft, and stop it on Ctrl-C."""
 
     command: tyro.conf.Positional[Literal["serve"]]
-    recipe: tyro.conf.Positional[Path]
-    """YAML file of the run."""
-    out: Path | None = None
-    """Run directory; left out: runs/NAME."""
     purpose: Literal["draft", "plain", "capture", "last"] = "draft"
     """draft: what users run; plain: the target alone; capture: the target keeping hidden states for `train`; last:
     SGLang's other half of it."""
     print: bool = False
     """Print the command instead of running it."""
-    overrides: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=lambda: PLACEHOLDER)
+
+
+@dataclass
+class ProbeCommand(RecipeCommand):
+    """Measure what a speed-up depends on, here or on a running server. Needs no trained draft."""
+
+    command: tyro.conf.Positional[Literal["probe"]]
+    url: str | None = None
+    """Measure a server of the target alone (engine: serve.engine) instead of this machine."""
+    draft_url: str | None = None
+    """A second server that drafts serve.shape for the same target; tells what drafting costs there."""
+
+
+@dataclass
+class PredictCommand(RecipeCommand):
+    """Tell the speed-up of every shape and batch size, here or on a named machine, before anyone trains or rents."""
+
+    command: tyro.conf.Positional[Literal["predict"]]
+    hardware: str | None = None
+    """A machine by name, or a probe's JSON file; left out: the run's probe.json."""
+    tau: float | None = None
+    """A published accept length instead of the run's own profile; 1 + accepted / steps."""
+    shape: str = "3/1/4"
+    """The shape that --tau was measured at: steps/top-k/draft tokens."""
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    """Sequences decoded at once."""
+    context: int = 512
+    """Cached tokens of each."""
+    correlation: float = 0.0
+    """MoE only: 0 neighbouring tokens choose experts independently, 1 they share them all."""
+
+
+@dataclass
+class TuneCommand(RecipeCommand):
+    """Find the fastest shape by measuring; `serve` takes what is found."""
+
+    command: tyro.conf.Positional[Literal["tune"]]
+    engine: Literal["embedded", "vllm", "sglang"] = "embedded"
+    """What decodes: the embedded engine, or servers started as `serve` does."""
+    budget_s: float = 300.0
+    """Seconds after which the best so far is taken."""
+
+
+@dataclass
+class PlanCommand(RecipeCommand):
+    """Bytes, memory, hours and machines of a run, before anything runs."""
+
+    command: tyro.conf.Positional[Literal["plan"]]
+    hardware: str | None = None
+    """A machine by name, or a probe's JSON file; left out: the run's probe.json."""
+    trainer_gpus: int | None = None
+    """GPUs that train; left out: those of one machine."""
+    against: Path | None = None
+    """A finished run directory: print what was planned beside what it really took."""
+
+
+@dataclass
+class CompareCommand(RecipeCommand):
+    """Decode with several drafts of the same target on the same prompts; one table, one plot."""
+
+    command: tyro.conf.Positional[Literal["compare"]]
+    drafts: tuple[Path, ...] = ()
+    """Draft directories, ours or others', beside the run's own."""
+
+
+@dataclass
+class PublishCommand(RecipeCommand):
+    """Upload the draft and its card to the Hugging Face hub. Says what it would do unless --really is given."""
+
+    command: tyro.conf.Positional[Literal["publish"]]
+    repo: str | None = None
+    """owner/name; left out: card.repo."""
+    really: bool = False
+    """Upload. The token comes from HF_TOKEN."""
 
 
 @dataclass
@@ -69,6 +144,18 @@ class InspectCommand:
     """Directory with config.json and .safetensors files."""
 
 
+COMMANDS: dict[str, type[RecipeCommand]] = {
+    **dict.fromkeys(StageName.__args__, StageCommand),  # type: ignore[attr-defined]
+    "serve": ServeCommand,
+    "probe": ProbeCommand,
+    "predict": PredictCommand,
+    "tune": TuneCommand,
+    "plan": PlanCommand,
+    "compare": CompareCommand,
+    "publish": PublishCommand,
+}
+
+
 @dataclass
 class _Positions:
     """Only what is needed to find the recipe, whose values are the flags' defaults."""
@@ -77,26 +164,20 @@ class _Positions:
     recipe: tyro.conf.Positional[Path]
 
 
-def parse(arguments: list[str]) -> StageCommand | ServeCommand | InspectCommand:
+def parse(arguments: list[str]) -> RecipeCommand | InspectCommand:
     """Two passes: the first finds the recipe file, the second takes every flag with the recipe's values as defaults."""
     if arguments[:1] == ["inspect"]:
         return _tyro_in_one_line(InspectCommand, args=arguments)
+    name = arguments[0] if arguments and arguments[0] in COMMANDS else "run"
     default = PLACEHOLDER
-    if (
-        arguments[:1]
-        and arguments[0] in (*STAGE_NAMES, "serve")
-        and arguments[1:2]
-        and not arguments[1].startswith("-")
-    ):
-        first, _ = tyro.cli(_Positions, args=arguments, return_unknown_args=True, add_help=False)
+    if name in arguments[:1] and arguments[1:2] and not arguments[1].startswith("-"):
+        first, _ = tyro.cli(_Positions, args=arguments[:2], return_unknown_args=True, add_help=False)
         default = load_recipe(first.recipe)
-    blank: StageCommand | ServeCommand = StageCommand("run", Path("RECIPE"), overrides=default)
-    if arguments[:1] == ["serve"]:
-        blank = ServeCommand("serve", Path("RECIPE"), overrides=default)
+    kind = COMMANDS[name]
     command = _tyro_in_one_line(
-        type(blank),
+        kind,
         args=arguments,
-        default=blank,
+        default=kind(name, Path("RECIPE"), overrides=default),
         config=(tyro.conf.AvoidSubcommands,),
     )
     if default is PLACEHOLDER:
@@ -134,6 +215,9 @@ def _serve(command: ServeCommand, run: "Run") -> int:
     recipe, purpose = command.overrides, command.purpose
     draft = run.draft_for(recipe.serve.engine) if purpose == "draft" else Path()
     layers = run.captured_layers if purpose == "capture" else ()
+    if purpose == "draft":
+        tuned = recipe.serve.model_copy(update={"shape": run.serving_shape(recipe.serve.engine)})
+        recipe = recipe.model_copy(update={"serve": tuned})
     launched = launch(recipe, resolve_model(recipe.target.model), draft, purpose, layers)
     if command.print:
         print(launched)
@@ -141,20 +225,7 @@ def _serve(command: ServeCommand, run: "Run") -> int:
     return serve(launched, recipe.serve.patience_s)
 
 
-def execute(command: StageCommand | ServeCommand | InspectCommand) -> int:
-    if isinstance(command, InspectCommand):
-        from draftsmith.publishing.inspect import inspect
-
-        return 0 if inspect(command.directory) else 1
-    from draftsmith.pipeline import Run, command_line, explain, run_pipeline
-
-    directory = command.out or Path("runs") / command.overrides.name
-    run = Run(command.overrides, directory, command_line())
-    if isinstance(command, ServeCommand):
-        return _serve(command, run)
-    if command.dry_run:
-        print(explain(run))
-        return 0
+def _quiet_libraries() -> None:
     import logging
     import warnings
 
@@ -166,15 +237,67 @@ def execute(command: StageCommand | ServeCommand | InspectCommand) -> int:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    with contextlib.closing(run):
-        report = run_pipeline(run, None if command.command == "run" else command.command)
-        if command.check and not run.check_draft(command.check):
-            return 1
+
+
+def _stages(command: StageCommand, run: "Run") -> int:
+    from draftsmith.pipeline import explain, run_pipeline
+
+    if command.dry_run:
+        print(explain(run))
+        return 0
+    report = run_pipeline(run, None if command.command == "run" else command.command)
+    if command.check and not run.check_draft(command.check):
+        return 1
     if command.command in ("run", "report"):
         card = run.draft_directory / "README.md"
-        print(
-            f"report: {report}\ndraft:  {run.draft_directory}\ncard:   {card} (to be; the card stage is not built yet)"
-        )
+        print(f"report: {report}\ndraft:  {run.draft_directory}")
+        if card.exists():
+            print(f"card:   {card}")
+    return 0
+
+
+def _publish(command: PublishCommand, run: "Run") -> int:
+    from draftsmith.publishing.publish import publish
+
+    repo = command.repo or run.recipe.card.repo
+    if not repo:
+        raise RecipeError("publish: no repository given; set card.repo or give --repo owner/name")
+    print(publish(run.draft_directory, repo, command.really))
+    return 0
+
+
+def execute(command: RecipeCommand | InspectCommand) -> int:
+    if isinstance(command, InspectCommand):
+        from draftsmith.publishing.inspect import inspect
+
+        return 0 if inspect(command.directory) else 1
+    from draftsmith.hardware import commands as hardware
+    from draftsmith.pipeline import Run, command_line
+
+    directory = command.out or Path("runs") / command.overrides.name
+    with contextlib.closing(Run(command.overrides, directory, command_line())) as run:
+        match command:
+            case ServeCommand():
+                return _serve(command, run)
+            case PublishCommand():
+                return _publish(command, run)
+        _quiet_libraries()
+        match command:
+            case StageCommand():
+                return _stages(command, run)
+            case ProbeCommand():
+                hardware.probe(run, command.url, command.draft_url)
+            case PredictCommand():
+                c = command
+                hardware.predict(run, c.hardware, c.tau, c.shape, c.batches, c.context, c.correlation)
+            case TuneCommand():
+                hardware.tune(run, command.engine, command.budget_s)
+            case PlanCommand():
+                hardware.plan(run, command.hardware, command.trainer_gpus, command.against)
+            case CompareCommand():
+                from draftsmith.publishing.compare import compare
+
+                compare(run, command.drafts)
     return 0
 
 

@@ -22,7 +22,7 @@ from draftsmith import files
 from draftsmith.allocator import return_freed_memory
 from draftsmith.errors import DataError, TargetError
 from draftsmith.progress import say
-from draftsmith.recipe import BOOKKEEPING, Recipe, dump_recipe
+from draftsmith.recipe import BOOKKEEPING, DEFAULT_SHAPE, DraftShape, Recipe, dump_recipe
 
 FORMAT = 1  # raise when a stage's output changes meaning
 PACKAGES = ("draftsmith", "torch", "transformers", "safetensors", "pydantic", "numpy")
@@ -191,6 +191,25 @@ class Run:
         if not both.exists() and not own.exists():
             raise DataError(f"serve: no draft in {self.path('export')}; run: draftsmith run RECIPE")
         return both if both.exists() else own
+
+    def serving_shape(self, engine: str) -> DraftShape:
+        """The recipe's shape; where it is the default, what `tune` found fastest on that engine, or on the embedded
+        one."""
+        wish = self.recipe.serve
+        if not wish.tuned or wish.shape != DEFAULT_SHAPE:
+            return wish.shape
+        for name in (engine, "embedded"):
+            path = self.path(f"tune-{name}.json")
+            if path.exists():
+                told = files.read_json(path)
+                best = told["chain" if engine == "vllm" else "shape"]
+                if best is None:
+                    say(f"{path}: nothing beat plain decoding there; the draft is served as the recipe says")
+                    return wish.shape
+                steps, topk, tokens = map(int, best.split("/"))
+                say(f"shape {best}, measured by tune ({path}); --serve.no-tuned keeps {wish.shape}")
+                return DraftShape(steps=steps, topk=topk, draft_tokens=tokens)
+        return wish.shape
 
 
 def _source_files(run: Run) -> list[Path]:

@@ -262,6 +262,9 @@ class DraftShape(Model):
         return f"{self.steps}/{self.topk}/{self.draft_tokens}"
 
 
+DEFAULT_SHAPE = DraftShape(steps=3, topk=1, draft_tokens=4)
+
+
 class EvaluateRecipe(Model):
     """What is measured on the exported draft."""
 
@@ -274,7 +277,7 @@ class EvaluateRecipe(Model):
     batches: tuple[Positive, ...] = (1,)
     """Requests in flight while a real engine's speed is measured."""
     shapes: tuple[DraftShape, ...] = (
-        DraftShape(steps=3, topk=1, draft_tokens=4),
+        DEFAULT_SHAPE,
         DraftShape(steps=3, topk=4, draft_tokens=8),
     )
     """Drafting shapes to measure."""
@@ -307,8 +310,10 @@ class ServeRecipe(Model):
     """Address to listen on; 0.0.0.0 opens the server to the network."""
     port: Annotated[int, Field(gt=0, lt=65536)] = 8000
     """Port to listen on."""
-    shape: DraftShape = DraftShape(steps=3, topk=1, draft_tokens=4)
+    shape: DraftShape = DEFAULT_SHAPE
     """What is drafted at every step; vLLM drafts chains (topk 1) only."""
+    tuned: bool = True
+    """Where `tune` has run and `shape` is the default: serve the shape that it measured to be the fastest."""
     tensor_parallel: Positive = 1
     """GPUs that share the target."""
     context: Positive | None = None

@@ -86,6 +86,7 @@ class Eagle3Drafter:
     def propose(self, root: int, shape: Shape) -> DraftTree:
         assert self._output is not None, "extend comes first"
         k, base = shape.topk, self._verified
+        self._cache.length = base  # a tree proposed before is forgotten
         outputs = self._output
         own = torch.zeros(k, 0, dtype=torch.bool, device=self.device)  # guess rows that each beam node sees
 

@@ -9,6 +9,8 @@ Schema of results.json (version 1); every tau comes as {tau, low, high, prompts,
     lossless                  greedy identity in fp32: prompts, tokens, shapes, differences[], identical
     speed[]                   per shape: plain_tokens_per_s, drafted_tokens_per_s, speedup (median over prompts),
                               tau on the same tokens, differences[] of the bf16 outputs with their logit gaps
+    profile                   ranks of the target's own tokens among the draft's choices: prompts, positions,
+                              table[depth][rank], walks[prompt][position] (evaluation/profile.py); null without text
     partial                   true where fewer prompts were used than the set holds
 """
 
@@ -31,6 +33,7 @@ from draftsmith.drafts.checkpoint import load_draft
 from draftsmith.errors import CheckpointError, DataError
 from draftsmith.evaluation.acceptance import PromptAcceptance, bootstrap_tau, count, oracle_walk, summarise
 from draftsmith.evaluation.lossless import compare, greedy_identity
+from draftsmith.evaluation.profile import accept_profile
 from draftsmith.files import read_json, read_jsonl, write_json
 from draftsmith.progress import Meter, say
 from draftsmith.recipe import Recipe
@@ -40,6 +43,7 @@ from draftsmith.targets.local import LocalTarget
 
 SCHEMA = 1
 SHORTEST_TIMED = 8  # tokens
+PROFILE_PROMPTS = 48
 
 
 def balanced(prompts: list[dict], limit: int | None) -> list[dict]:
@@ -75,10 +79,18 @@ class Evaluation:
         self.prompts = [(c.prompt["id"], c.prompt["category"], c.ids) for c in opened]
         if not opened:
             raise DataError("evaluate: no evaluation prompt is shorter than regenerate.max_prompt_tokens; raise it")
+        self.stop = chat.stop
         self.ends = partial(stop_length, target.tokenizer, stop=chat.stop) if chat.stop else None
         self.shapes = [Shape(s.steps, s.topk, s.draft_tokens) for s in self.settings.shapes]
         self.plain = Decoder(target)
-        self.speculative = Decoder(target, drafter_for(target, directory, recipe.target.dtype))
+        self.drafter = drafter_for(target, directory, recipe.target.dtype)
+        self.speculative = Decoder(target, self.drafter)
+
+    def profile(self) -> dict[str, Any] | None:
+        prompts = [ids for _, _, ids in self.prompts[:PROFILE_PROMPTS]]
+        ids_D = torch.tensor(self.drafter.ids)
+        length = self.settings.max_new_tokens
+        return accept_profile(self.target, self.drafter.draft, ids_D, prompts, length, self.stop)
 
     def acceptance(self, shape: Shape, temperature: float) -> dict[str, Any]:
         settings = self.settings
@@ -226,6 +238,7 @@ def evaluate(
             name = f"tau-{shape}-T{temperature:g}"
             acceptance.append(once(name, partial(evaluation.acceptance, shape, temperature)))
             say(tau_line(acceptance[-1]))
+    profile = once("profile", evaluation.profile)
     measured = [once(f"speed-{shape}", partial(evaluation.speed, shape)) for shape in evaluation.shapes]
     speed = [entry for entry in measured if entry]
     for entry in speed:
@@ -251,6 +264,7 @@ def evaluate(
         "acceptance": acceptance,
         "lossless": proof,
         "speed": speed,
+        "profile": profile,
         "partial": len(evaluation.prompts) < evaluation.available,
     }
     write_json(out / "results.json", results)

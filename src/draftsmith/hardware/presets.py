@@ -1,8 +1,8 @@
 """Named machines for predictions and plans, where the machine that will serve is not at hand to be measured.
 
-Bandwidths and peaks are the vendors' (dense bf16), `efficiency` what served decoding reaches of them; all-reduce
-latencies are published measurements (vLLM and SGLang threads on one-shot and NCCL all-reduce; docs/speedup-model.md
-names them). A measured probe beats every preset.
+Bandwidths and peaks are the vendors' (dense bf16), `efficiency` what served decoding reaches of the bandwidth;
+all-reduce latencies are published measurements. docs/speedup-model.md says how far that carries. A measured probe
+beats every preset.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from draftsmith.errors import RecipeError
 
 GB = 1e9
+_LAYER_S = 30e-6
 
 
 @dataclass(frozen=True)
@@ -27,27 +28,32 @@ class Machine:
     flops_s: float
     launch_s: float
     all_reduce: tuple[tuple[float, float], ...] = ()
-    efficiency: float = 0.7
+    efficiency: float = 0.8
     interconnect: str = "none"
     network_bytes_s: float = 3e9  # to other machines, 25 Gbit/s Ethernet
 
 
+# NVLink: one-shot kernels. PCIe P2P: NCCL in a CUDA graph, 4 ranks behind one switch (haohervchb/sglang-V100#2).
+# Through the host: NCCL on 8 RTX 6000D, 45 us at 4 KB and 344 us at 64 KB (sgl-project/sglang#32479); the points at
+# 1 MB are these lines' own slopes, carried on.
 _NVLINK = ((4e3, 5e-6), (16e3, 6e-6), (128e3, 12e-6), (1e6, 35e-6))
-_PCIE_P2P = ((4e3, 19e-6), (16e3, 22e-6), (128e3, 52e-6), (1e6, 190e-6))
-_PCIE_HOST = ((4e3, 200e-6), (16e3, 210e-6), (128e3, 320e-6), (1e6, 900e-6))
+_PCIE_P2P = ((4e3, 19.4e-6), (16e3, 22.3e-6), (128e3, 51.8e-6), (384e3, 83.5e-6), (1e6, 160e-6))
+_PCIE_HOST = ((4e3, 45e-6), (64e3, 344e-6), (1e6, 5e-3))
 
 PRESETS = {
     machine.name: machine
     for machine in (
-        Machine("h100-nvlink-8", 8, 80 * GB, 3.35e12, 0.99e15, 8e-6, _NVLINK, interconnect="NVLink"),
-        Machine("h200-nvlink-8", 8, 141 * GB, 4.8e12, 0.99e15, 8e-6, _NVLINK, interconnect="NVLink"),
-        Machine("h200-nvlink-4", 4, 141 * GB, 4.8e12, 0.99e15, 8e-6, _NVLINK, interconnect="NVLink"),
-        Machine("pcie-p2p-8", 8, 96 * GB, 1.6e12, 0.25e15, 8e-6, _PCIE_P2P, interconnect="PCIe, peer to peer"),
-        Machine("pcie-host-8", 8, 96 * GB, 1.6e12, 0.25e15, 8e-6, _PCIE_HOST, interconnect="PCIe, through the host"),
-        Machine("h100-1", 1, 80 * GB, 3.35e12, 0.99e15, 8e-6),
-        Machine("h200-1", 1, 141 * GB, 4.8e12, 0.99e15, 8e-6),
-        Machine("a100-1", 1, 80 * GB, 2.0e12, 0.312e15, 8e-6),
-        Machine("rtx4090-1", 1, 24 * GB, 1.0e12, 0.165e15, 8e-6),
+        Machine("h100-nvlink-8", 8, 80 * GB, 3.35e12, 0.99e15, _LAYER_S, _NVLINK, interconnect="NVLink"),
+        Machine("h200-nvlink-8", 8, 141 * GB, 4.8e12, 0.99e15, _LAYER_S, _NVLINK, interconnect="NVLink"),
+        Machine("h200-nvlink-4", 4, 141 * GB, 4.8e12, 0.99e15, _LAYER_S, _NVLINK, interconnect="NVLink"),
+        Machine("pcie-p2p-8", 8, 96 * GB, 1.6e12, 0.25e15, _LAYER_S, _PCIE_P2P, interconnect="PCIe, peer to peer"),
+        Machine(
+            "pcie-host-8", 8, 96 * GB, 1.6e12, 0.25e15, _LAYER_S, _PCIE_HOST, interconnect="PCIe, through the host"
+        ),
+        Machine("h100-1", 1, 80 * GB, 3.35e12, 0.99e15, _LAYER_S),
+        Machine("h200-1", 1, 141 * GB, 4.8e12, 0.99e15, _LAYER_S),
+        Machine("a100-1", 1, 80 * GB, 2.0e12, 0.312e15, _LAYER_S),
+        Machine("rtx4090-1", 1, 24 * GB, 1.0e12, 0.165e15, _LAYER_S),
     )
 }
 

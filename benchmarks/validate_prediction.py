@@ -1,0 +1,140 @@
+"""Predicted against measured speed-up on this machine.
+
+    python benchmarks/validate_prediction.py recipes/gemma3-270m-cpu.yaml --engine embedded
+    python benchmarks/validate_prediction.py recipes/gemma3-270m-cpu.yaml --engine vllm [--serve.program ...]
+    python benchmarks/validate_prediction.py recipes/gemma3-270m-cpu.yaml --summary
+
+Needs a finished run of the recipe. The prediction sees a probe and the draft's ranks on the target's own text; the
+measurement decodes the same prompts, plain and drafted in turns. On vLLM one setting (3/1/4 at batch 1) calibrates what
+drafting costs there and is left out of the figures. Results go to benchmarks/results/prediction-validation.json.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+from draftsmith import files
+from draftsmith.cli import _quiet_libraries, parse
+from draftsmith.decoding.sampling import Sampling
+from draftsmith.decoding.tree import Shape
+from draftsmith.evaluation.evaluate import Evaluation
+from draftsmith.evaluation.profile import rank_walks
+from draftsmith.evaluation.served import ServedEvaluation
+from draftsmith.hardware.accept_length import MeasuredProfile
+from draftsmith.hardware.commands import parse_shape
+from draftsmith.hardware.cost_model import MeasuredCosts, predict
+from draftsmith.hardware.probe import REFERENCE, probe_embedded, probe_server
+from draftsmith.pipeline import Run
+from draftsmith.recipe import DraftShape
+
+OUT = Path(__file__).parent / "results" / "prediction-validation.json"
+EMBEDDED = ("1/1/2", "2/1/3", "3/1/4", "5/1/6", "2/2/4", "3/2/6", "3/4/8", "5/4/8", "3/4/16")
+CHAINS = ("1/1/2", "2/1/3", "3/1/4", "5/1/6")
+BATCHES = (1, 4)
+
+
+def walks_of(run: Run, evaluation: Evaluation, count: int, length: int) -> MeasuredProfile:
+    prompts = [ids for _, _, ids in evaluation.prompts[:count]]
+    answers = dict(run.target.generate(prompts, Sampling(), length, evaluation.stop))
+    texts = [(prompt, answers[i].ids) for i, prompt in enumerate(prompts)]
+    drafter = evaluation.drafter
+    return MeasuredProfile(rank_walks(run.target, drafter.draft, torch.tensor(drafter.ids), texts))
+
+
+def row(engine: str, shape: Shape, batch: int, measured: dict, costs: MeasuredCosts, accept: MeasuredProfile) -> dict:
+    told = predict(costs, accept, shape, batch, 128)
+    real = measured["drafted_tokens_per_s"] / measured["plain_tokens_per_s"]
+    line = {"engine": engine, "shape": str(shape), "batch": batch, "predicted": told.speedup, "measured": real}
+    line |= {"tau_predicted": told.tau, "tau_measured": measured["tau"], "error": told.speedup / real - 1}
+    print(f"{engine} {shape} batch {batch}: predicted {told.speedup:.2f}x, measured {real:.2f}x; tau {told.tau:.2f}, "
+          f"{measured['tau']:.2f}", flush=True)  # fmt: skip
+    return line
+
+
+def on_embedded(run: Run, evaluation: Evaluation, accept: MeasuredProfile) -> list[dict]:
+    prompt = max((ids for _, _, ids in evaluation.prompts[:3]), key=len)
+    costs = MeasuredCosts({**probe_embedded(run.target, evaluation.drafter, prompt), "machine": "embedded"})
+    rows = []
+    for name in EMBEDDED:
+        measured = evaluation.speed(parse_shape(name))
+        assert measured, "no answer was long enough"
+        rows.append(row("embedded", parse_shape(name), 1, measured, costs, accept))
+    return rows
+
+
+def on_vllm(run: Run, accept: MeasuredProfile) -> list[dict]:
+    scratch = run.path("validate-vllm")
+    scratch.mkdir(exist_ok=True)
+    prompts_file = run.path("prompts", "evaluation.jsonl")
+    served = ServedEvaluation(run.recipe, "vllm", run.draft_for("vllm"), prompts_file, scratch)
+    measured: list[tuple[Shape, int, dict]] = []
+    with served.server(None, None) as plain:
+        prompts = served.open_prompts(plain)
+        url, ids = plain.replicas[0].url, [p[2] for p in prompts[:24]]
+        for name in (str(REFERENCE), *(c for c in CHAINS if c != str(REFERENCE))):
+            shape = parse_shape(name)
+            wish = DraftShape(steps=shape.steps, topk=1, draft_tokens=shape.draft_tokens)
+            with served.server(None, wish) as drafted:
+                if shape == REFERENCE:
+                    parts = probe_server(url, "vllm", ids, "", drafted.replicas[0].url, shape)
+                    costs = MeasuredCosts({**parts, "machine": "vllm"})
+                for batch in BATCHES:
+                    entry = served._speed(plain, drafted, prompts, wish, batch)
+                    assert entry, "no answer was long enough"
+                    measured.append((shape, batch, entry))
+    rows = [row("vllm", shape, batch, entry, costs, accept) for shape, batch, entry in measured]
+    return [{**r, "calibrates": r["shape"] == str(REFERENCE) and r["batch"] == 1} for r in rows]
+
+
+def ranks(values: list[float]) -> list[float]:
+    order = sorted(range(len(values)), key=values.__getitem__)
+    return [float(order.index(i)) for i in range(len(values))]
+
+
+def summary(rows: list[dict]) -> dict:
+    counted = [r for r in rows if not r.get("calibrates")]
+    told, real = [r["predicted"] for r in counted], [r["measured"] for r in counted]
+    return {
+        "settings": len(counted),
+        "mean_absolute_error": statistics.mean(abs(r["error"]) for r in counted),
+        "rank_correlation": statistics.correlation(ranks(told), ranks(real)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--engine", choices=["embedded", "vllm"], default="embedded")
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--summary", action="store_true")
+    own, flags = parser.parse_known_args()
+    result = files.read_json(OUT) if OUT.exists() else {"rows": []}
+    if not own.summary:
+        _quiet_libraries()
+        command = parse(["evaluate", own.recipe, *flags])
+        wish = command.overrides.evaluate.model_copy(
+            update={"prompts": None, "max_new_tokens": own.tokens, "speed_prompts": own.prompts}
+        )
+        recipe = command.overrides.model_copy(update={"evaluate": wish})
+        run = Run(recipe, command.out or Path("runs") / recipe.name, sys.argv)
+        evaluation = Evaluation(recipe, run.target, run.draft_directory, run.path("prompts", "evaluation.jsonl"))
+        accept = walks_of(run, evaluation, own.prompts, own.tokens)
+        rows = on_embedded(run, evaluation, accept) if own.engine == "embedded" else on_vllm(run, accept)
+        kept = [r for r in result["rows"] if r["engine"] != own.engine]
+        made = {**result.get("created_with", {}), own.engine: run.created_with}
+        result = {"created_with": made, "prompts": own.prompts, "tokens": own.tokens, "rows": kept + rows}
+    result["summary"] = {"all": summary(result["rows"])} | {
+        e: summary([r for r in result["rows"] if r["engine"] == e]) for e in {r["engine"] for r in result["rows"]}
+    }
+    files.write_json(OUT, result)
+    for name, told in sorted(result["summary"].items()):
+        print(f"{name}: {told['settings']} settings, mean absolute error {told['mean_absolute_error']:.1%}, rank "
+              f"correlation {told['rank_correlation']:.2f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

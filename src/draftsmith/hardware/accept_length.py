@@ -1,0 +1,177 @@
+"""Accept length of any shape, from an accept profile or from a published tau.
+
+tau = 1 + accepted draft tokens / verification steps. A tree is a set of nodes, each the ranks of the choices that lead
+to it; a step accepts the longest prefix of the true path of ranks that the tree holds.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from draftsmith.decoding.tree import Shape
+from draftsmith.errors import RecipeError
+
+Path = tuple[int, ...]
+# How much rarer each further rank is at the same depth; the trained Gemma draft's profile has 0.1 to 0.5 from rank to
+# rank (results.json, profile.table), and one number is all that a published tau can carry.
+RANK_RATIO = 0.25
+
+
+class AcceptLength(Protocol):
+    def tau(self, shape: Shape) -> float: ...
+    @property
+    def deepest(self) -> int:
+        """Steps beyond which nothing is known."""
+        ...
+
+
+def best_tree(frequency: dict[Path, float], shape: Shape) -> set[Path]:
+    """The `draft_tokens` - 1 most frequent nodes of SGLang's tree (decoding/tree.py), the same at every step.
+
+    At every depth only the children of the topk best nodes are candidates. Real trees follow the draft's confidence
+    step by step, so they hold the true path at least as often.
+    """
+    nodes: list[tuple[float, Path]] = []
+    beam: list[Path] = [()]
+    for _ in range(shape.steps):
+        children = [
+            (frequency.get((*node, rank), 0.0), (*node, rank)) for node in beam for rank in range(1, shape.topk + 1)
+        ]
+        children.sort(key=lambda child: (-child[0], child[1]))
+        nodes += children
+        beam = [path for _, path in children[: shape.topk]]
+    nodes.sort(key=lambda node: (-node[0], len(node[1]), node[1]))
+    return {path for _, path in nodes[: shape.draft_tokens - 1]}
+
+
+def accepted(tree: set[Path], path: Path) -> int:
+    """Draft tokens that a step accepts whose true continuation has these ranks."""
+    depth = 0
+    while depth < len(path) and path[: depth + 1] in tree:
+        depth += 1
+    return depth
+
+
+@dataclass(frozen=True)
+class MeasuredProfile:
+    """results.json's `profile`: walks[text][position] is a string of ranks, one digit per depth, 0 for none of them.
+
+    tau walks each text as decoding does, so a chain's comes out exactly as greedy decoding would have it. Decoding
+    meets hard positions more often than their share of the text: after every miss it stands before the next one.
+    """
+
+    walks: Sequence[Sequence[str]]
+
+    @property
+    def deepest(self) -> int:
+        return max(len(digits) for walk in self.walks for digits in walk)
+
+    def _paths(self, steps: int) -> Iterator[Path]:
+        for walk in self.walks:
+            for digits in walk:
+                if len(digits) >= steps:
+                    yield tuple(int(digit) for digit in digits[:steps])
+
+    def frequency(self, steps: int) -> dict[Path, float]:
+        counts: Counter[Path] = Counter()
+        positions = 0
+        for path in self._paths(steps):
+            positions += 1
+            for depth in range(1, steps + 1):
+                if path[depth - 1] == 0:
+                    break
+                counts[path[:depth]] += 1
+        return {path: count / positions for path, count in counts.items()}
+
+    def tau(self, shape: Shape) -> float:
+        tree = best_tree(self.frequency(shape.steps), shape)
+        steps = hits = 0
+        for walk in self.walks:
+            position = 0
+            while position < len(walk) and len(walk[position]) >= shape.steps:
+                path = tuple(int(digit) for digit in walk[position][: shape.steps])
+                step = accepted(tree, path)
+                hits += step
+                steps += 1
+                position += step + 1
+        if not steps:
+            raise RecipeError(f"predict: no text of the profile is long enough for {shape.steps} steps; give fewer")
+        return 1 + hits / steps
+
+
+@dataclass(frozen=True)
+class GeometricProfile:
+    """Every depth alike: choice r is right with probability alpha * RANK_RATIO ** (r - 1)."""
+
+    alpha: float
+    deepest: int = 16
+
+    def frequency(self, shape: Shape) -> dict[Path, float]:
+        """Of the nodes that a beam can reach: products along the path, deeper ones from the beam alone."""
+        found: dict[Path, float] = {}
+        beam: list[tuple[float, Path]] = [(1.0, ())]
+        for _ in range(shape.steps):
+            children = [
+                (share * self.alpha * RANK_RATIO**rank, (*path, rank + 1))
+                for share, path in beam
+                for rank in range(shape.topk)
+            ]
+            found |= {path: share for share, path in children}
+            beam = sorted(children, key=lambda child: (-child[0], child[1]))[: shape.topk]
+        return found
+
+    def tau(self, shape: Shape) -> float:
+        frequency = self.frequency(shape)
+        return 1 + sum(frequency[path] for path in best_tree(frequency, shape))
+
+
+def published(tau: float, shape: Shape) -> GeometricProfile:
+    """The geometric profile that has this tau at this shape (a model card's)."""
+    most = GeometricProfile(0.8).tau(shape)  # beyond it, choices of all ranks would be right more than once
+    if not 1 < tau <= most:
+        raise RecipeError(f"--tau: {tau:g} given; between 1 and {most:.2f} at {shape}, or give the --shape it was at")
+    low, high = 0.0, 0.8
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if GeometricProfile(middle).tau(shape) < tau else (low, middle)
+    return GeometricProfile(low)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A profile, corrected by what decoding measured: chains by a chain's tau, trees by a tree's.
+
+    tau - 1 is scaled by measured / told of the nearest measured shape of the same kind.
+    """
+
+    profile: MeasuredProfile
+    measured: dict[str, float]  # tau by shape, such as {"3/4/8": 2.6}
+
+    @property
+    def deepest(self) -> int:
+        return self.profile.deepest
+
+    def tau(self, shape: Shape) -> float:
+        known = [Shape(*map(int, name.split("/"))) for name in self.measured]
+        alike = [s for s in known if (s.topk == 1) == (shape.topk == 1) and s.steps <= self.deepest]
+        told = self.profile.tau(shape)
+        if not alike:
+            return told
+        nearest = min(alike, key=lambda s: abs(s.draft_tokens - shape.draft_tokens))
+        return 1 + (told - 1) * (self.measured[str(nearest)] - 1) / (self.profile.tau(nearest) - 1)
+
+
+def from_results(results: dict[str, Any]) -> AcceptLength:
+    """Of an evaluation: its profile, corrected by its own greedy measurements; else its acceptance of a chain."""
+    measured = {
+        entry["shape"]: entry["all"]["tau"]
+        for entry in results["acceptance"]
+        if entry["temperature"] == 0 and entry["all"]["tau"] and entry["all"]["tau"] > 1
+    }
+    if results.get("profile"):
+        return Calibrated(MeasuredProfile(results["profile"]["walks"]), measured)
+    if not measured:
+        raise RecipeError("predict: the evaluation holds no greedy tau; give --tau, or evaluate at temperature 0")
+    name, tau = next(iter(measured.items()))
+    return published(tau, Shape(*map(int, name.split("/"))))

@@ -1,0 +1,220 @@
+"""Speed-up of speculative decoding, from an accept length and the costs of one step (docs/speedup-model.md).
+
+    S = tau / c,    c = (T_verify(w, B) + T_draft + T_overhead) / T_decode(B)
+
+One step verifies w tokens of each of B sequences and yields tau of them; plain decoding pays T_decode for one. The
+costs come from a probe of the machine itself, or from a preset and the sizes of the two models (a roofline).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from draftsmith.decoding.tree import Shape
+from draftsmith.hardware.accept_length import AcceptLength
+from draftsmith.hardware.presets import Machine
+from draftsmith.hardware.sizes import DraftSize, TargetSize
+
+LARGEST_BATCH = 1024
+
+
+class Costs(Protocol):
+    """Seconds. `tokens` are per sequence, `batch` counts sequences, `context` is cached tokens of each."""
+
+    @property
+    def name(self) -> str: ...
+
+    def forward_s(self, tokens: int, batch: int, context: int) -> float:
+        """One forward of the target, head included."""
+        ...
+
+    def draft_s(self, shape: Shape, tau: float, batch: int, context: int) -> float:
+        """All of a step's drafting: reading the tau verified tokens, then `steps` guesses deep."""
+        ...
+
+    def overhead_s(self, shape: Shape | None) -> float:
+        """What one step costs beside the two models; None: plain decoding."""
+        ...
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One setting; times in seconds per step."""
+
+    shape: Shape
+    batch: int
+    context: int
+    tau: float
+    decode_s: float
+    verify_s: float
+    draft_s: float
+    overhead_s: float
+
+    @property
+    def c(self) -> float:
+        """A step's cost in plain decoding steps."""
+        return (self.verify_s + self.draft_s + self.overhead_s) / self.decode_s
+
+    @property
+    def speedup(self) -> float:
+        return self.tau / self.c
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.batch * self.speedup / self.decode_s
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "shape": str(self.shape),
+            "batch": self.batch,
+            "context": self.context,
+            "tau": self.tau,
+            "decode_s": self.decode_s,
+            "verify_s": self.verify_s,
+            "draft_s": self.draft_s,
+            "overhead_s": self.overhead_s,
+            "c": self.c,
+            "speedup": self.speedup,
+        }
+
+
+def predict(costs: Costs, accept: AcceptLength, shape: Shape, batch: int = 1, context: int = 512) -> Prediction:
+    tau = accept.tau(shape)
+    return Prediction(
+        shape,
+        batch,
+        context,
+        tau,
+        decode_s=costs.forward_s(1, batch, context) + costs.overhead_s(None),
+        verify_s=costs.forward_s(shape.draft_tokens, batch, context),
+        draft_s=costs.draft_s(shape, tau, batch, context),
+        overhead_s=costs.overhead_s(shape),
+    )
+
+
+def break_even(costs: Costs, accept: AcceptLength, shape: Shape, context: int = 512) -> int | None:
+    """The smallest batch (a power of two, then bisected) at which drafting no longer pays; None below LARGEST_BATCH."""
+
+    def pays(batch: int) -> bool:
+        return predict(costs, accept, shape, batch, context).speedup > 1
+
+    low, high = 0, 1
+    while pays(high):
+        low, high = high, high * 2
+        if low >= LARGEST_BATCH:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if pays(middle) else (low, middle)
+    return high
+
+
+def interpolate(points: Sequence[Sequence[float]], x: float) -> float:
+    """Straight lines between measured points; beyond the last, the line of the last two goes on."""
+    if len(points) == 1 or x <= points[0][0]:
+        return points[0][1]
+    right = next((i for i, point in enumerate(points) if point[0] >= x), len(points) - 1)
+    (x0, y0), (x1, y1) = points[right - 1], points[right]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+@dataclass(frozen=True)
+class MeasuredCosts:
+    """What a probe measured (hardware/probe.py); `parts` is its JSON.
+
+    A forward of B sequences with w tokens each costs what one of B * w tokens does: weights are read once either way.
+    """
+
+    parts: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.parts["machine"]
+
+    @property
+    def batches(self) -> int:
+        """Largest batch that was probed for; the embedded engine decodes one sequence."""
+        return 1 if self.parts["engine"] == "embedded" else LARGEST_BATCH
+
+    def forward_s(self, tokens: int, batch: int, context: int) -> float:
+        beyond = max(0, context - self.parts["context"]) * batch * self.parts["context_s"]
+        return interpolate(self.parts["forward"], tokens * batch) + beyond
+
+    def draft_s(self, shape: Shape, tau: float, batch: int, context: int) -> float:
+        draft = self.parts["draft"]
+        step = interpolate(draft["step"], shape.topk)
+        alone = interpolate(draft["extend"], tau) + draft["first_s"] + (shape.steps - 1) * step
+        # A draft grows with the batch as its target does: both are a few matrices that every token passes.
+        return alone * interpolate(self.parts["forward"], batch) / interpolate(self.parts["forward"], 1)
+
+    def overhead_s(self, shape: Shape | None) -> float:
+        return self.parts["overhead_s"]["drafted" if shape else "plain"]
+
+
+# Served engines replay CUDA graphs, so a layer costs what its kernels take at least, whatever they read. Calibrated on
+# published single-stream rates: Llama-3.1-8B bf16 on one H100 (about 140 tokens/s), MiniMax-M2.5 FP8 on four H200 (109
+# tokens/s, the baseline of thoughtworks' M2.5 draft).
+MOE_LAUNCHES = 4.0  # router, top-k, sorting and two grouped products beside a dense layer's kernels
+DRAFT_LAUNCHES = 4.0  # fc, layer, head and top-k
+DRAFT_ALL_REDUCES, DRAFT_ALL_GATHERS = 3, 1  # of a draft forward under tensor parallelism
+STEP_OVERHEAD_S = 0.8e-3  # verification, cache bookkeeping and scheduling that plain decoding overlaps
+# A tree's step sorts, gathers and masks on the way: what the published mean of 5/3/6 trees (1.72x over 59 cells of
+# SpecBundle) costs beyond the chains beside it.
+TREE_STEP_S = 0.37e-3
+FLOPS_SHARE = 0.5  # of the peak that few-token products reach
+
+
+@dataclass(frozen=True)
+class RooflineCosts:
+    """A preset machine: the longer of reading and computing, plus launches and all-reduces.
+
+    The target is shared by all GPUs of the machine (tensor parallel). `correlation`: see TargetSize.distinct_experts.
+    """
+
+    machine: Machine
+    target: TargetSize
+    draft: DraftSize
+    correlation: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return self.machine.name
+
+    @property
+    def batches(self) -> int:
+        return LARGEST_BATCH
+
+    def _seconds(self, read_bytes: float, flops: float) -> float:
+        machine = self.machine
+        reading = read_bytes / machine.gpus / (machine.bandwidth_bytes_s * machine.efficiency)
+        return max(reading, flops / machine.gpus / (machine.flops_s * FLOPS_SHARE))
+
+    def all_reduce_s(self, tokens: float, hidden: int) -> float:
+        return interpolate(self.machine.all_reduce, tokens * hidden * 2) if self.machine.all_reduce else 0.0
+
+    def forward_s(self, tokens: int, batch: int, context: int) -> float:
+        every, target = tokens * batch, self.target
+        cache = batch * context * target.kv_bytes_per_token
+        reading = target.read_bytes(every, self.correlation) + cache
+        launches = target.layers * self.machine.launch_s * (MOE_LAUNCHES if target.experts else 1)
+        collectives = 2 * target.layers * self.all_reduce_s(every, target.hidden)
+        return self._seconds(reading, 2 * target.active_parameters * every) + launches + collectives
+
+    def draft_s(self, shape: Shape, tau: float, batch: int, context: int) -> float:
+        draft = self.draft
+        cache = batch * context * draft.kv_bytes_per_token
+
+        def forward(tokens: float, read_bytes: float, parameters: float) -> float:
+            collectives = (DRAFT_ALL_REDUCES + DRAFT_ALL_GATHERS) * self.all_reduce_s(tokens, draft.hidden)
+            launches = DRAFT_LAUNCHES * self.machine.launch_s
+            return self._seconds(read_bytes + cache, 2 * parameters * tokens) + launches + collectives
+
+        # Engines run the first forward over all verified tokens, right or wrong.
+        first = forward(shape.draft_tokens * batch, draft.bytes, draft.parameters)
+        rest = forward(shape.topk * batch, draft.step_bytes, draft.step_bytes / 2)
+        return first + (shape.steps - 1) * rest
+
+    def overhead_s(self, shape: Shape | None) -> float:
+        if shape is None:
+            return 0.0
+        return STEP_OVERHEAD_S + (TREE_STEP_S * shape.steps if shape.topk > 1 else 0.0)

@@ -1,0 +1,91 @@
+"""What GPUs (or, to try the code, processes) need to agree: all-reduce latency and the topology behind it."""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+SIZES = tuple(4096 * 4**i for i in range(5))  # 4 KB to 1 MB
+ROUNDS = 30
+
+
+def _worker(rank: int, processes: int, backend: str, directory: str) -> None:
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    dist.init_process_group(backend, init_method=f"file://{directory}/meet", rank=rank, world_size=processes)
+
+    def synchronised() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    lines = []
+    for size in SIZES:
+        data = torch.ones(size // 2, dtype=torch.bfloat16, device=device)
+        for _ in range(5):
+            dist.all_reduce(data)
+        seconds = []
+        for _ in range(ROUNDS):
+            started = synchronised()
+            dist.all_reduce(data)
+            seconds.append(synchronised() - started)
+        lines.append(f"{size} {sorted(seconds)[ROUNDS // 2]}")
+    if rank == 0:
+        Path(directory, "times").write_text("\n".join(lines))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def all_reduce_latency(processes: int, backend: str) -> list[list[float]]:
+    """[bytes, seconds] of one all-reduce of bf16 values, the median of 30, for 4 KB to 1 MB.
+
+    backend: nccl (a GPU for each process) or gloo. Seconds include the launch; inside a CUDA graph it is less.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        torch.multiprocessing.spawn(_worker, (processes, backend, directory), nprocs=processes)  # type: ignore[attr-defined]
+        rows = Path(directory, "times").read_text().splitlines()
+    return [[float(value) for value in row.split()] for row in rows]
+
+
+def topology() -> list[dict[str, Any]]:
+    """How each pair of GPUs is joined: {pair, peer_access, nvlinks}; `nvlinks` is None without the NVML bindings."""
+    gpus = torch.cuda.device_count()
+    pairs = [(i, j) for i in range(gpus) for j in range(i + 1, gpus)]
+    return [
+        {"pair": [i, j], "peer_access": torch.cuda.can_device_access_peer(i, j), "nvlinks": _nvlinks(i)}
+        for i, j in pairs
+    ]
+
+
+def _nvlinks(gpu: int) -> int | None:
+    """Active NVLinks of a GPU."""
+    try:
+        import pynvml
+    except ModuleNotFoundError:
+        return None
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByIndex(gpu)
+    active = 0
+    for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
+        try:
+            active += pynvml.nvmlDeviceGetNvLinkState(handle, link)
+        except pynvml.NVMLError:  # this GPU has no such link
+            break
+    return active
+
+
+def describe(pairs: list[dict[str, Any]]) -> str:
+    """In a user's words, by the worst pair."""
+    if not pairs:
+        return "a single device"
+    if all(pair["nvlinks"] for pair in pairs):
+        return "NVLink"
+    if all(pair["peer_access"] for pair in pairs):
+        return "NVLink or PCIe, peer to peer" if pairs[0]["nvlinks"] is None else "PCIe, peer to peer"
+    return "PCIe, through the host (no peer access)"

@@ -1,0 +1,294 @@
+"""Measure what a speed-up depends on: this machine with the embedded engine, or a server from outside.
+
+A probe is plain JSON, which hardware/cost_model.py reads (`MeasuredCosts`); seconds and bytes throughout:
+    engine, machine           embedded, vllm or sglang; what it ran on
+    context                   cached tokens while it was measured; context_s: seconds more per further token
+    forward [[tokens, s]]     one forward of the target, head included, over so many tokens
+    draft                     extend [[tokens, s]], first_s, step [[topk, s]]: see `MeasuredCosts.draft_s`
+    overhead_s                {plain, drafted}: of a decoding step, beside the models
+    bandwidth_bytes_s, flops_s, launch_s, memory_bytes, all_reduce [[bytes, s]], topology    of the machine alone
+No trained draft is needed: an untrained one of the same shape takes the same time.
+"""
+
+import asyncio
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import httpx2 as httpx
+import torch
+
+from draftsmith.decoding.cache import StaticCache
+from draftsmith.decoding.sampling import Sampling
+from draftsmith.decoding.speculate import Decoder, Eagle3Drafter
+from draftsmith.decoding.tree import DraftTree, Shape
+from draftsmith.errors import TargetError
+from draftsmith.hardware.cost_model import MeasuredCosts
+from draftsmith.hardware.interconnect import all_reduce_latency, topology
+from draftsmith.hardware.presets import Machine
+from draftsmith.progress import Meter
+from draftsmith.targets.dialects import DIALECTS
+from draftsmith.targets.local import LocalTarget
+
+WIDTHS = (*range(1, 17), 24, 32, 64)
+CONTEXT, LONG_CONTEXT = 128, 640
+ROUNDS = 7
+TOPKS = (1, 2, 4, 8)
+REFERENCE = Shape(3, 1, 4)  # whose real loop tells the overhead
+LOOP_TOKENS = 24
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _medians(work: Sequence[Callable[[], object]], device: torch.device, rounds: int, what: str) -> list[float]:
+    """Median seconds of each piece. They take turns, so that a busy moment of the machine hits all of them alike."""
+    seconds: list[list[float]] = [[] for _ in work]
+    with Meter(what, rounds * len(work), "pieces") as meter:
+        for number in range(rounds + 1):
+            for piece, spent in zip(work, seconds, strict=True):
+                started = _clock(device)
+                piece()
+                if number:  # the first round warms up
+                    spent.append(_clock(device) - started)
+                    meter.advance(1)
+    return [statistics.median(spent) for spent in seconds]
+
+
+def measure_machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Memory bandwidth (of a copy: reading and writing), matrix product peak, smallest kernel, all-reduce."""
+    big = torch.ones(64 << 20, dtype=torch.float32, device=device)
+    other = torch.empty_like(big)
+    size = 4096 if device.type == "cuda" else 1024
+    square = torch.randn(size, size, device=device).to(dtype)
+    tiny = torch.zeros(1, device=device)
+    copy_s, product_s, launches_s = _medians(
+        [lambda: other.copy_(big), lambda: square @ square, lambda: [tiny.add_(1) for _ in range(100)]],
+        device,
+        ROUNDS,
+        "machine",
+    )
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if gpus > 1:
+        reduced = all_reduce_latency(gpus, "nccl")
+    else:
+        reduced = all_reduce_latency(2, "gloo") if device.type == "cpu" else []
+    return {
+        "gpus": gpus,
+        "memory_bytes": memory,
+        "bandwidth_bytes_s": 2 * big.numel() * 4 / copy_s,
+        "flops_s": 2 * size**3 / product_s,
+        "launch_s": launches_s / 100,
+        "all_reduce": reduced,
+        "topology": topology(),
+    }
+
+
+def as_machine(parts: dict[str, Any]) -> Machine:
+    """The probed machine as a plan needs it: rates as measured, so nothing is discounted. Two processes that share a
+    CPU's memory are no second device, so their all-reduce does not enter."""
+    return Machine(
+        "this machine",
+        max(1, parts["gpus"]),
+        parts["memory_bytes"],
+        parts["bandwidth_bytes_s"],
+        parts["flops_s"],
+        parts["launch_s"],
+        tuple((size, seconds) for size, seconds in parts["all_reduce"]) if parts["gpus"] > 1 else (),
+        efficiency=1.0,
+    )
+
+
+def _chain(width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tree = DraftTree([0] * width, [-1, *range(width - 1)])
+    return torch.tensor(tree.depths), tree.ancestors()
+
+
+@torch.inference_mode()
+def probe_embedded(target: LocalTarget, drafter: Eagle3Drafter, prompt: list[int]) -> dict[str, Any]:
+    """T(w), the draft's parts, and what a loop adds. prompt: real text, of any length above a few tokens."""
+    taps, device = tuple(drafter.taps), target.device
+    long = (prompt * (LONG_CONTEXT // len(prompt) + 1))[:LONG_CONTEXT]
+    cache = StaticCache(1, LONG_CONTEXT + max(WIDTHS))
+    target.prefill(cache, [0], [long], taps)
+
+    def verify(width: int, context: int) -> Callable[[], object]:
+        chain = _chain(width)
+        ids = long[:width]
+        return lambda: target.logits(target.verify(cache, context, ids, *chain, taps)[1])
+
+    times = _medians([*(verify(w, CONTEXT) for w in WIDTHS), verify(1, LONG_CONTEXT)], device, ROUNDS, "target")
+    forward = [[float(w), s] for w, s in zip(WIDTHS, times, strict=False)]
+
+    states = target.capture([long[: CONTEXT + 1]], taps).taps_TKH
+    drafter.start()
+    drafter.extend(states[:-1], long[1 : CONTEXT + 1])
+    extends = [1, 2, 4]
+    shapes = [Shape(1, 1, 2), *(Shape(5, k, 6) for k in TOPKS)]
+    parts = _medians(
+        [
+            *((lambda n=n: drafter.extend(states[:n], long[:n])) for n in extends),
+            *((lambda shape=shape: drafter.propose(long[0], shape)) for shape in shapes),
+        ],
+        device,
+        ROUNDS,
+        "draft",
+    )
+    extend, (first, *deep) = parts[: len(extends)], parts[len(extends) :]
+    result = {
+        "engine": "embedded",
+        "context": CONTEXT,
+        "context_s": max(0.0, (times[-1] - times[0]) / (LONG_CONTEXT - CONTEXT)),
+        "forward": forward,
+        "draft": {
+            "extend": [[float(n), s] for n, s in zip(extends, extend, strict=True)],
+            "first_s": first,
+            "step": [[float(k), (s - first) / 4] for k, s in zip(TOPKS, deep, strict=True)],
+        },
+        "overhead_s": {"plain": 0.0, "drafted": 0.0},
+    }
+
+    # The real loop: what it takes beyond its parts.
+    plain, drafting = Decoder(target), Decoder(target, drafter)
+    loops: list[list[float]] = [[], []]
+    with Meter("loops", 2 * ROUNDS, "loops") as meter:
+        for _ in range(ROUNDS):
+            bare = plain.generate(long[:CONTEXT], Sampling(), LOOP_TOKENS)
+            drawn = drafting.generate(long[:CONTEXT], Sampling(), LOOP_TOKENS, REFERENCE)
+            costs = MeasuredCosts({**result, "machine": ""})
+            tau = 1 + sum(step.accepted for step in drawn.steps) / max(1, len(drawn.steps))
+            parts_s = costs.forward_s(REFERENCE.draft_tokens, 1, CONTEXT) + costs.draft_s(REFERENCE, tau, 1, CONTEXT)
+            if bare.steps and drawn.steps:
+                loops[0].append(bare.seconds / len(bare.steps) - costs.forward_s(1, 1, CONTEXT))
+                loops[1].append(drawn.seconds / len(drawn.steps) - parts_s)
+            meter.advance(2)
+    if not loops[0]:
+        raise TargetError("probe: the target ended the probe's text at once; give prompts that it goes on with")
+    plain_s, drafted_s = (max(0.0, statistics.median(rest)) for rest in loops)
+    return {**result, "overhead_s": {"plain": plain_s, "drafted": drafted_s}}
+
+
+# --- a server, from outside ------------------------------------------------------------------------------------------
+
+CONCURRENCIES = (1, 2, 4, 6, 8, 12, 16, 24)
+SHORT, LONG = 8, 32  # tokens; the difference leaves the prompt out
+
+
+class _Server:
+    """A running server, asked for a fixed number of tokens by so many requests at once."""
+
+    def __init__(self, url: str, engine: str, api_key_env: str):
+        self.url, self.engine, self.dialect = url.rstrip("/"), engine, DIALECTS[engine]
+        key = os.environ.get(api_key_env, "")
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    async def _round(self, client: httpx.AsyncClient, prompts: list[list[int]], tokens: int) -> tuple[float, int]:
+        """(seconds, decoding steps that the server tells of, of all requests)."""
+
+        async def ask(number: int, ids: list[int]) -> int:
+            path, body = self.dialect.completion(self.model, ids, Sampling(), tokens, (), number)
+            body.get("sampling_params", body)["ignore_eos"] = True
+            answer = await client.post(self.url + path, json=body)
+            answer.raise_for_status()
+            return len(self.dialect.read_completion(answer.json()).verified)
+
+        started = time.perf_counter()
+        steps = await asyncio.gather(*(ask(number, ids) for number, ids in enumerate(prompts)))
+        return time.perf_counter() - started, sum(steps)
+
+    async def measure(self, prompts: list[list[int]], at_once: Sequence[int], rounds: int) -> list[tuple[float, float]]:
+        """For each number of requests at once: seconds per token of each, and per decoding step (0 if none drafted)."""
+        everything = []
+        try:
+            async with httpx.AsyncClient(headers=self.headers, timeout=600, trust_env=False) as client:
+                models = (await client.get(f"{self.url}/v1/models")).raise_for_status().json()
+                self.model = models["data"][0]["id"]
+                await self._round(client, prompts[:1], SHORT)
+                with Meter(f"{self.engine} at {self.url}", len(at_once) * rounds, "rounds") as meter:
+                    for number in at_once:
+                        chosen = [prompts[i % len(prompts)] for i in range(number)]
+                        tokens_s, steps_s = [], []
+                        for _ in range(rounds):
+                            short = await self._round(client, chosen, SHORT)
+                            long = await self._round(client, chosen, LONG)
+                            tokens_s.append((long[0] - short[0]) / (LONG - SHORT))
+                            if steps := (long[1] - short[1]) / number:
+                                steps_s.append((long[0] - short[0]) / steps)
+                            meter.advance(1)
+                        everything.append((statistics.median(tokens_s), statistics.median(steps_s) if steps_s else 0.0))
+        except (httpx.HTTPError, KeyError, IndexError, ValueError) as error:
+            raise TargetError(f"--url: {self.url} does not answer as {self.engine} does: {error!r:.200}") from None
+        return everything
+
+
+def probe_server(
+    url: str,
+    engine: str,
+    prompts: list[list[int]],
+    api_key_env: str,
+    draft_url: str | None = None,
+    shape: Shape = REFERENCE,
+    concurrencies: Sequence[int] = CONCURRENCIES,
+    rounds: int = 3,
+) -> dict[str, Any]:
+    """The same curve from outside: n requests at once make forwards of n tokens.
+
+    draft_url: a server that drafts `shape` for the same target; what its steps take beyond a forward of w tokens is
+    the draft's. Without one a prediction for this server has no draft in it.
+    """
+    plain = asyncio.run(_Server(url, engine, api_key_env).measure(prompts, concurrencies, rounds))
+    forward = [[float(n), s] for n, (s, _) in zip(concurrencies, plain, strict=True)]
+    for left, right in itertools.pairwise(forward):
+        right[1] = max(left[1], right[1])  # more work never takes less time; what says so is noise
+    per_step = 0.0
+    if draft_url:
+        ((_, step_s),) = asyncio.run(_Server(draft_url, engine, api_key_env).measure(prompts, (1,), 2 * rounds))
+        if not step_s:
+            raise TargetError(f"--draft-url: {draft_url} tells nothing of drafting; start it with `draftsmith serve`")
+        costs = MeasuredCosts({"context": CONTEXT, "context_s": 0.0, "forward": forward})
+        per_step = max(0.0, step_s - costs.forward_s(shape.draft_tokens, 1, 0)) / shape.steps
+    return {
+        "engine": engine,
+        "context": CONTEXT,
+        "context_s": 0.0,
+        "forward": forward,
+        "draft": {"extend": [[1.0, per_step]], "first_s": 0.0, "step": [[1.0, per_step]]} if draft_url else None,
+        "overhead_s": {"plain": 0.0, "drafted": 0.0},
+    }
+
+
+def describe(parts: dict[str, Any]) -> str:
+    """The probe as tables for a terminal."""
+    lines = [f"machine    {parts['machine']}"]
+    if "flops_s" in parts:
+        lines += [
+            f"memory     {parts['memory_bytes'] / 1e9:.0f} GB, {parts['bandwidth_bytes_s'] / 1e9:.1f} GB/s (copy)",
+            f"products   {parts['flops_s'] / 1e12:.2f} TFLOP/s; smallest kernel {parts['launch_s'] * 1e6:.1f} us",
+        ]
+    if parts.get("all_reduce"):
+        who = f"{parts['gpus']} GPUs, NCCL" if parts["gpus"] > 1 else "2 processes, gloo: no interconnect, only a check"
+        sizes = ", ".join(f"{size / 1024:.0f} KB {seconds * 1e6:.0f} us" for size, seconds in parts["all_reduce"])
+        lines.append(f"all-reduce {sizes} ({who})")
+    base = parts["forward"][0][1]
+    lines += ["", f"{'tokens':>8} {'forward ms':>11} {'of one':>7}"]
+    lines += [f"{tokens:8.0f} {seconds * 1e3:11.2f} {seconds / base:6.2f}x" for tokens, seconds in parts["forward"]]
+    if draft := parts["draft"]:
+        step = ", ".join(f"top-{k:.0f} {seconds * 1e3:.2f}" for k, seconds in draft["step"])
+        extend = ", ".join(f"{n:.0f} {seconds * 1e3:.2f}" for n, seconds in draft["extend"])
+        lines += [
+            "",
+            f"draft ms   reading n tokens: {extend}; first guess {draft['first_s'] * 1e3:.2f}; each further: {step}",
+            f"loop ms    plain {parts['overhead_s']['plain'] * 1e3:.2f}, drafting "
+            f"{parts['overhead_s']['drafted'] * 1e3:.2f} per step",
+        ]
+    return "\n".join(lines)

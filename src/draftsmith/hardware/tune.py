@@ -1,0 +1,91 @@
+"""Search for the fastest shape by measuring: successive halving over the shapes that `predict` thinks best.
+
+Every round doubles the prompts and keeps the faster half (Jamieson and Talwalkar, arXiv 1502.07943). Plain decoding
+runs on the same prompts in the same rounds; a shape that does not beat it is never recommended.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from draftsmith.decoding.tree import Shape
+from draftsmith.progress import say
+
+BUDGET_S = 300.0
+FIRST_PROMPTS = 2
+SURE = 1.02  # the least gain that is recommended: less is within a measurement's noise
+
+# Opens a shape for measuring; the function inside gives plain / drafted seconds per token on the prompt of a number,
+# decoded in turns, or None where its answer is too short to be timed.
+Session = Callable[[Shape], AbstractContextManager[Callable[[int], float | None]]]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A shape with the ratio plain / drafted seconds per token of every prompt it was measured on."""
+
+    shape: Shape
+    ratios: list[float]
+
+    @property
+    def speedup(self) -> float:
+        return statistics.median(self.ratios)
+
+
+def halve(candidates: Sequence[Shape], session: Session, prompts: int, budget_s: float) -> list[Tried]:
+    """Measure until one is left, the prompts are used up or the time is; fastest first, dropped ones after it."""
+    started = time.monotonic()
+    alive = [Tried(shape, []) for shape in candidates]
+    dropped: list[Tried] = []
+    done, wanted = 0, FIRST_PROMPTS
+    while done < prompts:
+        until = min(wanted, prompts)
+        for tried in alive:
+            with session(tried.shape) as measure:
+                for number in range(done, until):
+                    if time.monotonic() - started > budget_s:
+                        say(f"tune: {budget_s:.0f} s are used up; what was measured by then decides")
+                        known = [t for t in (*alive, *dropped) if t.ratios]
+                        return sorted(known, key=lambda t: (-len(t.ratios), -t.speedup))
+                    if ratio := measure(number):
+                        tried.ratios.append(ratio)
+        done, wanted = until, wanted * 2
+        if not any(tried.ratios for tried in alive):
+            continue  # every answer so far was too short
+        alive = sorted((tried for tried in alive if tried.ratios), key=lambda tried: -tried.speedup)
+        say(f"tune: {done} prompts: " + ", ".join(f"{t.shape} {t.speedup:.2f}x" for t in alive))
+        keep = max(1, len(alive) // 2)
+        dropped = alive[keep:] + dropped
+        alive = alive[:keep]
+    return [tried for tried in alive + dropped if tried.ratios]
+
+
+def verdict(tried: Sequence[Tried], engine: str, machine: dict[str, Any]) -> dict[str, Any]:
+    """tune.json. `shape` is the winner, `chain` the best chain (all that vLLM drafts); null where plain is faster."""
+
+    def best(of: Sequence[Tried]) -> str | None:
+        # The halving's order: what was measured longest comes first, its rivals only where it is not sure to gain.
+        good = [t for t in of if t.speedup >= SURE]
+        return str(good[0].shape) if good else None
+
+    return {
+        "engine": engine,
+        "hardware": machine,
+        "shape": best(tried),
+        "chain": best([t for t in tried if t.shape.topk == 1]),
+        "tried": [{"shape": str(t.shape), "speedup": t.speedup, "prompts": len(t.ratios)} for t in tried],
+    }
+
+
+def sentence(result: dict[str, Any]) -> str:
+    if result["shape"] is None:
+        best = max(result["tried"], key=lambda t: t["speedup"])
+        return (
+            f"nothing beats plain decoding here: the best, {best['shape']}, ran at {best['speedup']:.2f}x; serve "
+            "without a draft on this machine"
+        )
+    won = next(t for t in result["tried"] if t["shape"] == result["shape"])
+    return f"{won['shape']}: {won['speedup']:.2f}x over {won['prompts']} prompts on {result['engine']}"

@@ -1,0 +1,127 @@
+"""`draftsmith compare`: several drafts of one target on the same prompts, side by side with intervals."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from draftsmith import files
+from draftsmith.drafts.checkpoint import inspect_draft
+from draftsmith.errors import CheckpointError, DataError
+from draftsmith.evaluation.evaluate import Evaluation, measured_once
+from draftsmith.evaluation.plots import interval_plot
+from draftsmith.hardware.accept_length import from_results
+from draftsmith.hardware.commands import parse_shape
+from draftsmith.hardware.cost_model import MeasuredCosts, RooflineCosts, predict
+from draftsmith.progress import say
+
+if TYPE_CHECKING:
+    from draftsmith.pipeline import Run
+
+
+def coverage(ids: set[int], completions: Sequence[list[int]]) -> float | None:
+    """Share of the target's own tokens that the draft can propose at all."""
+    total = sum(len(c) for c in completions)
+    return sum(token in ids for c in completions for token in c) / total if total else None
+
+
+def measure(run: "Run", directory: Path, out: Path) -> dict[str, Any]:
+    """One draft's row: greedy acceptance at every shape of `evaluate.shapes`, its profile, coverage and size."""
+    report = inspect_draft(directory)
+    problems = [p for p in report.problems if not p.startswith("note:")]
+    if problems:
+        raise CheckpointError(f"{directory}: {problems[0]}; see: draftsmith inspect {directory}")
+    evaluation = Evaluation(run.recipe, run.target, directory, run.path("prompts", "evaluation.jsonl"))
+    key = files.digest(directory / "model.safetensors", directory / "config.json", run.recipe.evaluate.model_dump())
+    parts = out / key[:12]
+    say(f"compare: {directory}")
+    acceptance = [
+        measured_once(parts, f"tau-{shape}", lambda shape=shape: evaluation.acceptance(shape, 0.0))  # type: ignore[misc]
+        for shape in evaluation.shapes
+    ]
+    profile = measured_once(parts, "profile", evaluation.profile)
+    written = [row["ids"] for path in run.completion_files for row in files.read_jsonl(path)]
+    return {
+        "draft": str(directory),
+        "parameters": report.parameters,
+        "bytes": sum(path.stat().st_size for path in directory.glob("*.safetensors")),
+        "coverage": coverage(set(evaluation.drafter.ids), written),
+        "acceptance": acceptance,
+        "profile": profile,
+        "draft_config": evaluation.drafter.draft.config.to_dict(),
+    }
+
+
+def with_speed(run: "Run", row: dict[str, Any]) -> list[tuple[str, float]]:
+    """(machine, predicted speed-up of the best measured shape) here, if it was probed, and on one named GPU."""
+    from draftsmith.drafts.eagle3 import Eagle3Config
+    from draftsmith.hardware.presets import preset
+    from draftsmith.hardware.sizes import DraftSize, TargetSize, target_config
+
+    wish = run.recipe.target
+    target = TargetSize.of(wish.model, target_config(wish.model, wish.revision, wish.trust_remote_code), wish.dtype)
+    draft = DraftSize.of(Eagle3Config.from_dict(row["draft_config"]))
+    machines: list[Any] = [RooflineCosts(preset("h100-1"), target, draft)]
+    if run.path("probe.json").exists():
+        machines.append(MeasuredCosts(files.read_json(run.path("probe.json"))))
+    accept = from_results(row)
+    shapes = [parse_shape(entry["shape"]) for entry in row["acceptance"]]
+    return [(costs.name, max(predict(costs, accept, shape).speedup for shape in shapes)) for costs in machines]
+
+
+def describe(rows: list[dict[str, Any]]) -> str:
+    width = max(len(row["draft"]) for row in rows)
+    lines = []
+    for row in rows:
+        for entry in row["acceptance"]:
+            whole = entry["all"]
+            told = (
+                "  too short"
+                if whole["tau"] is None
+                else f"{whole['tau']:.2f} [{whole['low']:.2f}, {whole['high']:.2f}]"
+            )
+            depths = "/".join("-" if a is None else f"{a:.2f}" for a in entry["acceptance_by_depth"])
+            by_category = ", ".join(
+                f"{name} {value['tau']:.2f}" for name, value in entry["by_category"].items() if value["tau"]
+            )
+            lines.append(f"{row['draft']:<{width}}  {entry['shape']:>7}  {told}  depths {depths}  {by_category}")
+        covered = "unknown" if row["coverage"] is None else f"{row['coverage']:.1%}"
+        speeds = ", ".join(f"{gain:.2f}x on {machine}" for machine, gain in row["predicted"])
+        lines.append(
+            f"{'':<{width}}  {row['parameters'] / 1e6:.1f} M parameters, {row['bytes'] / 1e6:.0f} MB, vocabulary "
+            f"covers {covered}, predicted {speeds}"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]]) -> str:
+    """SVG: tau with its interval by category, one row per draft and shape."""
+    names, columns = [], sorted({name for row in rows for e in row["acceptance"] for name in e["by_category"]})
+    series: dict[str, list[tuple[float, float, float] | None]] = {name: [] for name in ("all", *columns)}
+    for row in rows:
+        for entry in row["acceptance"]:
+            names.append(f"{Path(row['draft']).parent.parent.name or row['draft']} {entry['shape']}")
+            for name, values in series.items():
+                value = entry["all"] if name == "all" else entry["by_category"].get(name)
+                told = value is not None and value["tau"] is not None
+                values.append((value["tau"], value["low"], value["high"]) if told else None)
+    return interval_plot("tau of each draft, 95 % intervals over prompts", "tau", names, series)
+
+
+def compare(run: "Run", drafts: Sequence[Path]) -> list[dict[str, Any]]:
+    """Print the table; write compare/compare.json and compare.svg."""
+
+    prompts = run.path("prompts", "evaluation.jsonl")
+    if not prompts.exists():
+        raise DataError(f"compare: {prompts} is missing; run: draftsmith prompts RECIPE")
+    own = [run.draft_directory] if (run.draft_directory / "model.safetensors").exists() else []
+    directories = list(dict.fromkeys([*own, *drafts]))
+    if len(directories) < 2:
+        raise DataError(f"compare: {len(directories)} draft found; give others with --drafts DIRECTORY [DIRECTORY ...]")
+    out = run.path("compare")
+    rows = [measure(run, directory, out) for directory in directories]
+    for row in rows:
+        row["predicted"] = with_speed(run, row)
+    files.write_json(out / "compare.json", {"created_with": run.created_with, "drafts": rows})
+    files.write_atomic(out / "compare.svg", str(plot(rows)))
+    print(f"{describe(rows)}\n\ncompare: {out / 'compare.json'}, {out / 'compare.svg'}")
+    return rows

@@ -1,0 +1,212 @@
+"""The speed-up model: accept lengths, costs, break-even, and the figures that others published."""
+
+import json
+import re
+
+import pytest
+
+from draftsmith.decoding.tree import Shape
+from draftsmith.drafts.eagle3 import Eagle3Config
+from draftsmith.errors import DraftsmithError, RecipeError
+from draftsmith.hardware.accept_length import (
+    Calibrated,
+    GeometricProfile,
+    MeasuredProfile,
+    accepted,
+    best_tree,
+    from_results,
+    published,
+)
+from draftsmith.hardware.commands import parse_shape
+from draftsmith.hardware.cost_model import MeasuredCosts, RooflineCosts, break_even, interpolate, predict
+from draftsmith.hardware.interconnect import SIZES, all_reduce_latency
+from draftsmith.hardware.interconnect import describe as describe_topology
+from draftsmith.hardware.predict import advice, candidate_shapes, describe, heat_map, table
+from draftsmith.hardware.presets import PRESETS, preset
+from draftsmith.hardware.sizes import DraftSize, TargetSize, target_config
+
+CHAIN, TREE = Shape(3, 1, 4), Shape(3, 4, 8)
+PARTS = {
+    "engine": "vllm",
+    "machine": "made up",
+    "context": 128,
+    "context_s": 1e-6,
+    "forward": [[1, 0.010], [4, 0.012], [16, 0.030], [64, 0.110]],
+    "draft": {"extend": [[1, 0.001]], "first_s": 0.0, "step": [[1, 0.001]]},
+    "overhead_s": {"plain": 0.0, "drafted": 0.001},
+}
+
+
+def minimax(machine: str, correlation: float = 0.0) -> RooflineCosts:
+    target = TargetSize.of("m", target_config("MiniMaxAI/MiniMax-M2.7"))
+    draft = DraftSize.of(Eagle3Config(3072, 6144, 48, 8, 128, 200064, 32000, (2, 31, 59), 5e6, 4096))
+    return RooflineCosts(preset(machine), target, draft, correlation)
+
+
+def llama_8b() -> RooflineCosts:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        tie_word_embeddings=False,
+    )
+    draft = DraftSize.of(Eagle3Config(4096, 14336, 32, 8, 128, 128256, 32000, (2, 16, 29), 5e5, 4096))
+    return RooflineCosts(preset("h100-1"), TargetSize.of("llama", config), draft)
+
+
+def test_a_chain_walks_the_text_as_decoding_does():
+    # position 0 accepts two and jumps to 3, which accepts none; 4 accepts three and jumps beyond the end
+    walk = ["110", "100", "011", "200", "111", "111", "111"]
+    assert MeasuredProfile([walk]).tau(CHAIN) == 1 + (2 + 0 + 3) / 3
+    assert MeasuredProfile([walk]).tau(Shape(1, 1, 2)) == 1 + (1 + 0 + 0 + 1 + 1) / 5
+
+
+def test_a_tree_holds_its_most_frequent_nodes():
+    frequency = {(1,): 0.6, (2,): 0.2, (1, 1): 0.4, (1, 2): 0.1, (2, 1): 0.15, (3,): 0.05}
+    assert best_tree(frequency, Shape(2, 2, 5)) == {(1,), (1, 1), (2,), (2, 1)}
+    assert accepted({(1,), (1, 1), (2,)}, (1, 1, 1)) == 2
+    assert accepted({(1,), (1, 1), (2,)}, (2, 1, 1)) == 1
+    assert accepted({(1,)}, (0, 1, 1)) == 0
+
+
+def test_a_published_tau_is_met_at_its_own_shape():
+    for shape in (CHAIN, TREE, Shape(5, 1, 6)):
+        assert published(2.3, shape).tau(shape) == pytest.approx(2.3, abs=1e-4)
+    chain = published(2.3, CHAIN)
+    assert chain.tau(Shape(2, 1, 3)) < 2.3 < chain.tau(Shape(5, 1, 6))
+    alpha = published(1.5, Shape(1, 1, 2)).alpha
+    assert alpha == pytest.approx(0.5, abs=1e-5)
+    assert GeometricProfile(0.5).tau(CHAIN) == pytest.approx(1 + 0.5 + 0.25 + 0.125)
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.5, 4.0, 9.0])
+def test_an_impossible_tau_is_refused(tau):
+    with pytest.raises(RecipeError, match=r"--tau: .* given; between 1 and"):
+        published(tau, CHAIN)
+
+
+def test_measured_taus_correct_the_profile_by_kind():
+    profile = MeasuredProfile([["111", "120", "211", "000", "111", "110", "111", "111"]])
+    corrected = Calibrated(profile, {"3/4/8": 1 + 1.1 * (profile.tau(TREE) - 1)})
+    assert corrected.tau(TREE) == pytest.approx(1 + 1.1 * (profile.tau(TREE) - 1))
+    assert corrected.tau(CHAIN) == profile.tau(CHAIN)
+
+
+def test_results_without_a_profile_give_a_geometric_one():
+    results = {"acceptance": [{"shape": "3/1/4", "temperature": 0.0, "all": {"tau": 2.2}}]}
+    assert from_results(results).tau(CHAIN) == pytest.approx(2.2, abs=1e-4)
+    with pytest.raises(RecipeError, match="no greedy tau"):
+        from_results({"acceptance": []})
+
+
+def test_speedup_is_tau_over_c():
+    costs = MeasuredCosts(PARTS)
+    told = predict(costs, GeometricProfile(0.5), CHAIN, 1, 128)
+    c = (0.012 + 3 * 0.001 + 0.001) / 0.010
+    assert told.c == pytest.approx(c)
+    assert told.speedup == pytest.approx(1.875 / c)
+    assert told.tokens_per_s == pytest.approx(1.875 / c / 0.010)
+    assert predict(costs, GeometricProfile(0.5), CHAIN, 1, 1128).decode_s == pytest.approx(0.011)
+
+
+def test_break_even_is_where_drafting_stops_paying():
+    costs, accept = MeasuredCosts(PARTS), GeometricProfile(0.5)
+    batch = break_even(costs, accept, CHAIN, 128)
+    assert batch is not None
+    assert batch > 1
+    assert predict(costs, accept, CHAIN, batch, 128).speedup <= 1
+    assert predict(costs, accept, CHAIN, batch - 1, 128).speedup > 1
+    flat = {**PARTS, "forward": [[1, 0.01], [8192, 0.0101]]}
+    assert break_even(MeasuredCosts(flat), GeometricProfile(0.6), CHAIN) is None
+
+
+def test_interpolation_goes_through_its_points_and_on():
+    points = [[1, 2.0], [3, 6.0], [4, 6.0]]
+    assert [interpolate(points, x) for x in (0.5, 1, 2, 3, 3.5, 9)] == [2, 2, 4, 6, 6, 6]
+    assert interpolate([[1, 5.0]], 77) == 5
+
+
+# --- published figures (docs/speedup-model.md) -----------------------------------------------------------------------
+
+
+def test_the_reference_card_gains_with_fast_links_and_breaks_even_without():
+    accept = published(2.6, TREE)  # the card: about 2x with NVLink or PCIe P2P, break-even through the host
+    gain = {m: predict(minimax(m), accept, TREE).speedup for m in ("h200-nvlink-8", "pcie-p2p-8", "pcie-host-8")}
+    assert gain["h200-nvlink-8"] > gain["pcie-p2p-8"] > 1.3
+    assert 1.6 < gain["h200-nvlink-8"] < 2.2
+    assert gain["pcie-host-8"] < 1.1
+
+
+def test_single_stream_rates_are_near_the_published_ones():
+    assert 1 / minimax("h200-nvlink-4").forward_s(1, 1, 512) == pytest.approx(109, rel=0.15)  # thoughtworks, M2.5 FP8
+    assert 1 / llama_8b().forward_s(1, 1, 512) == pytest.approx(140, rel=0.15)
+
+
+def test_long_chains_beat_short_ones_and_chains_beat_trees_of_their_depth():
+    accept = published(2.6, CHAIN)  # SpecBundle's means: 1.91, 2.06, 2.08; trees 1.72, 1.66
+    gain = {
+        name: predict(llama_8b(), accept, parse_shape(name)).speedup
+        for name in ("3/1/4", "5/1/6", "7/1/8", "5/3/6", "7/4/8")
+    }
+    assert gain["5/1/6"] > gain["3/1/4"] > gain["5/3/6"] > gain["7/4/8"]
+    assert gain["7/1/8"] == pytest.approx(gain["5/1/6"], rel=0.03)
+
+
+def test_shared_experts_make_verification_cheaper():
+    accept = published(2.6, TREE)
+    apart, together = (predict(minimax("h200-nvlink-8", r), accept, TREE).speedup for r in (0.0, 0.8))
+    assert together > apart * 1.05
+
+
+def test_more_bandwidth_makes_plain_decoding_faster():
+    assert minimax("h200-nvlink-8").forward_s(1, 1, 512) < minimax("h100-nvlink-8").forward_s(1, 1, 512)
+    assert set(PRESETS) >= {"h100-nvlink-8", "pcie-p2p-8", "pcie-host-8", "h100-1"}
+
+
+# --- what users see --------------------------------------------------------------------------------------------------
+
+
+def test_the_table_and_the_sentence():
+    costs, accept = minimax("h200-nvlink-8"), published(2.6, TREE)
+    rows = table(costs, accept, candidate_shapes(7), [1, 8, 64], 512)
+    assert [row[0].speedup for row in rows] == sorted((row[0].speedup for row in rows), reverse=True)
+    told = advice(rows, costs, accept)
+    assert re.match(r"\d+/\d+/\d+; expect 1\.\d\dx at batch 1 on h200-nvlink-8 \(accept length ", told)
+    assert "break-even at batch" in told
+    assert describe(rows).splitlines()[0].split() == ["shape", "tau", "c", "batch", "1", "batch", "8", "batch", "64"]
+    picture = heat_map(rows, "a title")
+    assert picture.count(f"{rows[0][0].speedup:.2f}") >= 1
+    assert "a title" in picture
+
+
+def test_a_machine_where_nothing_pays_is_told_so():
+    slow = {**PARTS, "forward": [[1, 0.01], [64, 0.9]]}
+    costs, accept = MeasuredCosts(slow), GeometricProfile(0.4)
+    assert advice(table(costs, accept, candidate_shapes(3), [1], 128), costs, accept).startswith("do not speculate on")
+
+
+@pytest.mark.parametrize("text", ["3/4", "a/b/c", "3/1/9", "0/1/1", "3/4/99"])
+def test_a_wrong_shape_is_one_line(text):
+    with pytest.raises(DraftsmithError, match=r"--shape: .* given; write steps/topk/draft_tokens") as caught:
+        parse_shape(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_processes_tell_their_all_reduce():
+    points = all_reduce_latency(2, "gloo")
+    assert [size for size, _ in points] == list(SIZES)
+    assert all(seconds > 0 for _, seconds in points)
+    json.dumps(points)
+
+
+def test_topology_is_told_by_its_worst_pair():
+    link = {"pair": [0, 1], "peer_access": True, "nvlinks": 4}
+    assert describe_topology([]) == "a single device"
+    assert describe_topology([link]) == "NVLink"
+    assert describe_topology([link, {**link, "nvlinks": 0}]) == "PCIe, peer to peer"
+    assert describe_topology([link, {**link, "nvlinks": 0, "peer_access": False}]).startswith("PCIe, through the host")
