@@ -33,7 +33,7 @@ PARTS = {
     "context_s": 1e-6,
     "forward": [[1, 0.010], [4, 0.012], [16, 0.030], [64, 0.110]],
     "draft": {"extend": [[1, 0.001]], "first_s": 0.0, "step": [[1, 0.001]]},
-    "overhead_s": {"plain": 0.0, "drafted": 0.001},
+    "overhead_s": {"plain": 0.0, "drafted": [[1, 0.001]]},
 }
 
 

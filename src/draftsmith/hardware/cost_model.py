@@ -148,7 +148,8 @@ class MeasuredCosts:
         return alone * interpolate(self.parts["forward"], batch) / interpolate(self.parts["forward"], 1)
 
     def overhead_s(self, shape: Shape | None) -> float:
-        return self.parts["overhead_s"]["drafted" if shape else "plain"]
+        overhead = self.parts["overhead_s"]
+        return interpolate(overhead["drafted"], shape.draft_tokens) if shape else overhead["plain"]
 
 
 # Served engines replay CUDA graphs, so a layer costs what its kernels take at least, whatever they read. Calibrated on

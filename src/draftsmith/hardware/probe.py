@@ -5,7 +5,7 @@ A probe is plain JSON, which hardware/cost_model.py reads (`MeasuredCosts`); sec
     context                   cached tokens while it was measured; context_s: seconds more per further token
     forward [[tokens, s]]     one forward of the target, head included, over so many tokens
     draft                     extend [[tokens, s]], first_s, step [[topk, s]]: see `MeasuredCosts.draft_s`
-    overhead_s                {plain, drafted}: of a decoding step, beside the models
+    overhead_s                of a decoding step beside the models: plain, drafted [[verified tokens, s]]
     bandwidth_bytes_s, flops_s, launch_s, memory_bytes, all_reduce [[bytes, s]], topology    of the machine alone
 No trained draft is needed: an untrained one of the same shape takes the same time.
 """
@@ -37,7 +37,7 @@ WIDTHS = (*range(1, 17), 24, 32, 64)
 CONTEXT, LONG_CONTEXT = 128, 640
 ROUNDS = 7
 TOPKS = (1, 2, 4, 8)
-REFERENCE = Shape(3, 1, 4)  # whose real loop tells the overhead
+REFERENCE, WIDE = Shape(3, 1, 4), Shape(3, 4, 16)  # whose real loops tell the overhead
 LOOP_TOKENS = 24
 
 
@@ -155,27 +155,28 @@ def probe_embedded(target: LocalTarget, drafter: Eagle3Drafter, prompt: list[int
             "first_s": first,
             "step": [[float(k), (s - first) / 4] for k, s in zip(TOPKS, deep, strict=True)],
         },
-        "overhead_s": {"plain": 0.0, "drafted": 0.0},
     }
 
-    # The real loop: what it takes beyond its parts.
+    # The real loop: what it takes beyond its parts, plain, with a chain and with a wide tree.
+    costs = MeasuredCosts({**result, "machine": ""})
     plain, drafting = Decoder(target), Decoder(target, drafter)
-    loops: list[list[float]] = [[], []]
-    with Meter("loops", 2 * ROUNDS, "loops") as meter:
+    loops: dict[Shape | None, list[float]] = {None: [], REFERENCE: [], WIDE: []}
+    with Meter("loops", ROUNDS * len(loops), "loops") as meter:
         for _ in range(ROUNDS):
-            bare = plain.generate(long[:CONTEXT], Sampling(), LOOP_TOKENS)
-            drawn = drafting.generate(long[:CONTEXT], Sampling(), LOOP_TOKENS, REFERENCE)
-            costs = MeasuredCosts({**result, "machine": ""})
-            tau = 1 + sum(step.accepted for step in drawn.steps) / max(1, len(drawn.steps))
-            parts_s = costs.forward_s(REFERENCE.draft_tokens, 1, CONTEXT) + costs.draft_s(REFERENCE, tau, 1, CONTEXT)
-            if bare.steps and drawn.steps:
-                loops[0].append(bare.seconds / len(bare.steps) - costs.forward_s(1, 1, CONTEXT))
-                loops[1].append(drawn.seconds / len(drawn.steps) - parts_s)
-            meter.advance(2)
-    if not loops[0]:
-        raise TargetError("probe: the target ended the probe's text at once; give prompts that it goes on with")
-    plain_s, drafted_s = (max(0.0, statistics.median(rest)) for rest in loops)
-    return {**result, "overhead_s": {"plain": plain_s, "drafted": drafted_s}}
+            for shape, beyond in loops.items():
+                decoder = drafting if shape else plain
+                made = decoder.generate(long[:CONTEXT], Sampling(), LOOP_TOKENS, shape)
+                meter.advance(1)
+                if not made.steps:
+                    raise TargetError("probe: the target ended the text at once; give prompts that it goes on with")
+                known = costs.forward_s(shape.draft_tokens if shape else 1, 1, CONTEXT)
+                if shape:
+                    tau = 1 + sum(step.accepted for step in made.steps) / len(made.steps)
+                    known += costs.draft_s(shape, tau, 1, CONTEXT)
+                beyond.append(made.seconds / len(made.steps) - known)
+    rest = {shape: max(0.0, statistics.median(beyond)) for shape, beyond in loops.items()}
+    drafted = [[float(shape.draft_tokens), rest[shape]] for shape in (REFERENCE, WIDE)]
+    return {**result, "overhead_s": {"plain": rest[None], "drafted": drafted}}
 
 
 # --- a server, from outside ------------------------------------------------------------------------------------------
@@ -263,7 +264,7 @@ def probe_server(
         "context_s": 0.0,
         "forward": forward,
         "draft": {"extend": [[1.0, per_step]], "first_s": 0.0, "step": [[1.0, per_step]]} if draft_url else None,
-        "overhead_s": {"plain": 0.0, "drafted": 0.0},
+        "overhead_s": {"plain": 0.0, "drafted": [[1.0, 0.0]]},
     }
 
 
@@ -285,10 +286,10 @@ def describe(parts: dict[str, Any]) -> str:
     if draft := parts["draft"]:
         step = ", ".join(f"top-{k:.0f} {seconds * 1e3:.2f}" for k, seconds in draft["step"])
         extend = ", ".join(f"{n:.0f} {seconds * 1e3:.2f}" for n, seconds in draft["extend"])
+        loop = ", ".join(f"{n:.0f} {seconds * 1e3:.2f}" for n, seconds in parts["overhead_s"]["drafted"])
         lines += [
             "",
             f"draft ms   reading n tokens: {extend}; first guess {draft['first_s'] * 1e3:.2f}; each further: {step}",
-            f"loop ms    plain {parts['overhead_s']['plain'] * 1e3:.2f}, drafting "
-            f"{parts['overhead_s']['drafted'] * 1e3:.2f} per step",
+            f"loop ms    plain {parts['overhead_s']['plain'] * 1e3:.2f}; drafting, by verified tokens: {loop}",
         ]
     return "\n".join(lines)
