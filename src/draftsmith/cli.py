@@ -245,15 +245,28 @@ def _stages(command: StageCommand, run: "Run") -> int:
     if command.dry_run:
         print(explain(run))
         return 0
+    if command.command == "card":
+        print(f"card:   {_card(run)}")
+        return 0
     report = run_pipeline(run, None if command.command == "run" else command.command)
     if command.check and not run.check_draft(command.check):
         return 1
-    if command.command in ("run", "report"):
-        card = run.draft_directory / "README.md"
+    if command.command == "report":
+        print(f"report: {report}")
+    if command.command == "run" and run.world.main:
         print(f"report: {report}\ndraft:  {run.draft_directory}")
-        if card.exists():
-            print(f"card:   {card}")
+        try:
+            print(f"card:   {_card(run)}")
+        except RecipeError as error:  # the draft is done; only its card has to wait
+            print(f"card:   none yet; {error}")
     return 0
+
+
+def _card(run: "Run") -> Path:
+    from draftsmith.hardware.commands import card_prediction
+    from draftsmith.publishing.card import write_card
+
+    return write_card(run, card_prediction(run))
 
 
 def _publish(command: PublishCommand, run: "Run") -> int:
@@ -262,7 +275,7 @@ def _publish(command: PublishCommand, run: "Run") -> int:
     repo = command.repo or run.recipe.card.repo
     if not repo:
         raise RecipeError("publish: no repository given; set card.repo or give --repo owner/name")
-    print(publish(run.draft_directory, repo, command.really))
+    print(publish(run.path("export"), repo, command.really))
     return 0
 
 

@@ -6,7 +6,8 @@ DraftsmithError            one line: what was given, what is allowed, which key 
 ├── TargetError            a target or tokenizer that cannot be loaded or lacks a hook
 ├── CheckpointError        a checkpoint or draft directory that is damaged or belongs to another run
 ├── TrainingError          training that had to stop (non-finite gradients, no loss tokens)
-└── ServeError             an engine that cannot be started or does not answer
+├── ServeError             an engine that cannot be started or does not answer
+└── PublishError           a hub that does not take the draft
 
 The command line prints them without a traceback and exits with code 2; anything else is a bug.
 """
@@ -37,4 +38,8 @@ class TrainingError(DraftsmithError):
 
 
 class ServeError(DraftsmithError):
+    pass
+
+
+class PublishError(DraftsmithError):
     pass

@@ -273,7 +273,7 @@ class ServedEvaluation:
             "plain_tokens_per_s": tokens[0] / seconds[0],
             "drafted_tokens_per_s": tokens[1] / seconds[1],
             "speedup": statistics.median(ratios),
-            "tau": 1 + accepted / max(1, steps),  # of completions that no stop text ended
+            "tau": 1 + accepted / steps if steps else None,  # of completions that no stop text ended
             "dtype": self.recipe.target.dtype,
             "differences": [],
         }

@@ -186,8 +186,15 @@ def predict(
 def card_prediction(run: "Run") -> dict[str, Any]:
     """What the card tells of realised speed-up: the evaluated shapes at batch 1 on every preset that holds the target,
     and on this machine where it was probed."""
-    results = files.read_json(run.path("evaluate", "results.json"))
-    accept = from_results(results)
+    places = [run.path(name, "results.json") for name in ("evaluate", "evaluate-sglang", "evaluate-vllm")]
+    found = next((path for path in places if path.exists()), None)
+    if found is None:
+        raise DataError(f"card: no results in {run.directory}; run: draftsmith evaluate RECIPE")
+    results = files.read_json(found)
+    try:
+        accept = from_results(results)
+    except RecipeError:  # nothing greedy was measured, so nothing can be told
+        return {"sentence": "", "rows": []}
     shapes = [parse_shape(name) for name in dict.fromkeys(e["shape"] for e in results["acceptance"])]
     size = roofline(run.recipe, preset("h100-1")).target
     single = size.bytes < 0.6 * preset("h100-1").memory_bytes

@@ -1,0 +1,119 @@
+"""What a draft inherits from its target and its data. Licences are data here, never prose in a template.
+
+A draft is trained on its target's outputs and hidden states and starts from rows of its head, so the target's licence
+is the least that holds for it. None of this is legal advice, and the card says whose decision an override was.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from draftsmith.data.prompts import HUB
+from draftsmith.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Licence:
+    """`id` is Hugging Face's identifier; `other` needs `name` and `link`. `notices` stand on the card word by word."""
+
+    id: str
+    title: str
+    name: str = ""
+    link: str = ""
+    commercial: bool = True
+    notices: tuple[str, ...] = ()
+
+
+MINIMAX = Licence(
+    "other",
+    "MiniMax-M2.7 non-commercial licence",
+    "minimax-m2.7-non-commercial",
+    "https://huggingface.co/MiniMaxAI/MiniMax-M2.7/blob/main/LICENSE",
+    commercial=False,
+    notices=(
+        "Built with MiniMax M2.7",
+        "Non-commercial use only. Commercial use needs prior written authorisation by MiniMax: write to "
+        'api@minimax.io, subject "M2.7 licensing"; products so authorised must prominently display '
+        '"Built with MiniMax M2.7".',
+    ),
+)
+GEMMA = Licence(
+    "gemma",
+    "Gemma Terms of Use",
+    link="https://ai.google.dev/gemma/terms",
+    notices=(
+        "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms.",
+        "Use is restricted by the Gemma Prohibited Use Policy, ai.google.dev/gemma/prohibited_use_policy; whoever "
+        "passes this draft on passes these terms on.",
+    ),
+)
+APACHE = Licence("apache-2.0", "Apache License 2.0", link="https://www.apache.org/licenses/LICENSE-2.0")
+MIT = Licence("mit", "MIT License", link="https://opensource.org/license/mit")
+
+
+def _llama(version: str, identifier: str) -> Licence:
+    return Licence(
+        identifier,
+        f"Llama {version} Community License",
+        link=f"https://www.llama.com/llama{version.replace('.', '_')}/license",
+        notices=(
+            "Built with Llama",
+            f"Llama {version} is licensed under the Llama {version} Community License, Copyright (c) Meta Platforms, "
+            "Inc. All Rights Reserved. A model made with it carries a name that begins with Llama.",
+        ),
+    )
+
+
+# Patterns on the target's name, hub owner included; the first that fits holds. What is not here is unknown: releases of
+# one family differ, so nothing is guessed from the owner alone.
+TARGETS: tuple[tuple[str, Licence], ...] = (
+    (r"MiniMaxAI/MiniMax-M2\.7", MINIMAX),
+    (r"(google/)?gemma-?[123]([-.].*)?", GEMMA),
+    (r"meta-llama/(Meta-)?Llama-3\.1-.*", _llama("3.1", "llama3.1")),
+    (r"meta-llama/Llama-3\.2-.*", _llama("3.2", "llama3.2")),
+    (r"meta-llama/Llama-3\.3-.*", _llama("3.3", "llama3.3")),
+    (r"meta-llama/Meta-Llama-3-.*", _llama("3", "llama3")),
+    (r"meta-llama/Llama-4-.*", _llama("4", "llama4")),
+    (r"Qwen/Qwen3-.*", APACHE),
+    (r"openai/gpt-oss-.*", APACHE),
+    (r"deepseek-ai/DeepSeek-(R1|V3\.1|V3\.2).*", MIT),
+    (r"microsoft/phi-4.*", MIT),
+    (r"zai-org/GLM-4\.[5-7].*", MIT),
+)
+# By the source's name in a recipe; licences as their hub pages state them.
+DATA = {
+    "bundled": "apache-2.0",
+    "ultrachat": "mit",
+    "opencodeinstruct": "cc-by-4.0",
+    "codealpaca": "cc-by-nc-4.0",
+    "gsm8k": "mit",
+    "hendrycks-math": "mit",
+}
+HUB_NAMES = {"gemma3-270m": "google/gemma-3-270m"}  # targets that go by a name of our own
+
+
+def hub_name(target: str) -> str:
+    return HUB_NAMES.get(target, target)
+
+
+def licence_of(target: str, override: str | None = None) -> Licence:
+    """The licence that a draft of this target inherits; raises `RecipeError` where that is not known."""
+    if override:
+        return Licence(override, f"{override}, as decided by the draft's author")
+    name = hub_name(target)
+    for pattern, licence in TARGETS:
+        if re.fullmatch(pattern, name, re.IGNORECASE):
+            return licence
+    raise RecipeError(
+        f"card.licence: the licence of {target!r} is not known here, so there is no card; read its terms, then set "
+        "card.licence to what they allow (a Hugging Face identifier, such as apache-2.0 or other)"
+    )
+
+
+def data_licences(sources: Sequence[str], told: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """(source, hub data set or "", licence) of every source of prompts; `told` is the recipe's card.data_licences."""
+    rows = []
+    for source in dict.fromkeys(sources):
+        hub = HUB[source].path if source in HUB else ""
+        rows.append((source, hub, told.get(source) or DATA.get(source) or "not stated (set card.data_licences)"))
+    return rows

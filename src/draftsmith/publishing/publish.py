@@ -1,0 +1,54 @@
+"""Upload a draft and its card to the Hugging Face hub; without --really only say what would go where."""
+
+import os
+import re
+from pathlib import Path
+
+from draftsmith.drafts.checkpoint import inspect_draft
+from draftsmith.errors import CheckpointError, DataError, PublishError, RecipeError
+
+WANTED = ("README.md", "config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def draft_root(export: Path) -> tuple[Path, list[Path]]:
+    """(folder to upload, draft directories in it) of a run's export directory."""
+    if (export / "draft").exists():
+        return export / "draft", [export / "draft"]
+    return export, [path for name in ("sglang", "vllm") if (path := export / name).exists()]
+
+
+def publish(export: Path, repo: str, really: bool) -> str:
+    """Check, then upload or tell; returns what to print. The token comes from HF_TOKEN alone."""
+    if not REPO.fullmatch(repo):
+        raise RecipeError(f"--repo: {repo!r} given; write owner/name")
+    root, directories = draft_root(export)
+    if not directories:
+        raise DataError(f"publish: no draft in {export}; run: draftsmith run RECIPE")
+    for directory in directories:
+        problems = [p for p in inspect_draft(directory).problems if not p.startswith("note:")]
+        if problems:
+            raise CheckpointError(f"publish: {directory}: {problems[0]}; see: draftsmith inspect {directory}")
+    if not (root / "README.md").exists():
+        raise DataError(f"publish: {root / 'README.md'} is missing; run: draftsmith card RECIPE")
+    chosen = sorted(path for folder in {root, *directories} for name in WANTED for path in folder.glob(name))
+    names = [str(path.relative_to(root)) for path in chosen]
+    lines = [f"{path.stat().st_size / 1e6:10.1f} MB  {name}" for path, name in zip(chosen, names, strict=True)]
+    if not really:
+        return "\n".join([f"would upload to {repo} (give --really to do it):", *lines])
+    token = os.environ.get("HF_TOKEN")
+    if not token:
+        raise PublishError("publish: HF_TOKEN is not set; export a token that may write to the repository")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    hub = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
+    try:
+        hub.create_repo(repo, exist_ok=True)
+        done = hub.upload_folder(
+            repo_id=repo, folder_path=root, allow_patterns=names, commit_message="Draft made with draftsmith"
+        )
+    except (HfHubHTTPError, OSError) as error:
+        told = str(error).strip().splitlines()
+        raise PublishError(f"publish: {repo} was not uploaded: {told[-1] if told else type(error).__name__}") from None
+    return "\n".join([f"uploaded to {done.commit_url}", *lines])
