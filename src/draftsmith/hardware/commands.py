@@ -19,6 +19,7 @@ from draftsmith.recipe import DraftShape, Recipe
 
 if TYPE_CHECKING:
     from draftsmith.decoding.speculate import Eagle3Drafter
+    from draftsmith.hardware.plan import Plan
     from draftsmith.hardware.tune import Tried
     from draftsmith.pipeline import Run
     from draftsmith.targets.servers import ServedTarget
@@ -301,3 +302,36 @@ def _tune_served(run: "Run", engine: Literal["vllm", "sglang"], budget_s: float)
                 yield ratio
 
         return halve(_seeds(run, 4, engine == "vllm"), session, len(prompts), budget_s)
+
+
+# --- plan ------------------------------------------------------------------------------------------------------------
+
+
+def plan(run: "Run", hardware: str | None, trainer_gpus: int | None, against: Path | None) -> "Plan":
+    """Print the plan; with `against`, a finished run's figures beside it."""
+    from draftsmith.hardware import plan as planning
+    from draftsmith.hardware.probe import as_machine
+    from draftsmith.training.trainer import draft_config
+
+    recipe, wish = run.recipe, run.recipe.target
+    costs = costs_of(run, hardware, 0.0)
+    config = target_config(wish.model, wish.revision, wish.trust_remote_code)
+    if isinstance(costs, MeasuredCosts):
+        if "flops_s" not in costs.parts:
+            raise RecipeError("--hardware: a plan needs a probe of a machine, not of a server; or one by name")
+        machine = as_machine(costs.parts)
+    else:
+        machine = preset(hardware or "")
+    if trainer_gpus is not None and trainer_gpus < 1:
+        raise RecipeError(f"--trainer-gpus: {trainer_gpus} given; at least 1")
+    text = config.get_text_config()
+    draft = draft_config(recipe, text, text.num_hidden_layers, min(recipe.vocab.size, text.vocab_size))
+    target = TargetSize.of(wish.model, config, wish.dtype)
+    told = planning.plan(recipe, costs, machine, target, draft, trainer_gpus)
+    print(f"{recipe.name} on {costs.name}\n\n{planning.describe(told)}")
+    if against is not None:
+        rows = planning.against(told, against)
+        if not rows:
+            raise DataError(f"--against: {against} holds no finished run")
+        print(f"\n{planning.describe_against(rows)}")
+    return told

@@ -1,0 +1,110 @@
+"""Plans against arithmetic done by hand and against the recorded run of recipes/gemma3-270m-cpu.yaml."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from draftsmith.errors import DraftsmithError
+from draftsmith.files import write_json
+from draftsmith.hardware.commands import draft_size, roofline
+from draftsmith.hardware.plan import against, describe, describe_against, plan
+from draftsmith.hardware.presets import Machine, preset
+from draftsmith.hardware.sizes import TargetSize, target_config
+from draftsmith.recipe import load_recipe
+from draftsmith.training.trainer import draft_config
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+GEMMA = AutoConfig.for_model(  # of gemma3-270m, which need not be installed to plan for it
+    "gemma3_text",
+    vocab_size=262144,
+    hidden_size=640,
+    intermediate_size=2048,
+    num_hidden_layers=18,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    head_dim=256,
+    tie_word_embeddings=True,
+)
+
+
+def planned(name="minimax-m2.7-eagle3", machine="h200-nvlink-8", trainer_gpus=None, **changes):
+    recipe = load_recipe(RECIPES / f"{name}.yaml").model_copy(update=changes)
+    config = GEMMA if name.startswith("gemma") else target_config(recipe.target.model)
+    target = TargetSize.of(recipe.target.model, config, recipe.target.dtype)
+    text = config.get_text_config()
+    draft = draft_config(recipe, text, text.num_hidden_layers, recipe.vocab.size)
+    chosen = machine if isinstance(machine, Machine) else preset(machine)
+    if name.startswith("gemma"):
+        from draftsmith.hardware.cost_model import RooflineCosts
+        from draftsmith.hardware.sizes import DraftSize
+
+        costs = RooflineCosts(chosen, target, DraftSize.of(draft))
+    else:
+        costs = roofline(recipe, chosen)
+        assert draft_size(recipe, config) == costs.draft
+    return plan(recipe, costs, chosen, target, draft, trainer_gpus)
+
+
+def test_the_reference_run_is_that_of_a_quarter_billion_draft():
+    told = planned()
+    layer = 2 * 3072 * (6144 + 2 * 1024) + 6144 * 3072 + 3 * 3072 * 6144
+    assert told.numbers["draft parameters"] == layer + 3 * 3072**2 + 32000 * 3072
+    assert told.numbers["bytes per token"] == 4 * 3072 * 2
+    assert told.numbers["all of them"] == pytest.approx(told.numbers["document tokens"] * 24576)
+    assert told.numbers["target weights"] == pytest.approx(230e9, rel=0.02)  # fp8
+    assert told.numbers["target weights"] / 8 < told.numbers["target"] < told.numbers["target weights"] / 4
+    text = describe(told)
+    assert "sets the pace" in text
+    assert "no GPU run of draftsmith stands behind these hours yet" in text
+
+
+def test_what_does_not_fit_is_said_with_what_would():
+    text = describe(planned(machine="h100-1"))
+    assert "DOES NOT FIT: 5 such would hold it" in text
+
+
+def test_more_trainers_and_a_slow_network():
+    few, many = planned(trainer_gpus=1), planned(trainer_gpus=8)
+    assert few.numbers["train"] > many.numbers["train"]
+    assert "the trainer sets the pace" in describe(few)
+    assert "the network sets the pace" in describe(many)
+
+
+def test_the_recorded_cpu_run_is_met_within_a_quarter(tmp_path):
+    """Counts and bytes of that run (benchmarks/results/gemma3-270m-cpu.json, README); its prompts are not in the clone,
+    so their number and mean length are the test's."""
+    recipe = load_recipe(RECIPES / "gemma3-270m-cpu.yaml")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(('{"prompt": "' + "x" * 190 + '", "id": "' + "y" * 80 + '"}\n') * 18385)
+    sources = recipe.prompts.model_copy(
+        update={"sources": (recipe.prompts.sources[0].model_copy(update={"name": str(prompts)}),)}
+    )
+    told = planned("gemma3-270m-cpu", "h100-1", prompts=sources)
+    recorded = {
+        "draft parameters": 13_029_760,
+        "draft file": 26_388_912,
+        "completions": 3_059,
+        "completion tokens": 291_375,
+        "training steps": 3_400,
+        "tokens trained on": 3_120_564,
+        "all of them": 2_428_927_912,
+        "checkpoint": 125_234_116,
+        "completions on disk": 3_046_974,
+    }
+    ratios = {what: told.numbers[what] / real for what, real in recorded.items()}
+    assert all(0.75 < ratio < 1.25 for ratio in ratios.values()), ratios
+
+
+def test_a_finished_run_is_set_beside_its_plan(tmp_path):
+    told = planned()
+    write_json(tmp_path / "train" / "summary.json", {"parameters": 252_444_672, "steps": 17_000, "tokens": 5e8})
+    rows = against(told, tmp_path)
+    assert [what for what, _, _ in rows] == ["draft parameters", "training steps", "tokens trained on"]
+    assert "1.00" in describe_against(rows).splitlines()[1]
+    assert against(told, tmp_path / "nothing") == []
+
+
+def test_an_unknown_machine_is_refused():
+    with pytest.raises(DraftsmithError, match="--hardware: 'h300' given; one of here, h100-nvlink-8"):
+        preset("h300")
