@@ -31,7 +31,7 @@ from draftsmith.pipeline import Run
 from draftsmith.recipe import DraftShape
 
 OUT = Path(__file__).parent / "results" / "prediction-validation.json"
-EMBEDDED = ("1/1/2", "2/1/3", "3/1/4", "5/1/6", "2/2/4", "3/2/6", "3/4/8", "5/4/8", "3/4/16")
+EMBEDDED = ("1/1/2", "2/1/3", "3/1/4", "5/1/6", "2/2/4", "3/2/6", "3/4/8", "5/4/8", "3/4/16", "5/4/32", "5/8/64")
 CHAINS = ("1/1/2", "2/1/3", "3/1/4", "5/1/6")
 BATCHES = (1, 4)
 
@@ -54,11 +54,11 @@ def row(engine: str, shape: Shape, batch: int, measured: dict, costs: MeasuredCo
     return line
 
 
-def on_embedded(run: Run, evaluation: Evaluation, accept: MeasuredProfile) -> list[dict]:
+def on_embedded(run: Run, evaluation: Evaluation, accept: MeasuredProfile, shapes: list[str]) -> list[dict]:
     prompt = max((ids for _, _, ids in evaluation.prompts[:3]), key=len)
     costs = MeasuredCosts({**probe_embedded(run.target, evaluation.drafter, prompt), "machine": "embedded"})
     rows = []
-    for name in EMBEDDED:
+    for name in shapes:
         measured = evaluation.speed(parse_shape(name))
         assert measured, "no answer was long enough"
         rows.append(row("embedded", parse_shape(name), 1, measured, costs, accept))
@@ -111,6 +111,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--summary", action="store_true")
+    parser.add_argument(
+        "--shapes", nargs="+", default=EMBEDDED, help="embedded only: measure these again, keep the rest"
+    )
     own, flags = parser.parse_known_args()
     result = files.read_json(OUT) if OUT.exists() else {"rows": []}
     if not own.summary:
@@ -123,10 +126,12 @@ def main() -> None:
         run = Run(recipe, command.out or Path("runs") / recipe.name, sys.argv)
         evaluation = Evaluation(recipe, run.target, run.draft_directory, run.path("prompts", "evaluation.jsonl"))
         accept = walks_of(run, evaluation, own.prompts, own.tokens)
-        rows = on_embedded(run, evaluation, accept) if own.engine == "embedded" else on_vllm(run, accept)
-        kept = [r for r in result["rows"] if r["engine"] != own.engine]
+        rows = on_embedded(run, evaluation, accept, own.shapes) if own.engine == "embedded" else on_vllm(run, accept)
+        again = {(r["engine"], r["shape"], r["batch"]) for r in rows}
+        kept = [r for r in result["rows"] if (r["engine"], r["shape"], r["batch"]) not in again]
         made = {**result.get("created_with", {}), own.engine: run.created_with}
-        result = {"created_with": made, "prompts": own.prompts, "tokens": own.tokens, "rows": kept + rows}
+        told = {"prompts": own.prompts, "tokens": own.tokens, "threads": torch.get_num_threads()}
+        result = {"created_with": made, "rows": kept + [{**r, **told} for r in rows]}
     result["summary"] = {"all": summary(result["rows"])} | {
         e: summary([r for r in result["rows"] if r["engine"] == e]) for e in {r["engine"] for r in result["rows"]}
     }

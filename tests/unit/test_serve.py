@@ -110,7 +110,9 @@ def test_what_cannot_start_is_told_in_one_line(engine):
     cases = {
         "serve: the engine stopped with exit code 3": recipe(extra="--crash"),
         "serve.program: cannot start 'no-such-engine'": recipe(program="no-such-engine serve"),
-        "serve.patience_s: the engine did not answer within 0.5 s": recipe(program="sleep 60 #", patience_s=0.5),
+        "serve.patience_s: the engine did not answer within 0.5 s": recipe(
+            program="sh -c 'sleep 60' engine", patience_s=0.5
+        ),
     }
     for wanted, given in cases.items():
         launched = launch(given, "m", Path("d"), "plain", ())
