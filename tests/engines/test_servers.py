@@ -13,7 +13,9 @@ from servers import FaultyServer, forward, serving
 from draftsmith.data.regenerate import answer, open_conversations, read_completions
 from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.sampling import Sampling
+from draftsmith.errors import TargetError
 from draftsmith.files import read_json, read_jsonl, write_json
+from draftsmith.hardware.probe import probe_server
 from draftsmith.pipeline import Run, run_pipeline
 from draftsmith.serving.launch import launch, running
 from draftsmith.targets.local import LocalTarget
@@ -144,3 +146,15 @@ def test_training_from_a_server_equals_training_in_process(tmp_path):
     losses = [[row["loss"] for row in rows if "loss" in row] for rows in (served, own)]
     assert len(losses[0]) >= 4
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_server_is_probed_from_outside(engine, tmp_path):
+    model = save_target(tmp_path / "model")
+    with started(engine, model, "plain", tmp_path) as url:
+        parts = probe_server(url, engine, [[5, 6, 7, 8], [9, 10, 11]], "", concurrencies=(1, 4), rounds=1)
+        with pytest.raises(TargetError, match="tells nothing of drafting"):
+            probe_server(url, engine, [[5, 6, 7, 8]], "", draft_url=url, concurrencies=(1,), rounds=1)
+    assert [tokens for tokens, _ in parts["forward"]] == [1, 4]
+    assert all(0 < seconds < 5 for _, seconds in parts["forward"])
+    assert parts["draft"] is None
