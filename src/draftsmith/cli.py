@@ -38,7 +38,9 @@ class RecipeCommand:
 class StageCommand(RecipeCommand):
     """Make a draft model for speculative decoding.
 
-    `run` goes through all stages; a stage's name runs that stage alone. Finished stages are skipped.
+    `run` goes through all stages; a stage's name runs that stage alone. Finished stages are skipped. Other commands,
+    each with its own --help: plan, probe, predict before a run; serve, tune, compare, publish after it; inspect
+    DIRECTORY for any draft.
     """
 
     command: tyro.conf.Positional[StageName]
@@ -193,9 +195,11 @@ _PYDANTIC = re.compile(
 def _tyro_in_one_line(command: type, **options) -> Any:
     """Parse; tyro's boxes, which quote pydantic in full, become one line that names the flag."""
     printed = io.StringIO()
+    alone = command not in (StageCommand, InspectCommand)  # its one name is no choice, so tyro does not show it
+    prog = f"draftsmith {options['args'][0]}" if alone else "draftsmith"
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(command, prog="draftsmith", **options)
+            return tyro.cli(command, prog=prog, **options)
     except SystemExit as stopped:
         if not stopped.code:
             raise

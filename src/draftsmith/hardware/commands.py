@@ -135,7 +135,7 @@ def costs_of(run: "Run", hardware: str | None, correlation: float) -> Costs:
         if hardware:
             raise RecipeError(f"--hardware: {hardware!r} given; a probe's JSON file or one of {', '.join(PRESETS)}")
         raise DataError(
-            f"predict: {path} is missing; run: draftsmith probe RECIPE, or name one of {', '.join(PRESETS)}"
+            f"--hardware: {path} is missing; run: draftsmith probe RECIPE, or name one of {', '.join(PRESETS)}"
         )
     parts = files.read_json(path)
     if not isinstance(parts, dict) or "forward" not in parts:
