@@ -26,7 +26,7 @@ from draftsmith.evaluation.served import ServedEvaluation
 from draftsmith.hardware.accept_length import MeasuredProfile
 from draftsmith.hardware.commands import parse_shape
 from draftsmith.hardware.cost_model import MeasuredCosts, predict
-from draftsmith.hardware.probe import REFERENCE, probe_embedded, probe_server
+from draftsmith.hardware.probe import REFERENCE, Server, probe_embedded, probe_server
 from draftsmith.pipeline import Run
 from draftsmith.recipe import DraftShape
 
@@ -65,28 +65,42 @@ def on_embedded(run: Run, evaluation: Evaluation, accept: MeasuredProfile, shape
     return rows
 
 
-def on_vllm(run: Run, accept: MeasuredProfile) -> list[dict]:
+def on_vllm(run: Run, evaluation: Evaluation, count: int, tokens: int) -> list[dict]:
+    """Decoding alone: two lengths of the same answers, whose difference leaves the prompts out."""
     scratch = run.path("validate-vllm")
     scratch.mkdir(exist_ok=True)
-    prompts_file = run.path("prompts", "evaluation.jsonl")
-    served = ServedEvaluation(run.recipe, "vllm", run.draft_for("vllm"), prompts_file, scratch)
-    measured: list[tuple[Shape, int, dict]] = []
-    with served.server(None, None) as plain:
-        prompts = served.open_prompts(plain)
-        url, ids = plain.replicas[0].url, [p[2] for p in prompts[:24]]
+    served = ServedEvaluation(
+        run.recipe, "vllm", run.draft_for("vllm"), run.path("prompts", "evaluation.jsonl"), scratch
+    )
+    prompts = [ids for _, _, ids in evaluation.prompts]
+    drafter, rows, accept = evaluation.drafter, [], None
+    with served.server(None, None) as target:
+        plain = Server(target.replicas[0].url, "vllm", "")
         for name in (str(REFERENCE), *(c for c in CHAINS if c != str(REFERENCE))):
             shape = parse_shape(name)
             wish = DraftShape(steps=shape.steps, topk=1, draft_tokens=shape.draft_tokens)
-            with served.server(None, wish) as drafted:
+            with served.server(None, wish) as other:
+                drafted = Server(other.replicas[0].url, "vllm", "")
+                drafted.complete(prompts[:1], 8)  # warm
                 if shape == REFERENCE:
-                    parts = probe_server(url, "vllm", ids, "", drafted.replicas[0].url, shape)
-                    costs = MeasuredCosts({**parts, "machine": "vllm"})
+                    told = probe_server(plain.url, "vllm", prompts[count : count + 24], "", drafted.url, shape)
+                    costs = MeasuredCosts({**told, "machine": "vllm"})
+                    texts = plain.complete(prompts[:count], tokens)[1]
+                    walks = [(p, g.ids) for p, g in zip(prompts, texts, strict=False)]
+                    accept = MeasuredProfile(rank_walks(run.target, drafter.draft, torch.tensor(drafter.ids), walks))
                 for batch in BATCHES:
-                    entry = served._speed(plain, drafted, prompts, wish, batch)
-                    assert entry, "no answer was long enough"
-                    measured.append((shape, batch, entry))
-    rows = [row("vllm", shape, batch, entry, costs, accept) for shape, batch, entry in measured]
-    return [{**r, "calibrates": r["shape"] == str(REFERENCE) and r["batch"] == 1} for r in rows]
+                    seconds, accepted, steps = [0.0, 0.0], 0, 0
+                    for start in range(0, count - batch + 1, batch):
+                        for side, server in enumerate((plain, drafted)):
+                            per_token, _, made = server.decode(prompts[start : start + batch], 8, tokens)
+                            seconds[side] += per_token
+                            accepted += sum(sum(g.verified) for g in made)
+                            steps += sum(len(g.verified) for g in made)
+                    measured = {"plain_tokens_per_s": 1 / seconds[0], "drafted_tokens_per_s": 1 / seconds[1]}
+                    assert accept is not None
+                    line = row("vllm", shape, batch, measured | {"tau": 1 + accepted / steps}, costs, accept)
+                    rows.append({**line, "calibrates": shape == REFERENCE and batch == 1})
+    return rows
 
 
 def ranks(values: list[float]) -> list[float]:
@@ -125,8 +139,10 @@ def main() -> None:
         recipe = command.overrides.model_copy(update={"evaluate": wish})
         run = Run(recipe, command.out or Path("runs") / recipe.name, sys.argv)
         evaluation = Evaluation(recipe, run.target, run.draft_directory, run.path("prompts", "evaluation.jsonl"))
-        accept = walks_of(run, evaluation, own.prompts, own.tokens)
-        rows = on_embedded(run, evaluation, accept, own.shapes) if own.engine == "embedded" else on_vllm(run, accept)
+        if own.engine == "embedded":
+            rows = on_embedded(run, evaluation, walks_of(run, evaluation, own.prompts, own.tokens), own.shapes)
+        else:
+            rows = on_vllm(run, evaluation, own.prompts, own.tokens)
         again = {(r["engine"], r["shape"], r["batch"]) for r in rows}
         kept = [r for r in result["rows"] if (r["engine"], r["shape"], r["batch"]) not in again]
         made = {**result.get("created_with", {}), own.engine: run.created_with}

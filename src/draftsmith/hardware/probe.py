@@ -30,6 +30,7 @@ from draftsmith.hardware.cost_model import MeasuredCosts
 from draftsmith.hardware.interconnect import all_reduce_latency, topology
 from draftsmith.hardware.presets import Machine
 from draftsmith.progress import Meter
+from draftsmith.targets.base import Generation
 from draftsmith.targets.dialects import DIALECTS
 from draftsmith.targets.local import LocalTarget
 
@@ -185,7 +186,7 @@ CONCURRENCIES = (1, 2, 4, 6, 8, 12, 16, 24)
 SHORT, LONG = 8, 32  # tokens; the difference leaves the prompt out
 
 
-class _Server:
+class Server:
     """A running server, asked for a fixed number of tokens by so many requests at once."""
 
     def __init__(self, url: str, engine: str, api_key_env: str):
@@ -193,42 +194,48 @@ class _Server:
         key = os.environ.get(api_key_env, "")
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
 
-    async def _round(self, client: httpx.AsyncClient, prompts: list[list[int]], tokens: int) -> tuple[float, int]:
-        """(seconds, decoding steps that the server tells of, of all requests)."""
+    def complete(self, prompts: list[list[int]], tokens: int) -> tuple[float, list[Generation]]:
+        """Seconds until all prompts, asked at once, have exactly so many tokens, and what was written."""
 
-        async def ask(number: int, ids: list[int]) -> int:
-            path, body = self.dialect.completion(self.model, ids, Sampling(), tokens, (), number)
-            body.get("sampling_params", body)["ignore_eos"] = True
-            answer = await client.post(self.url + path, json=body)
-            answer.raise_for_status()
-            return len(self.dialect.read_completion(answer.json()).verified)
-
-        started = time.perf_counter()
-        steps = await asyncio.gather(*(ask(number, ids) for number, ids in enumerate(prompts)))
-        return time.perf_counter() - started, sum(steps)
-
-    async def measure(self, prompts: list[list[int]], at_once: Sequence[int], rounds: int) -> list[tuple[float, float]]:
-        """For each number of requests at once: seconds per token of each, and per decoding step (0 if none drafted)."""
-        everything = []
-        try:
+        async def every() -> tuple[float, list[Generation]]:
             async with httpx.AsyncClient(headers=self.headers, timeout=600, trust_env=False) as client:
                 models = (await client.get(f"{self.url}/v1/models")).raise_for_status().json()
-                self.model = models["data"][0]["id"]
-                await self._round(client, prompts[:1], SHORT)
-                with Meter(f"{self.engine} at {self.url}", len(at_once) * rounds, "rounds") as meter:
-                    for number in at_once:
-                        chosen = [prompts[i % len(prompts)] for i in range(number)]
-                        tokens_s, steps_s = [], []
-                        for _ in range(rounds):
-                            short = await self._round(client, chosen, SHORT)
-                            long = await self._round(client, chosen, LONG)
-                            tokens_s.append((long[0] - short[0]) / (LONG - SHORT))
-                            if steps := (long[1] - short[1]) / number:
-                                steps_s.append((long[0] - short[0]) / steps)
-                            meter.advance(1)
-                        everything.append((statistics.median(tokens_s), statistics.median(steps_s) if steps_s else 0.0))
+                name = models["data"][0]["id"]
+
+                async def ask(number: int, ids: list[int]) -> Generation:
+                    path, body = self.dialect.completion(name, ids, Sampling(), tokens, (), number)
+                    body.get("sampling_params", body)["ignore_eos"] = True
+                    answer = await client.post(self.url + path, json=body)
+                    return self.dialect.read_completion(answer.raise_for_status().json())
+
+                started = time.perf_counter()
+                made = await asyncio.gather(*(ask(number, ids) for number, ids in enumerate(prompts)))
+                return time.perf_counter() - started, made
+
+        try:
+            return asyncio.run(every())
         except (httpx.HTTPError, KeyError, IndexError, ValueError) as error:
             raise TargetError(f"--url: {self.url} does not answer as {self.engine} does: {error!r:.200}") from None
+
+    def decode(self, prompts: list[list[int]], short: int, long: int) -> tuple[float, float, list[Generation]]:
+        """(seconds per token of each, per drafting step or 0, the longer answers); the prompts' own time cancels."""
+        brief_s, brief = self.complete(prompts, short)
+        whole_s, whole = self.complete(prompts, long)
+        spent, steps = whole_s - brief_s, sum(len(g.verified) for g in whole) - sum(len(g.verified) for g in brief)
+        return spent / (long - short), spent * len(prompts) / steps if steps > 0 else 0.0, whole
+
+    def measure(self, prompts: list[list[int]], at_once: Sequence[int], rounds: int) -> list[tuple[float, float]]:
+        """For each number of requests at once: medians of `decode`'s two times over rounds of different prompts."""
+        self.complete(prompts[:1], SHORT)  # warm
+        everything = []
+        with Meter(f"{self.engine} at {self.url}", len(at_once) * rounds, "rounds") as meter:
+            for number in at_once:
+                times = []
+                for start in range(0, number * rounds, number):
+                    chosen = [prompts[i % len(prompts)] for i in range(start, start + number)]
+                    times.append(self.decode(chosen, SHORT, LONG))
+                    meter.advance(1)
+                everything.append((statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)))
         return everything
 
 
@@ -247,13 +254,13 @@ def probe_server(
     draft_url: a server that drafts `shape` for the same target; what its steps take beyond a forward of w tokens is
     the draft's. Without one a prediction for this server has no draft in it.
     """
-    plain = asyncio.run(_Server(url, engine, api_key_env).measure(prompts, concurrencies, rounds))
+    plain = Server(url, engine, api_key_env).measure(prompts, concurrencies, rounds)
     forward = [[float(n), s] for n, (s, _) in zip(concurrencies, plain, strict=True)]
     for left, right in itertools.pairwise(forward):
         right[1] = max(left[1], right[1])  # more work never takes less time; what says so is noise
     per_step = 0.0
     if draft_url:
-        ((_, step_s),) = asyncio.run(_Server(draft_url, engine, api_key_env).measure(prompts, (1,), 2 * rounds))
+        ((_, step_s),) = Server(draft_url, engine, api_key_env).measure(prompts, (1,), 4 * rounds)
         if not step_s:
             raise TargetError(f"--draft-url: {draft_url} tells nothing of drafting; start it with `draftsmith serve`")
         costs = MeasuredCosts({"context": CONTEXT, "context_s": 0.0, "forward": forward})
