@@ -135,6 +135,8 @@ class PublishCommand(RecipeCommand):
     """owner/name; left out: card.repo."""
     really: bool = False
     """Upload. The token comes from HF_TOKEN."""
+    public: bool = False
+    """Make a new repository public; otherwise it is private until you open it on the hub."""
 
 
 @dataclass
@@ -279,7 +281,7 @@ def _publish(command: PublishCommand, run: "Run") -> int:
     repo = command.repo or run.recipe.card.repo
     if not repo:
         raise RecipeError("publish: no repository given; set card.repo or give --repo owner/name")
-    print(publish(run.path("export"), repo, command.really))
+    print(publish(run.path("export"), repo, command.really, command.public))
     return 0
 
 

@@ -4,6 +4,7 @@ Bytes and token counts follow from the recipe; hours follow from a machine (hard
 that were measured once and stand here as constants. Every assumption is printed with the plan. GB is 1e9 bytes.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from draftsmith.data.prompts import BUNDLED
 from draftsmith.drafts.eagle3 import Eagle3Config
 from draftsmith.hardware.cost_model import FLOPS_SHARE, Costs
 from draftsmith.hardware.presets import Machine
-from draftsmith.hardware.sizes import DraftSize, TargetSize
+from draftsmith.hardware.sizes import BYTES, DraftSize, TargetSize
 from draftsmith.recipe import Recipe, Source
 from draftsmith.training.capture import hidden_state_bytes
 
@@ -28,9 +29,12 @@ HUB_SETS = {
 CHARACTERS_PER_TOKEN = 4.0
 TEMPLATE_TOKENS = 12
 COMPLETION_SHARE = 0.43  # mean completion of max_new_tokens; runs of gemma3-270m-cpu: 95 of 224
-PACK_FILL = 0.9  # of pack_tokens; the same run: 918 of 1024
-# Of a device's matrix peak. Training on two quiet cores of the same run: 1.05 s a step; GPUs are assumed alike.
-TRAIN_SHARE = 0.36
+PACK_WASTE = 0.68  # room lost in a pack, in mean documents: 0.104 of 1024 tokens there, 0.121 of 512 in the quick run
+NEWTON_SCHULZ = 5  # iterations of Muon, each of about 4 m m n + 2 m m m operations for an m x n matrix
+# Of a device's matrix peak, and of the rows of a batch that write: calibrated on the quick recipe's run on two
+# quiet cores (95 s of training, 205 tokens/s); GPUs are assumed alike.
+TRAIN_SHARE = 0.55
+OCCUPANCY = 0.6  # rows wait for others to end before new prompts are read, and shards end ragged
 COMPLETION_BYTES = 6.5  # of JSON per token of a document; the same run
 
 
@@ -114,14 +118,19 @@ def plan(
     turns = sum(rows * turns for rows, turns, _ in sources) / max(1, sum(rows for rows, _, _ in sources))
     prompt = sum(rows * tokens for rows, _, tokens in sources) / max(1, sum(rows for rows, _, _ in sources))
     mean = COMPLETION_SHARE * regenerate.max_new_tokens
-    written = min(conversations * turns * mean, regenerate.max_tokens or float("inf"))
-    conversations_used = written / (turns * mean)
+    wanted = min(conversations * turns, (regenerate.max_tokens or float("inf")) / mean)
+    if not served:  # whole shards are decoded
+        wanted = min(conversations * turns, math.ceil(wanted / regenerate.shard_prompts) * regenerate.shard_prompts)
+    written = wanted * mean
+    conversations_used = wanted / turns
     told.put("data", "completions", written / mean, f"{written / mean:,.0f}")
     told.put("data", "completion tokens", written, f"{written:,.0f}")
     document = min(turns * (prompt + TEMPLATE_TOKENS + mean), train.max_document_tokens)
     documents = max(0.0, conversations_used - train.held_out)
     epoch = told.put("data", "document tokens", documents * document, f"{documents * document:,.0f}, prompts included")
-    a_step = train.pack_tokens * PACK_FILL * train.accumulate
+    fill = max(0.5, 1 - PACK_WASTE * document / train.pack_tokens)
+    accumulate = math.ceil(train.accumulate / trainers) * trainers  # packs are dealt out to all trainers
+    a_step = train.pack_tokens * fill * accumulate
     steps = max(1.0, train.epochs * epoch // a_step)
     steps = told.put(
         "data", "training steps", min(steps, train.max_steps or steps), f"{min(steps, train.max_steps or steps):,.0f}"
@@ -182,7 +191,7 @@ def plan(
 
     # --- hours
     a_step_s = costs.forward_s(1, batch, round(length)) + costs.overhead_s(None)
-    rate = replicas * batch / a_step_s
+    rate = replicas * batch * (1.0 if served else OCCUPANCY) / a_step_s
     body = target.active_parameters - target.vocab * target.hidden
     reading_s = 2 * body / (machine.flops_s * FLOPS_SHARE * machine.gpus)  # a token of a prompt, in large batches
     regenerate_s = written / rate + (written / mean) * prompt * reading_s / replicas
@@ -195,6 +204,21 @@ def plan(
     captured = epoch if train.capture == "offline" else trained
     capture_s = captured * reading_s / replicas
     flops = trained * 6 * draft.fuse + loss * (6 * train.ttt_steps * (draft.layer + draft.head) + 2 * draft.head)
+    if train.optimizer == "muon":
+        q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        h, wide = config.hidden_size, config.intermediate_size
+        shapes = [
+            (q, 2 * h),
+            (kv, 2 * h),
+            (kv, 2 * h),
+            (h, q),
+            (wide, h),
+            (wide, h),
+            (h, wide),
+            (h, len(config.taps) * h),
+        ]
+        sides = [(min(shape), max(shape)) for shape in shapes]
+        flops += steps * NEWTON_SCHULZ * sum(4 * m * m * n + 2 * m**3 for m, n in sides)
     compute_s = flops / (machine.flops_s * TRAIN_SHARE * trainers)
     network = machine.network_bytes_s
     needed = per_token * trained / max(compute_s, capture_s)
@@ -215,13 +239,14 @@ def plan(
         evaluation.prompts or sum(_source(s, 1)[0] for s in recipe.prompts.evaluation) or 3 * recipe.prompts.held_out
     )
     passes = len(evaluation.shapes) * len(evaluation.temperatures)
-    decode_s = costs.forward_s(1, 1, round(length))
-    # drafting halves the steps; the proof decodes plain and with every shape
-    evaluate_s = (
-        asked * COMPLETION_SHARE * evaluation.max_new_tokens * passes * decode_s / (1.5 * (batch if served else 1))
-    )
+    decode_s = costs.forward_s(1, 1, round(length)) + costs.overhead_s(None)
+    answer = COMPLETION_SHARE * evaluation.max_new_tokens
+    drafted = decode_s / 1.5  # per token; nothing better is known before there is a draft
+    evaluate_s = asked * answer * passes * drafted / (batch if served else 1)
+    evaluate_s += evaluation.speed_prompts * len(evaluation.shapes) * answer * (decode_s + drafted)
+    proof = min(evaluation.lossless_prompts, asked) * evaluation.lossless_tokens
     evaluate_s += (
-        min(evaluation.lossless_prompts, asked) * evaluation.lossless_tokens * (1 + len(evaluation.shapes)) * decode_s
+        proof * (decode_s + len(evaluation.shapes) * drafted) * (1 if served else 4 / BYTES[recipe.target.dtype])
     )
     told.put("hours", "evaluate", evaluate_s, f"roughly {duration(evaluate_s)} on one replica")
     total = regenerate_s + train_s + evaluate_s
@@ -259,13 +284,18 @@ def plan(
     told.assumptions = [
         f"a completion has {COMPLETION_SHARE:.0%} of regenerate.max_new_tokens, {mean:.0f} tokens; "
         f"a prompt has {prompt:.0f}",
-        f"packs are {PACK_FILL:.0%} full; documents are cut at {train.max_document_tokens} tokens",
+        f"packs are {fill:.0%} full; documents are cut at {train.max_document_tokens} tokens",
         f"products of many tokens reach {FLOPS_SHARE:.0%} of {machine.flops_s / 1e12:.3g} TFLOP/s, "
         f"training {TRAIN_SHARE:.0%}",
         f"replicas: {replicas} of {machine.gpus} x {machine.name}; more in server.urls share the work"
         if served
         else f"target and trainer share {machine.name} and take turns",
     ]
+    if accumulate != train.accumulate:
+        told.assumptions.append(
+            f"train.accumulate {train.accumulate} cannot be dealt out to {trainers} trainers: give --train.accumulate "
+            f"{accumulate}, as planned here"
+        )
     if machine.flops_s > 5e13:
         told.assumptions.append("no GPU run of draftsmith stands behind these hours yet: take them as the least")
     if target.experts:
@@ -297,9 +327,13 @@ def against(told: Plan, directory: Path) -> list[tuple[str, float, float]]:
     states = [p.stat().st_size for p in (directory / "train" / "hidden_states").rglob("*.safetensors")]
     drafts = [p.stat().st_size for p in (directory / "export").rglob("model.safetensors")][:1]
     texts = [p.stat().st_size for p in (directory / "completions").glob("*.jsonl")]
-    seconds = {name: entry["seconds"] for name, entry in manifest.get("stages", {}).items()}
+    # of a stage that was skipped or went on, the manifest knows only the last sitting
+    seconds = {name: entry["seconds"] for name, entry in manifest.get("stages", {}).items() if entry.get("ran")}
+    decoded = summary("completions", "timing.json")
+    if decoded:
+        seconds["regenerate"] = decoded["seconds"]
     steps = directory / "train" / "timing.jsonl"
-    if steps.exists():  # of a training in several sittings the manifest knows only the last
+    if steps.exists():
         stepped = sum(row["seconds"] for row in files.read_jsonl(steps))
         seconds["train"] = max(seconds.get("train", 0.0), stepped)
 

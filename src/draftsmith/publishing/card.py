@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from draftsmith import files
+from draftsmith.data.prompts import HUB
 from draftsmith.drafts.checkpoint import inspect_draft
 from draftsmith.errors import DataError
 from draftsmith.publishing.licences import data_licences, hub_name, licence_of
-from draftsmith.recipe import dump_recipe
+from draftsmith.recipe import DraftShape, Recipe
 from draftsmith.serving.launch import SGLANG_MODELS, Engine, launch
 
 if TYPE_CHECKING:
@@ -19,13 +21,30 @@ if TYPE_CHECKING:
 ENGINES = {"evaluate": "draftsmith", "evaluate-vllm": "vLLM", "evaluate-sglang": "SGLang"}
 
 
-def _quality(engine: str, entry: dict[str, Any], categories: Sequence[str], partial: str) -> dict[str, Any]:
+def _machine(results: dict[str, Any]) -> str:
+    hardware = results["created_with"]["hardware"]
+    return ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['cores']} cores"
+
+
+def _public_recipe(recipe: Recipe) -> str:
+    """Without what belongs to this machine: servers, their flags and keys, directories."""
+    told = recipe.model_dump(mode="json", exclude={"server", "serve", "device", "card"})
+    told["evaluate"] = {k: v for k, v in told["evaluate"].items() if k not in ("engine", "url", "plain_url")}
+    told["target"]["model"] = hub_name(recipe.target.model)
+    for source in (*told["prompts"]["sources"], *told["prompts"]["evaluation"]):
+        source["name"] = Path(source["name"]).name
+    return yaml.safe_dump(told, sort_keys=False, width=120)
+
+
+def _quality(engine: str, entry: dict[str, Any], categories: Sequence[str], results: dict[str, Any]) -> dict[str, Any]:
     def short(value: dict[str, Any] | None) -> str:
         return "-" if value is None or value["tau"] is None else f"{value['tau']:.2f}"
 
-    whole = entry["all"]
+    whole, settings = entry["all"], results["settings"]
+    partial = f" ({settings['prompts']} of {settings['prompts_available']} prompts)" if results["partial"] else ""
     return {
         "engine": engine + partial,
+        "dtype": settings["dtype"],
         "shape": entry["shape"],
         "temperature": f"{entry['temperature']:g}",
         "tau": short(whole),
@@ -53,11 +72,15 @@ def _losslessness(found: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join(lines) or "Losslessness was not measured."
 
 
-def _command(run: "Run", engine: Engine) -> str:
-    """What `serve` runs, with the hub's names instead of this machine's paths."""
+def _command(run: "Run", engine: Engine, measured: Sequence[str]) -> str:
+    """What `serve` runs, with the hub's names instead of this machine's paths, at a shape that was measured there."""
     target = hub_name(run.recipe.target.model)
+    shape = run.serving_shape(engine)
+    if measured and str(shape) not in measured:
+        steps, topk, tokens = map(int, measured[0].split("/"))
+        shape = DraftShape(steps=steps, topk=topk, draft_tokens=tokens)
     settings = run.recipe.serve.model_copy(
-        update={"engine": engine, "shape": run.serving_shape(engine), "program": "", "extra": "", "port": 8000}
+        update={"engine": engine, "shape": shape, "program": "", "extra": "", "port": 8000, "host": "127.0.0.1"}
     )
     repo = run.recipe.card.repo or f"OWNER/{run.recipe.name}"
     both = run.path("export", "draft").exists()
@@ -107,10 +130,13 @@ def make_card(run: "Run", prediction: dict[str, Any]) -> str:
     sources = sorted(prompts["by_source"].items(), key=lambda item: -item[1])
     data = data_licences([name for name, _ in sources], recipe.card.data_licences)
     licence_lines = [f"license: {licence.id}"]
-    if licence.id == "other" and licence.name:
+    if licence.id == "other":
         licence_lines += [f"license_name: {licence.name}", f"license_link: {licence.link}"]
-    commands = {engine: _command(run, engine) for engine in ("sglang", "vllm")}  # type: ignore[arg-type]
-    hardware = first["created_with"]["hardware"]
+    tried = {
+        name: [e["shape"] for e in found[f"evaluate-{name}"]["acceptance"]] if f"evaluate-{name}" in found else []
+        for name in ("sglang", "vllm")
+    }
+    commands = {name: _command(run, name, shapes) for name, shapes in tried.items()}  # type: ignore[arg-type]
     sampling = recipe.regenerate
     temperatures = [e["temperature"] for r in found.values() for e in r["acceptance"]]
     return (
@@ -121,7 +147,7 @@ def make_card(run: "Run", prediction: dict[str, Any]) -> str:
             title=(recipe.card.repo or recipe.name).split("/")[-1],
             licence=licence,
             licence_lines=licence_lines,
-            data_sets=[hub for _, hub, _ in data if hub],
+            data_sets=sorted({HUB[s.name].path for s in recipe.prompts.sources if s.name in HUB}),
             status=trained["status"],
             parameters=report.parameters,
             size=f"{2 * report.parameters / 1e6:.0f} MB",
@@ -134,16 +160,14 @@ def make_card(run: "Run", prediction: dict[str, Any]) -> str:
             prompts=settings["prompts"],
             prompts_available=settings["prompts_available"],
             max_new_tokens=settings["max_new_tokens"],
-            dtype=settings.get("dtype", recipe.target.dtype),
+            target_dtype=recipe.target.dtype,
             categories=categories,
             quality=[
                 _quality(
                     ENGINES[name],
                     entry,
                     categories,
-                    f" ({r['settings']['prompts']} of {r['settings']['prompts_available']} prompts)"
-                    if r["partial"]
-                    else "",
+                    r,
                 )
                 for name, r in found.items()
                 for entry in r["acceptance"]
@@ -154,6 +178,9 @@ def make_card(run: "Run", prediction: dict[str, Any]) -> str:
                     "engine": ENGINES[name],
                     "shape": s["shape"],
                     "batch": s.get("batch", 1),
+                    "dtype": s["dtype"],
+                    "prompts": s["prompts"],
+                    "tokens": s["tokens"],
                     "plain": f"{s['plain_tokens_per_s']:.1f}",
                     "drafted": f"{s['drafted_tokens_per_s']:.1f}",
                     "speedup": f"{s['speedup']:.2f}x",
@@ -162,7 +189,7 @@ def make_card(run: "Run", prediction: dict[str, Any]) -> str:
                 for name, r in found.items()
                 for s in r["speed"]
             ],
-            hardware=", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['cores']} cores",
+            hardware="; ".join(dict.fromkeys(f"{_machine(r)}" for r in found.values() if r["speed"])),
             predicted=[
                 {**row, "c": f"{row['c']:.2f}", "speedup": f"{row['speedup']:.2f}x"} for row in prediction["rows"]
             ],
@@ -173,6 +200,7 @@ def make_card(run: "Run", prediction: dict[str, Any]) -> str:
             training_prompts=prompts["prompts"],
             sources=sources,
             completions=written["completions"],
+            trained_on=trained["completions"],
             completion_tokens=written["completion_tokens"],
             sampling=f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, top-k {sampling.top_k or 'off'}"
             + (f", {sampling.greedy_share:.0%} of the shards greedy" if sampling.greedy_share else ""),
@@ -186,7 +214,7 @@ def make_card(run: "Run", prediction: dict[str, Any]) -> str:
             version=made["version"],
             commit=made["commit"],
             seed=recipe.seed,
-            recipe=dump_recipe(recipe),
+            recipe=_public_recipe(recipe),
             hottest=f"T={max(temperatures):g}" if temperatures and max(temperatures) else "",
             data=data,
             author=recipe.card.author,

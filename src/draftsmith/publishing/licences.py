@@ -6,7 +6,7 @@ is the least that holds for it. None of this is legal advice, and the card says 
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from draftsmith.data.prompts import HUB
 from draftsmith.errors import RecipeError
@@ -68,7 +68,7 @@ def _llama(version: str, identifier: str) -> Licence:
 # one family differ, so nothing is guessed from the owner alone.
 TARGETS: tuple[tuple[str, Licence], ...] = (
     (r"MiniMaxAI/MiniMax-M2\.7", MINIMAX),
-    (r"(google/)?gemma-?[123]([-.].*)?", GEMMA),
+    (r"google/gemma-(2b|7b|1\.1|2|3|3n)(-.*)?", GEMMA),
     (r"meta-llama/(Meta-)?Llama-3\.1-.*", _llama("3.1", "llama3.1")),
     (r"meta-llama/Llama-3\.2-.*", _llama("3.2", "llama3.2")),
     (r"meta-llama/Llama-3\.3-.*", _llama("3.3", "llama3.3")),
@@ -76,7 +76,8 @@ TARGETS: tuple[tuple[str, Licence], ...] = (
     (r"meta-llama/Llama-4-.*", _llama("4", "llama4")),
     (r"Qwen/Qwen3-.*", APACHE),
     (r"openai/gpt-oss-.*", APACHE),
-    (r"deepseek-ai/DeepSeek-(R1|V3\.1|V3\.2).*", MIT),
+    (r"mistralai/(Mistral-7B|Mistral-Nemo|Mistral-Small|Mixtral-8x)[-\w.]*", APACHE),
+    (r"deepseek-ai/DeepSeek-(R1|R1-0528|V3\.1.*|V3\.2.*)", MIT),
     (r"microsoft/phi-4.*", MIT),
     (r"zai-org/GLM-4\.[5-7].*", MIT),
 )
@@ -85,7 +86,7 @@ DATA = {
     "bundled": "apache-2.0",
     "ultrachat": "mit",
     "opencodeinstruct": "cc-by-4.0",
-    "codealpaca": "cc-by-nc-4.0",
+    "codealpaca": "cc-by-4.0",
     "gsm8k": "mit",
     "hendrycks-math": "mit",
 }
@@ -97,13 +98,19 @@ def hub_name(target: str) -> str:
 
 
 def licence_of(target: str, override: str | None = None) -> Licence:
-    """The licence that a draft of this target inherits; raises `RecipeError` where that is not known."""
-    if override:
-        return Licence(override, f"{override}, as decided by the draft's author")
+    """The licence that a draft of this target inherits; raises `RecipeError` where that is not known.
+
+    An override names another identifier; the notices of a known target stay, for its terms still hold.
+    """
     name = hub_name(target)
-    for pattern, licence in TARGETS:
-        if re.fullmatch(pattern, name, re.IGNORECASE):
-            return licence
+    known = next((licence for pattern, licence in TARGETS if re.fullmatch(pattern, name, re.IGNORECASE)), None)
+    if override:
+        title = f"{override}, as decided by the draft's author"
+        if known is not None:
+            return replace(known, id=override, title=f"{title}; the target's own is the {known.title}")
+        return Licence(override, title, name="see-the-card" if override == "other" else "", link="README.md")
+    if known is not None:
+        return known
     raise RecipeError(
         f"card.licence: the licence of {target!r} is not known here, so there is no card; read its terms, then set "
         "card.licence to what they allow (a Hugging Face identifier, such as apache-2.0 or other)"

@@ -18,8 +18,11 @@ def draft_root(export: Path) -> tuple[Path, list[Path]]:
     return export, [path for name in ("sglang", "vllm") if (path := export / name).exists()]
 
 
-def publish(export: Path, repo: str, really: bool) -> str:
-    """Check, then upload or tell; returns what to print. The token comes from HF_TOKEN alone."""
+def publish(export: Path, repo: str, really: bool, public: bool = False) -> str:
+    """Check, then upload or tell; returns what to print. The token comes from HF_TOKEN alone.
+
+    A new repository is private unless `public`; one that exists keeps what it is.
+    """
     if not REPO.fullmatch(repo):
         raise RecipeError(f"--repo: {repo!r} given; write owner/name")
     root, directories = draft_root(export)
@@ -35,20 +38,22 @@ def publish(export: Path, repo: str, really: bool) -> str:
     names = [str(path.relative_to(root)) for path in chosen]
     lines = [f"{path.stat().st_size / 1e6:10.1f} MB  {name}" for path, name in zip(chosen, names, strict=True)]
     if not really:
-        return "\n".join([f"would upload to {repo} (give --really to do it):", *lines])
+        kind = "public" if public else "private, if it is new"
+        return "\n".join([f"would upload to {repo} ({kind}; give --really to do it):", *lines])
     token = os.environ.get("HF_TOKEN")
     if not token:
         raise PublishError("publish: HF_TOKEN is not set; export a token that may write to the repository")
+    import httpx2 as httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     hub = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
     try:
-        hub.create_repo(repo, exist_ok=True)
+        hub.create_repo(repo, exist_ok=True, private=not public)
         done = hub.upload_folder(
             repo_id=repo, folder_path=root, allow_patterns=names, commit_message="Draft made with draftsmith"
         )
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         told = str(error).strip().splitlines()
         raise PublishError(f"publish: {repo} was not uploaded: {told[-1] if told else type(error).__name__}") from None
     return "\n".join([f"uploaded to {done.commit_url}", *lines])
