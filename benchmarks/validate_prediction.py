@@ -19,6 +19,7 @@ import torch
 from draftsmith import files
 from draftsmith.cli import _quiet_libraries, parse
 from draftsmith.decoding.sampling import Sampling
+from draftsmith.decoding.speculate import Decoded
 from draftsmith.decoding.tree import Shape
 from draftsmith.evaluation.evaluate import Evaluation
 from draftsmith.evaluation.profile import rank_walks
@@ -28,20 +29,13 @@ from draftsmith.hardware.commands import parse_shape
 from draftsmith.hardware.cost_model import MeasuredCosts, predict
 from draftsmith.hardware.probe import REFERENCE, Server, probe_embedded, probe_server
 from draftsmith.pipeline import Run
+from draftsmith.progress import Meter
 from draftsmith.recipe import DraftShape
 
 OUT = Path(__file__).parent / "results" / "prediction-validation.json"
-EMBEDDED = ("1/1/2", "2/1/3", "3/1/4", "5/1/6", "2/2/4", "3/2/6", "3/4/8", "5/4/8", "3/4/16", "5/4/32", "5/8/64")
-CHAINS = ("1/1/2", "2/1/3", "3/1/4", "5/1/6")
-BATCHES = (1, 4)
-
-
-def walks_of(run: Run, evaluation: Evaluation, count: int, length: int) -> MeasuredProfile:
-    prompts = [ids for _, _, ids in evaluation.prompts[:count]]
-    answers = dict(run.target.generate(prompts, Sampling(), length, evaluation.stop))
-    texts = [(prompt, answers[i].ids) for i, prompt in enumerate(prompts)]
-    drafter = evaluation.drafter
-    return MeasuredProfile(rank_walks(run.target, drafter.draft, torch.tensor(drafter.ids), texts))
+EMBEDDED = ("1/1/2", "2/1/3", "3/1/4", "5/1/6", "7/1/8", "2/2/4", "3/4/8", "5/4/8", "3/4/16", "5/4/32", "5/8/64")
+CHAINS = ("1/1/2", "3/1/4", "5/1/6", "7/1/8")
+BATCHES = (1, 4, 16)
 
 
 def row(engine: str, shape: Shape, batch: int, measured: dict, costs: MeasuredCosts, accept: MeasuredProfile) -> dict:
@@ -54,27 +48,51 @@ def row(engine: str, shape: Shape, batch: int, measured: dict, costs: MeasuredCo
     return line
 
 
-def on_embedded(run: Run, evaluation: Evaluation, accept: MeasuredProfile, shapes: list[str]) -> list[dict]:
-    prompt = max((ids for _, _, ids in evaluation.prompts[:3]), key=len)
-    costs = MeasuredCosts({**probe_embedded(run.target, evaluation.drafter, prompt), "machine": "embedded"})
+def on_embedded(run: Run, evaluation: Evaluation, shapes: list[str]) -> tuple[list[dict], MeasuredCosts]:
+    """Every shape decodes a prompt in turn, with plain decoding before and after, so that a slow moment hits all."""
+    prompts = [ids for _, _, ids in evaluation.prompts[: evaluation.settings.speed_prompts]]
+    costs = MeasuredCosts({**probe_embedded(run.target, evaluation.drafter, max(prompts[:3], key=len)), "machine": ""})
+    length, asked = evaluation.settings.max_new_tokens, [parse_shape(name) for name in shapes]
+    plan: list[Shape | None] = [None, *asked[: len(asked) // 2], None, *asked[len(asked) // 2 :]]
+    made: dict[Shape | None, list[Decoded]] = {shape: [] for shape in plan}
+
+    def decode(prompt: list[int], shape: Shape | None) -> Decoded:
+        decoder = evaluation.speculative if shape else evaluation.plain
+        return decoder.generate(prompt, Sampling(), length, shape, ends=evaluation.ends)
+
+    for shape in made:
+        decode(prompts[0], shape)  # warm
+    with Meter("embedded", len(prompts) * len(plan), "answers") as meter:
+        for prompt in prompts:
+            for shape in plan:
+                made[shape].append(decode(prompt, shape))
+                meter.advance(1, len(made[shape][-1].ids))
+    texts = list(zip(prompts, (d.ids for d in made[None][::2]), strict=True))
+    drafter = evaluation.drafter
+    accept = MeasuredProfile(rank_walks(run.target, drafter.draft, torch.tensor(drafter.ids), texts))
+
+    def rate(shape: Shape | None) -> float:
+        return sum(len(d.ids) - 1 for d in made[shape]) / sum(d.seconds for d in made[shape])
+
     rows = []
-    for name in shapes:
-        measured = evaluation.speed(parse_shape(name))
-        assert measured, "no answer was long enough"
-        rows.append(row("embedded", parse_shape(name), 1, measured, costs, accept))
-    return rows
+    for shape in asked:
+        steps = [step.accepted for d in made[shape] for step in d.steps]
+        measured = {"plain_tokens_per_s": rate(None), "drafted_tokens_per_s": rate(shape)}
+        rows.append(row("embedded", shape, 1, measured | {"tau": 1 + statistics.mean(steps)}, costs, accept))
+    return rows, costs
 
 
-def on_vllm(run: Run, evaluation: Evaluation, count: int, tokens: int) -> list[dict]:
+def on_vllm(run: Run, evaluation: Evaluation, count: int, tokens: int) -> tuple[list[dict], MeasuredCosts]:
     """Decoding alone: two lengths of the same answers, whose difference leaves the prompts out."""
     scratch = run.path("validate-vllm")
     scratch.mkdir(exist_ok=True)
-    served = ServedEvaluation(
-        run.recipe, "vllm", run.draft_for("vllm"), run.path("prompts", "evaluation.jsonl"), scratch
-    )
+    place = "vllm", run.draft_for("vllm"), run.path("prompts", "evaluation.jsonl"), scratch
+    serve = run.recipe.serve
+    beside = run.recipe.model_copy(update={"serve": serve.model_copy(update={"port": serve.port + 1})})
+    alone, served = ServedEvaluation(beside, *place), ServedEvaluation(run.recipe, *place)
     prompts = [ids for _, _, ids in evaluation.prompts]
     drafter, rows, accept = evaluation.drafter, [], None
-    with served.server(None, None) as target:
+    with alone.server(None, None) as target:
         plain = Server(target.replicas[0].url, "vllm", "")
         for name in (str(REFERENCE), *(c for c in CHAINS if c != str(REFERENCE))):
             shape = parse_shape(name)
@@ -100,7 +118,7 @@ def on_vllm(run: Run, evaluation: Evaluation, count: int, tokens: int) -> list[d
                     assert accept is not None
                     line = row("vllm", shape, batch, measured | {"tau": 1 + accepted / steps}, costs, accept)
                     rows.append({**line, "calibrates": shape == REFERENCE and batch == 1})
-    return rows
+    return rows, costs
 
 
 def ranks(values: list[float]) -> list[float]:
@@ -122,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--engine", choices=["embedded", "vllm"], default="embedded")
-    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--summary", action="store_true")
     parser.add_argument(
@@ -140,14 +158,15 @@ def main() -> None:
         run = Run(recipe, command.out or Path("runs") / recipe.name, sys.argv)
         evaluation = Evaluation(recipe, run.target, run.draft_directory, run.path("prompts", "evaluation.jsonl"))
         if own.engine == "embedded":
-            rows = on_embedded(run, evaluation, walks_of(run, evaluation, own.prompts, own.tokens), own.shapes)
+            rows, costs = on_embedded(run, evaluation, own.shapes)
         else:
-            rows = on_vllm(run, evaluation, own.prompts, own.tokens)
+            rows, costs = on_vllm(run, evaluation, own.prompts, own.tokens)
         again = {(r["engine"], r["shape"], r["batch"]) for r in rows}
         kept = [r for r in result["rows"] if (r["engine"], r["shape"], r["batch"]) not in again]
         made = {**result.get("created_with", {}), own.engine: run.created_with}
         told = {"prompts": own.prompts, "tokens": own.tokens, "threads": torch.get_num_threads()}
         result = {"created_with": made, "rows": kept + [{**r, **told} for r in rows]}
+        result["probes"] = {**result.get("probes", {}), own.engine: costs.parts}
     result["summary"] = {"all": summary(result["rows"])} | {
         e: summary([r for r in result["rows"] if r["engine"] == e]) for e in {r["engine"] for r in result["rows"]}
     }

@@ -16,12 +16,14 @@ from safetensors.torch import save_file
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.targets.local import LocalTarget
 
-Answer = Callable[[str, dict], tuple[int, dict]]
+CONTEXT = 200
+Answer = Callable[[str, dict, str], tuple[int, dict]]  # path, body and request id
 
 
 class FaultyServer(ThreadingHTTPServer):
     """Answers requests, except where `fault(n)` of the n-th POST for text names one: an HTTP status, `drop`
-    (connection closed in mid-answer), `torn` (half of the JSON) or `late` (`late_s` seconds too late)."""
+    (connection closed in mid-answer), `torn` (half of the JSON), `abort` (the engine gave up and says so) or `late`
+    (`late_s` seconds too late)."""
 
     daemon_threads = True
 
@@ -64,9 +66,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             return
         status, answer = (
-            (fault, {"error": "made up"}) if isinstance(fault, int) else self.server.answer(self.path, body)
+            (fault, {"error": "made up"})
+            if isinstance(fault, int)
+            else self.server.answer(self.path, body, self.headers.get("X-Request-Id", ""))
         )
         content = json.dumps(answer).encode()
+        if fault == "abort":  # as vLLM and SGLang end what they had in flight when they are told to stop
+            content = content.replace(b'"length"', b'"abort"').replace(b'"stop"', b'"abort"')
         if fault == "late":
             time.sleep(self.server.late_s)
         if fault == "torn":
@@ -94,9 +100,10 @@ def serving(*servers: FaultyServer) -> Iterator[list[str]]:
 def forward(url: str) -> Answer:
     """Answers of a real server, for faults between it and us."""
 
-    def answer(path: str, body: dict) -> tuple[int, dict]:
+    def answer(path: str, body: dict, name: str) -> tuple[int, dict]:
         data = json.dumps(body).encode() if body else None
-        request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"} | ({"X-Request-Id": name} if name else {})
+        request = urllib.request.Request(url + path, data, headers)
         try:
             with urllib.request.urlopen(request, timeout=600) as response:
                 return response.status, json.loads(response.read())
@@ -110,13 +117,13 @@ def tiny_engine(target: LocalTarget, name: str, keep: tuple[Path, tuple[int, ...
     """Answers of a tiny target in both engines' words; with `keep` it writes hidden states as vLLM's connector does."""
     one_at_a_time = threading.Lock()
 
-    def states(ids: list[int]) -> dict:
+    def states(ids: list[int], name: str) -> dict:
         folder, taps = keep
         raw = []
         hook = target.decoder.layers[-1].register_forward_hook(lambda _m, _a, out: raw.append(out))
         kept = target.capture([ids], taps).taps_TKH
         hook.remove()
-        path = folder / f"{uuid.uuid4().hex}.safetensors"
+        path = folder / f"cmpl-{name or uuid.uuid4().hex}-0.safetensors"
         path.with_name(f"{path.name}.lock").touch()
         hidden = torch.cat([kept, raw[0][0][:, None]], 1)
         save_file({"hidden_states": hidden.contiguous(), "token_ids": torch.tensor(ids)}, path)
@@ -131,25 +138,32 @@ def tiny_engine(target: LocalTarget, name: str, keep: tuple[Path, tuple[int, ...
         ((_, generation),) = target.generate([ids], sampling, length, tuple(settings.get("stop", ())), seed)
         return generation.ids, "length" if generation.finish_reason == "length" else "stop"
 
-    def answer(path: str, body: dict) -> tuple[int, dict]:
+    def answer(path: str, body: dict, request_id: str) -> tuple[int, dict]:
         with one_at_a_time, torch.inference_mode():
             if path == "/v1/models":
-                return 200, {"data": [{"id": name, "root": name}]}
+                return 200, {"data": [{"id": name, "root": name, "max_model_len": CONTEXT}]}
             if path == "/server_info":  # of a stock SGLang
                 return 200, {"json_model_override_args": "{}"}
             if path == "/tokenize":
                 return 200, {"tokens": target.tokenizer(body["prompt"]).input_ids}
             ids = body.get("prompt") or body["input_ids"]
-            if len(ids) > 200:
-                return 400, {"message": "this model's maximum context length is 200 tokens"}
+            if len(ids) > CONTEXT:
+                return 400, {"message": f"this model's maximum context length is {CONTEXT} tokens"}
             if path == "/v1/completions" and "prompt_logprobs" in body:
                 rows = [{str(t): {"logprob": x}} for t, x in zip(ids[1:], logprobs(ids), strict=True)]
                 return 200, {"choices": [{"prompt_token_ids": ids, "prompt_logprobs": [None, *rows]}]}
             if path == "/v1/completions":
                 written, reason = write(ids, body, body["max_tokens"], body.get("seed", 0))
-                kept = states(ids) if keep else {}
-                return 200, {"choices": [{"token_ids": written, "finish_reason": reason}], **kept}
+                kept = states(ids, request_id) if keep else {}
+                choice = {"token_ids": written, "finish_reason": reason}
+                if body.get("logprobs"):
+                    first, second = target.logits(target.capture([ids], ()).last_TH[-1]).topk(2).values.tolist()
+                    choice["logprobs"] = {"top_logprobs": [{"a": first, "b": second}]}
+                return 200, {"choices": [choice], **kept}
             settings = body["sampling_params"]
+            if body.get("top_logprobs_num"):
+                first, second = target.logits(target.capture([ids], ()).last_TH[-1]).topk(2).values.tolist()
+                return 200, {"meta_info": {"output_top_logprobs": [[[first, 1, None], [second, 2, None]]]}}
             if body.get("return_logprob"):
                 rows = [[x, t, None] for t, x in zip(ids[1:], logprobs(ids), strict=True)]
                 return 200, {"meta_info": {"input_token_logprobs": [[None, ids[0], None], *rows]}}

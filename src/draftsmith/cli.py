@@ -98,10 +98,10 @@ class TuneCommand(RecipeCommand):
     """Find the fastest shape by measuring; `serve` takes what is found."""
 
     command: tyro.conf.Positional[Literal["tune"]]
-    engine: Literal["embedded", "vllm", "sglang"] = "embedded"
-    """What decodes: the embedded engine, or servers started as `serve` does."""
+    engine: Literal["auto", "embedded", "vllm", "sglang"] = "auto"
+    """What decodes: the embedded engine, or servers started as `serve` does; auto: whatever runs the target."""
     budget_s: float = 300.0
-    """Seconds after which the best so far is taken."""
+    """Seconds after which the best so far is taken; starts of engines count."""
 
 
 @dataclass
@@ -113,6 +113,10 @@ class PlanCommand(RecipeCommand):
     """A machine by name, or a probe's JSON file; left out: the run's probe.json."""
     trainer_gpus: int | None = None
     """GPUs that train; left out: those of one machine."""
+    completion_tokens: int | None = None
+    """Mean length of the target's answers; left out: 43 % of regenerate.max_new_tokens."""
+    network_gbit: float | None = None
+    """Network between target and trainer, in Gbit/s; left out: 25."""
     against: Path | None = None
     """A finished run directory: print what was planned beside what it really took."""
 
@@ -124,6 +128,9 @@ class CompareCommand(RecipeCommand):
     command: tyro.conf.Positional[Literal["compare"]]
     drafts: tuple[Path, ...] = ()
     """Draft directories, ours or others', beside the run's own."""
+    taps: Literal["auto", "sglang", "vllm"] = "auto"
+    """How others' explicit layer ids are meant: sglang layer outputs, vllm layer inputs; auto: nested in eagle_config
+    as SGLang's, at the top level as vLLM's."""
 
 
 @dataclass
@@ -312,11 +319,12 @@ def execute(command: RecipeCommand | InspectCommand) -> int:
             case TuneCommand():
                 hardware.tune(run, command.engine, command.budget_s)
             case PlanCommand():
-                hardware.plan(run, command.hardware, command.trainer_gpus, command.against)
+                p = command
+                hardware.plan(run, p.hardware, p.trainer_gpus, p.against, p.completion_tokens, p.network_gbit)
             case CompareCommand():
                 from draftsmith.publishing.compare import compare
 
-                compare(run, command.drafts)
+                compare(run, command.drafts, command.taps)
     return 0
 
 

@@ -98,7 +98,11 @@ class Run:
         if wish.engine != "transformers":
             from draftsmith.targets.servers import ServedTarget
 
-            return ServedTarget(wish, self.recipe.server, device)
+            served = ServedTarget(wish, self.recipe.server, device)
+            known = self.path("completions", "server.json")
+            if known.exists():  # who wrote the completions is who they are trained with
+                served.fingerprint.extend(files.read_json(known)["fingerprint"])
+            return served
         from draftsmith.targets.local import LocalTarget
 
         return LocalTarget(
@@ -139,8 +143,12 @@ class Run:
     def judge(self) -> Literal["embedded", "vllm", "sglang"]:
         """The engine that `evaluate` decodes with."""
         wish, own = self.recipe.evaluate.engine, self.recipe.target.engine
+        if wish == "auto" and own != "transformers":
+            return own
+        if self.recipe.evaluate.url is not None and wish in ("auto", "embedded"):
+            raise TargetError("evaluate.url: given, but the embedded engine decodes; give --evaluate.engine too")
         if wish == "auto":
-            return "embedded" if own == "transformers" else own
+            return "embedded"
         if wish == "embedded" and own != "transformers":
             raise TargetError(
                 f"evaluate.engine: embedded needs the target in this process; where it fits, give --target.engine "
@@ -188,9 +196,17 @@ class Run:
 
     def draft_for(self, engine: str) -> Path:
         both, own = self.path("export", "draft"), self.path("export", engine)
+        if self.path("export", "vllm").exists() and engine == "sglang" and not own.exists():
+            raise DataError("draft.taps: SGLang cannot capture tap 0, so this draft serves on vLLM alone")
         if not both.exists() and not own.exists():
             raise DataError(f"serve: no draft in {self.path('export')}; run: draftsmith run RECIPE")
         return both if both.exists() else own
+
+    @property
+    def draft_digest(self) -> str | None:
+        """Content of the exported draft."""
+        weights = self.draft_directory / "model.safetensors"
+        return files.digest(weights) if weights.exists() else None
 
     def serving_shape(self, engine: str) -> DraftShape:
         """The recipe's shape; where it is the default, what `tune` found fastest on that engine, or on the embedded
@@ -201,7 +217,10 @@ class Run:
         for name in (engine, "embedded"):
             path = self.path(f"tune-{name}.json")
             if path.exists():
-                told = files.read_json(path)
+                told, here = files.read_json(path), hardware()
+                if told["draft"] != self.draft_digest or any(told["hardware"][k] != here[k] for k in ("cpu", "gpus")):
+                    say(f"{path}: of another draft or machine, so left out; run: draftsmith tune RECIPE")
+                    continue
                 best = told["chain" if engine == "vllm" else "shape"]
                 if best is None:
                     say(f"{path}: nothing beat plain decoding there; the draft is served as the recipe says")
@@ -284,6 +303,7 @@ def _part(*names: str) -> Callable[[Run], Any]:
     return lambda run: {name: run.recipe.model_dump(mode="json")[name] for name in names}
 
 
+SERVED = {"extra", "tensor_parallel", "context", "draft_quantization"}  # of `serve`, what an evaluation depends on
 STAGES = (
     Stage(
         "prompts", "gather, de-duplicate and decontaminate prompts", _part("prompts", "seed"), _source_files, _prompts
@@ -327,7 +347,11 @@ STAGES = (
     Stage(
         "evaluate",
         "measure accept length, speed and losslessness",
-        lambda run: [_part("target", "evaluate", "seed")(run), run.recipe.regenerate.max_prompt_tokens],
+        lambda run: [
+            _part("target", "evaluate", "seed")(run),
+            run.recipe.regenerate.max_prompt_tokens,
+            run.recipe.serve.model_dump(mode="json", include=SERVED) if run.judge != "embedded" else None,
+        ],
         lambda run: [run.draft_directory / "model.safetensors", run.path("prompts", "evaluation.jsonl")],
         _evaluate,
     ),

@@ -335,6 +335,8 @@ class CardRecipe(Model):
 
     repo: str | None = None
     """Where the draft is to live, as owner/name; stands in the card's commands and is where `publish` uploads."""
+    base_model: str | None = None
+    """The target's name on the hub; needed where target.model is a directory."""
     licence: str | None = None
     """Licence of the draft, as Hugging Face writes it (apache-2.0, mit, gemma, other ...); needed where the target's
     is not known, and then your own decision."""

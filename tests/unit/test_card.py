@@ -182,9 +182,11 @@ def test_a_difference_is_told_and_never_called_lossless(make):
 
 
 def test_predictions_are_rows_of_their_own_and_called_so(make):
-    rows = [{"machine": "h100-1", "shape": "3/4/8", "batch": 1, "c": 1.504, "speedup": 0.987}]
+    rows = [
+        {"machine": "h100-1", "shape": "3/4/8", "batch": 1, "c": 1.504, "speedup": 0.987, "batches": "no batch gains"}
+    ]
     card = make_card(make(), {"sentence": "", "rows": rows})
-    assert row(card, "h100-1", "3/4/8") == "| h100-1 | 3/4/8 | 1.50 | 0.99x |"
+    assert row(card, "h100-1", "3/4/8") == "| h100-1 | 3/4/8 | 1.50 | 0.99x | no batch gains |"
     assert card.index("not measured:") < card.index("| h100-1")
 
 

@@ -146,6 +146,29 @@ def test_other_spellings_are_read(exported):
     assert torch.equal(again.fc.weight, draft.fc.weight.to(torch.bfloat16).float())
 
 
+@pytest.mark.parametrize(
+    ("ids", "reading", "taps"),
+    [
+        ({}, "auto", (2, 8, 13)),  # the engines' default for 16 layers
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 7, 12]}}, "auto", (2, 8, 13)),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 7, 12]}}, "vllm", (1, 7, 12)),
+        ({"eagle_aux_hidden_state_layer_ids": [2, 8, 13]}, "auto", (2, 8, 13)),
+        ({"eagle_aux_hidden_state_layer_ids": [2, 8, 13]}, "sglang", (3, 9, 14)),
+    ],
+)
+def test_drafts_of_others_are_read_by_their_own_convention(exported, ids, reading, taps):
+    directory, _, _ = exported
+    config = json.loads((directory / "config.json").read_text())
+    for key in ("draftsmith", "eagle_config", "eagle_aux_hidden_state_layer_ids"):
+        config.pop(key, None)
+    config |= ids | {"max_position_embeddings": 2048}  # which spoils serving, not the draft
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError):
+        load_draft(directory, torch.float32)
+    draft, _ = load_draft(directory, torch.float32, 16, reading)
+    assert draft.config.taps == taps
+
+
 def test_pickled_weights_are_not_loaded(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")

@@ -120,6 +120,13 @@ def test_what_cannot_start_is_told_in_one_line(engine):
             pass
         assert wanted in str(caught.value)
         assert "\n" not in str(caught.value)
+    launched = launch(recipe(), "m", Path("d"), "plain", ())
+    with (
+        running(launched, 20),
+        pytest.raises(ServeError, match=r"serve\.port: something already answers at http"),
+        running(launched, 20),
+    ):
+        pass
 
 
 def test_commands_are_the_engines_own():

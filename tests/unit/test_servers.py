@@ -3,9 +3,12 @@
 import contextlib
 import shutil
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from models import save_tiny_target, tiny_recipe, tiny_target, write_prompts
 from servers import FaultyServer, serving, tiny_engine
 
@@ -71,7 +74,7 @@ def test_rows_are_what_the_target_writes_whatever_the_replicas(model, target, pr
     assert max(answered) - min(answered) <= 3  # fair
 
 
-@pytest.mark.parametrize("fault", [500, 503, 429, "drop", "torn", "late"])
+@pytest.mark.parametrize("fault", [500, 503, 429, "drop", "torn", "late", "abort"])
 def test_faults_change_nothing_but_time(model, target, prompts, tmp_path, fault):
     sound = FaultyServer(tiny_engine(target, model))
     sick = [FaultyServer(tiny_engine(target, model), lambda n: fault if n % 3 == 1 else None) for _ in range(2)]
@@ -156,8 +159,11 @@ def test_several_turns_are_those_of_the_target_in_process(model, target, tmp_pat
 def test_what_cannot_be_right_is_refused_in_one_line(model, target, prompts, tmp_path):
     other = tiny_target(seed=1, tokenizer=target.tokenizer)
 
-    def other_words(path, body):
-        return (200, {"tokens": [1, 2]}) if path == "/tokenize" else tiny_engine(target, model)(path, body)
+    def other_words(path, body, name):
+        return (200, {"tokens": [1, 2]}) if path == "/tokenize" else tiny_engine(target, model)(path, body, name)
+
+    def other_engine(path, body, name):
+        return (200, {"meta_info": {}}) if path == "/v1/completions" else tiny_engine(target, model)(path, body, name)
 
     servers = [
         FaultyServer(tiny_engine(target, model)),
@@ -165,9 +171,10 @@ def test_what_cannot_be_right_is_refused_in_one_line(model, target, prompts, tmp
         FaultyServer(other_words),
         FaultyServer(tiny_engine(other, model)),
         FaultyServer(tiny_engine(target, model), lambda n: 404),
+        FaultyServer(other_engine),
     ]
     with serving(*servers) as urls:
-        good, elsewhere, words, weights, lost = urls
+        good, elsewhere, words, weights, lost, alien = urls
         for number, (wanted, given) in enumerate(
             {
                 "server.urls: none given; target.engine vllm needs at least one URL": [],
@@ -176,6 +183,7 @@ def test_what_cannot_be_right_is_refused_in_one_line(model, target, prompts, tmp
                 "has other weights under the same name": [good, weights],
                 "server.urls: no server answers; http://127.0.0.1:9: ": ["http://127.0.0.1:9"],
                 "HTTP 404": [lost],
+                "does not answer as the engine of target.engine does": [alien],
                 "server.urls: localhost:8000: ": ["localhost:8000"],
             }.items()
         ):
@@ -183,10 +191,19 @@ def test_what_cannot_be_right_is_refused_in_one_line(model, target, prompts, tmp
                 regenerate(recipe_for(model, given), prompts, tmp_path / str(number))
             assert wanted in str(caught.value)
             assert "\n" not in str(caught.value)
+        long = recipe_for(model, [good])
+        long = long.model_copy(update={"regenerate": long.regenerate.model_copy(update={"max_new_tokens": 500})})
+        with pytest.raises(TargetError, match=r"takes 200 tokens, .*; give a smaller max_new_tokens"):
+            regenerate(long, prompts, tmp_path / "long")
         # Weights that were changed between two runs are noticed by what the first one kept.
         regenerate(recipe_for(model, [good]), prompts, tmp_path / "kept")
-        with pytest.raises(TargetError, match="nats a token away"):
-            regenerate(recipe_for(model, [weights]), prompts, tmp_path / "kept")
+        kept = tmp_path / "run" / "completions"
+        shutil.copytree(tmp_path / "kept", kept)
+        with (
+            contextlib.closing(Run(recipe_for(model, [weights]), tmp_path / "run", ["test"])) as run,
+            pytest.raises(TargetError, match="nats a token away"),
+        ):
+            run.target.logprobs([1, 2, 3])
 
 
 def test_stages_up_to_the_vocabulary_need_no_model_in_process(model, target, tmp_path):
@@ -235,6 +252,59 @@ def test_training_from_servers_gives_the_loss_curve_of_training_in_process(model
     assert taus == pytest.approx([row["held_out"]["tau_3"] for row in curves[1] if "held_out" in row], rel=1e-3)
 
 
+@pytest.mark.parametrize("fault", [503, "drop", "late", "abort"])
+def test_states_come_through_faults_and_leave_no_file(model, target, tmp_path, fault):
+    engine = tiny_engine(target, model, (tmp_path, (1, 3, 4)))
+    documents = [[1, 5 + i, 9, 7] for i in range(9)]
+    wanted = target.capture(documents, (1, 3, 4))
+    with serving(FaultyServer(engine, lambda n: fault if n % 4 == 2 else None, late_s=0.6)) as urls:
+        recipe = recipe_for(model, urls, deadline_s=0.4)
+        with contextlib.closing(ServedTarget(recipe.target, recipe.server, "cpu")) as served:
+            got = served.capture(documents, (1, 3, 4))
+            time.sleep(0.5)  # what came late is written by then
+    assert torch.allclose(got.taps_TKH, wanted.taps_TKH, atol=1e-5)
+    assert torch.allclose(got.last_TH, wanted.last_TH, atol=1e-4)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_never_comes_is_asked_for_again(model, target, tmp_path):
+    whole = tiny_engine(target, model, (tmp_path, (1, 3, 4)))
+    asked = []
+
+    def full_disk(path, body, name):
+        status, answer = whole(path, body, name)
+        kept = answer.get("kv_transfer_params")
+        if kept and "prompt_logprobs" not in body:
+            asked.append(name)
+            if len(asked) == 1:
+                Path(kept["hidden_states_path"]).unlink()
+        return status, answer
+
+    with serving(FaultyServer(full_disk)) as urls:
+        recipe = recipe_for(model, urls)
+        with contextlib.closing(ServedTarget(recipe.target, recipe.server, "cpu")) as served:
+            assert served.capture([[1, 2, 3]], (1, 3, 4)).taps_TKH.shape == (3, 3, 32)
+    assert len(asked) == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_served_target_does_what_one_in_process_does(model, target, engine):
+    """The protocol of targets/base.py: completions, and what the model thinks of a text."""
+    prompts = [[1, 5 + i, 9] for i in range(6)]
+    with serving(FaultyServer(tiny_engine(target, model))) as urls:
+        recipe = recipe_for(model, urls, engine)
+        with contextlib.closing(ServedTarget(recipe.target, recipe.server, "cpu")) as served:
+            made = dict(served.generate(prompts, Sampling(), 8, at_once=2))
+            assert {i: (g.ids, g.finish_reason) for i, g in made.items()} == {
+                i: (g.ids, g.finish_reason) for i, g in target.generate(prompts, Sampling(), 8)
+            }
+            assert served.logprobs([1, 5, 9, 7]) == pytest.approx(target.logprobs([1, 5, 9, 7]), abs=1e-5)
+            first, second = target.logits(target.capture([[1, 5, 9]], ()).last_TH[-1]).topk(2).values.tolist()
+            assert served.runner_up([1, 5, 9]) == pytest.approx(first - second, abs=1e-5)
+            assert served.identity == replace(target.identity, model=model)
+
+
 def test_servers_that_keep_the_wrong_states_are_refused(model, target, tmp_path):
     folder = tmp_path / "states"
     folder.mkdir()
@@ -247,7 +317,7 @@ def test_servers_that_keep_the_wrong_states_are_refused(model, target, tmp_path)
         for url, hidden_states, wanted in (
             (urls[0], None, "keeps no hidden states"),
             (urls[1], None, "draft.taps: the server keeps [3, 32] values a token, this run wants [4, 32]"),
-            (urls[2], "/elsewhere", "server.hidden_states: /elsewhere/"),
+            (urls[2], "/elsewhere", "keeps its hidden states in /elsewhere, which this machine does not see"),
         ):
             recipe = recipe_for(model, [url], hidden_states=hidden_states)
             with contextlib.closing(ServedTarget(recipe.target, recipe.server, "cpu")) as served:

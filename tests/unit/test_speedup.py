@@ -1,6 +1,7 @@
 """The speed-up model: accept lengths, costs, break-even, and the figures that others published."""
 
 import json
+import math
 import re
 
 import pytest
@@ -18,10 +19,10 @@ from draftsmith.hardware.accept_length import (
     published,
 )
 from draftsmith.hardware.commands import parse_shape
-from draftsmith.hardware.cost_model import MeasuredCosts, RooflineCosts, break_even, interpolate, predict
+from draftsmith.hardware.cost_model import GRID, MeasuredCosts, RooflineCosts, interpolate, paying_batches, predict
 from draftsmith.hardware.interconnect import SIZES, all_reduce_latency
 from draftsmith.hardware.interconnect import describe as describe_topology
-from draftsmith.hardware.predict import advice, candidate_shapes, describe, heat_map, table
+from draftsmith.hardware.predict import advice, candidate_shapes, describe, heat_map, table, where_it_pays
 from draftsmith.hardware.presets import PRESETS, preset
 from draftsmith.hardware.sizes import DraftSize, TargetSize, target_config
 
@@ -82,11 +83,15 @@ def test_a_published_tau_is_met_at_its_own_shape():
     alpha = published(1.5, Shape(1, 1, 2)).alpha
     assert alpha == pytest.approx(0.5, abs=1e-5)
     assert GeometricProfile(0.5).tau(CHAIN) == pytest.approx(1 + 0.5 + 0.25 + 0.125)
+    for tau, shape in ((3.52, CHAIN), (5.3, Shape(7, 1, 8)), (3.9, TREE)):  # published ones are that high
+        high = published(tau, shape)
+        assert high.tau(shape) == pytest.approx(tau, abs=1e-4)
+        assert sum(high.share(rank) for rank in range(1, 20)) <= 1 + 1e-9
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.5, 4.0, 9.0])
 def test_an_impossible_tau_is_refused(tau):
-    with pytest.raises(RecipeError, match=r"--tau: .* given; between 1 and"):
+    with pytest.raises(RecipeError, match=r"--tau: .* given; above 1 and below 4"):
         published(tau, CHAIN)
 
 
@@ -110,19 +115,40 @@ def test_speedup_is_tau_over_c():
     c = (0.012 + 3 * 0.001 + 0.001) / 0.010
     assert told.c == pytest.approx(c)
     assert told.speedup == pytest.approx(1.875 / c)
-    assert told.tokens_per_s == pytest.approx(1.875 / c / 0.010)
     assert predict(costs, GeometricProfile(0.5), CHAIN, 1, 1128).decode_s == pytest.approx(0.011)
 
 
 def test_break_even_is_where_drafting_stops_paying():
-    costs, accept = MeasuredCosts(PARTS), GeometricProfile(0.5)
-    batch = break_even(costs, accept, CHAIN, 128)
-    assert batch is not None
-    assert batch > 1
-    assert predict(costs, accept, CHAIN, batch, 128).speedup <= 1
-    assert predict(costs, accept, CHAIN, batch - 1, 128).speedup > 1
+    costs, accept = MeasuredCosts({**PARTS, "forward": [*PARTS["forward"], [4096, 8.0]]}), GeometricProfile(0.5)
+    ((first, last),), largest = paying_batches(costs, accept, CHAIN, 128)
+    assert (first, largest) == (1, 1024)
+    after = GRID[GRID.index(last) + 1]
+    assert predict(costs, accept, CHAIN, last, 128).speedup > 1 >= predict(costs, accept, CHAIN, after, 128).speedup
     flat = {**PARTS, "forward": [[1, 0.01], [8192, 0.0101]]}
-    assert break_even(MeasuredCosts(flat), GeometricProfile(0.6), CHAIN) is None
+    assert paying_batches(MeasuredCosts(flat), GeometricProfile(0.6), CHAIN) == ([(1, 1024)], 1024)
+
+
+def test_nothing_is_told_beyond_what_was_measured():
+    costs, accept = MeasuredCosts(PARTS), GeometricProfile(0.9)  # forwards of up to 64 tokens
+    assert predict(costs, accept, CHAIN, 32).speedup > 0
+    assert math.isnan(predict(costs, accept, CHAIN, 33).speedup)
+    assert paying_batches(costs, accept, CHAIN)[1] == 32
+    rows = table(costs, accept, [CHAIN, TREE], [1, 32], 128)
+    assert describe(rows).splitlines()[-1] == "-: beyond what was measured"
+    flat = MeasuredCosts({**PARTS, "forward": [[1, 0.0100], [64, 0.0105]]})
+    assert where_it_pays(flat, accept, rows[0][0]) == "no break-even up to batch 32, as far as is known"
+
+
+def test_a_gain_that_comes_back_is_told():
+    """Experts that a large batch reads anyway make verification cheap again."""
+    ranges, largest = paying_batches(minimax("pcie-p2p-8"), published(2.3, TREE), TREE)
+    assert len(ranges) == 2
+    assert ranges[0][0] == 1
+    told = where_it_pays(
+        minimax("pcie-p2p-8"), published(2.3, TREE), predict(minimax("pcie-p2p-8"), published(2.3, TREE), TREE)
+    )
+    assert re.fullmatch(r"pays at batches 1 to \d+, \d+ to \d+ alone", told), told
+    assert largest == 1024
 
 
 def test_interpolation_goes_through_its_points_and_on():
@@ -177,7 +203,7 @@ def test_the_table_and_the_sentence():
     assert [row[0].speedup for row in rows] == sorted((row[0].speedup for row in rows), reverse=True)
     told = advice(rows, costs, accept)
     assert re.match(r"\d+/\d+/\d+; expect 1\.\d\dx at batch 1 on h200-nvlink-8 \(accept length ", told)
-    assert "break-even at batch" in told
+    assert "; break-even above batch " in told
     assert describe(rows).splitlines()[0].split() == ["shape", "tau", "c", "batch", "1", "batch", "8", "batch", "64"]
     picture = heat_map(rows, "a title")
     assert picture.count(f"{rows[0][0].speedup:.2f}") >= 1
@@ -205,8 +231,10 @@ def test_processes_tell_their_all_reduce():
 
 
 def test_topology_is_told_by_its_worst_pair():
-    link = {"pair": [0, 1], "peer_access": True, "nvlinks": 4}
+    link = {"pair": [0, 1], "peer_access": True, "nvlink": True}
     assert describe_topology([]) == "a single device"
     assert describe_topology([link]) == "NVLink"
-    assert describe_topology([link, {**link, "nvlinks": 0}]) == "PCIe, peer to peer"
-    assert describe_topology([link, {**link, "nvlinks": 0, "peer_access": False}]).startswith("PCIe, through the host")
+    assert describe_topology([link, {**link, "nvlink": False}]) == "PCIe, peer to peer"
+    assert describe_topology([link, {**link, "nvlink": False, "peer_access": False}]).startswith(
+        "PCIe, through the host"
+    )

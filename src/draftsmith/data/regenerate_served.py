@@ -4,7 +4,6 @@ A prompt's file is known before it is answered; its row is appended when its las
 only what was in flight. When all is done the files are sorted, so that they do not depend on who answered first.
 """
 
-import asyncio
 import itertools
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ import orjson
 from draftsmith.data.regenerate import Completion, Conversation, Tally, loss_tokens, open_conversations
 from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.sampling import Sampling
-from draftsmith.files import digest, read_json, read_jsonl, write_json, write_jsonl
+from draftsmith.files import digest, read_jsonl, write_json, write_jsonl
 from draftsmith.progress import Meter
 from draftsmith.recipe import Recipe, RegenerateRecipe
-from draftsmith.targets.servers import ServedTarget
+from draftsmith.targets.servers import ServedTarget, all_or_none
 
 
 def prompt_sampling(settings: RegenerateRecipe, seed: int, name: str) -> Sampling:
@@ -61,8 +60,6 @@ class ServedRegeneration:
                 self.meter.resume(self.meter.done + (len(loss_tokens(row)) if self.total else 1))
         self.waiting = iter([(i, p) for i, p in enumerate(self.prompts) if p["id"] not in done])
         known = self.out / "server.json"
-        if known.exists():
-            self.target.fingerprint = read_json(known)["fingerprint"]
         with self.meter:
             self.target.run(self._all)
         write_json(known, {"fingerprint": self.target.fingerprint})
@@ -73,15 +70,7 @@ class ServedRegeneration:
 
     async def _all(self) -> None:
         write_json(self.out / "server.json", {"fingerprint": self.target.fingerprint})
-        workers = [asyncio.create_task(self._work()) for _ in range(min(self.target.capacity, len(self.prompts)))]
-        try:
-            finished, _ = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
-            for worker in finished:
-                worker.result()
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+        await all_or_none(self._work() for _ in range(min(self.target.capacity, len(self.prompts))))
 
     async def _work(self) -> None:
         for place, prompt in self.waiting:

@@ -4,9 +4,9 @@ Both engines skip missing and unknown weights without a word, so everything here
 is checked, and each problem found is named. Facts about the engines: docs/engines.md.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 import torch
@@ -83,6 +83,9 @@ def write_draft(
         raise CheckpointError(f"{directory}: the export does not hold: {problems[0]}")
 
 
+Reading = Literal["auto", "sglang", "vllm"]
+
+
 @dataclass
 class DraftReport:
     """What a draft directory holds, and everything wrong with it. Lines that start with `note:` are harmless."""
@@ -96,6 +99,26 @@ class DraftReport:
     draft: Eagle3Config | None
     ids_D: Tensor | None
     problems: list[str] = field(default_factory=list)
+    serving: list[str] = field(default_factory=list)
+    """Those of the problems that spoil serving alone; the draft itself is whole."""
+
+    def blocking(self, lenient: bool = False) -> list[str]:
+        """Problems without notes; `lenient` leaves out those of serving."""
+        return [p for p in self.problems if not p.startswith("note:") and not (lenient and p in self.serving)]
+
+    def hf_taps(self, layers: int, reading: Reading = "auto") -> tuple[int, ...]:
+        """The taps as HF hidden_states indices, for a target of so many layers.
+
+        Without ids both engines take [2, L//2, L-3]. SGLang reads nested ids as layer outputs (tap = id + 1), vLLM
+        reads any ids as they are; `auto` takes nested ids for SGLang's and top-level ones for vLLM's.
+        """
+        if self.taps is None:
+            return (2, layers // 2, layers - 3)
+        nested = "eagle_aux_hidden_state_layer_ids" in (self.config.get("eagle_config") or {})
+        outputs = reading == "sglang" or (reading == "auto" and nested)
+        if "taps" in self.config.get("draftsmith", {}) or not outputs:
+            return tuple(self.taps)
+        return tuple(tap + 1 for tap in self.taps)
 
 
 def _canonical(name: str) -> str:
@@ -161,7 +184,8 @@ def inspect_draft(directory: Path) -> DraftReport:
     fc = tensors.get("fc.weight")
     size = config.get("hidden_size")
     ids_D, draft = _check_vocabulary(config, tensors, problems), None
-    problems += _check_config(config, eagle)
+    serving = _check_serving(config, eagle)
+    problems += [*serving, *_check_config(config)]
     if embeddings is not None:
         problems.append("note: embed_tokens is stored; engines would take the target's rows without it")
     if not isinstance(size, int):
@@ -188,6 +212,7 @@ def inspect_draft(directory: Path) -> DraftReport:
         draft,
         ids_D,
         problems,
+        serving,
     )
 
 
@@ -211,7 +236,25 @@ def _to_draft_config(config: dict[str, Any], taps: tuple[int, ...]) -> Eagle3Con
     )
 
 
-def _check_config(config: dict[str, Any], eagle: dict[str, Any]) -> list[str]:
+def _check_config(config: dict[str, Any]) -> list[str]:
+    """What makes it another computation than ours."""
+    problems = []
+    rope = (config.get("rope_parameters") or {}).get("rope_theta")
+    if rope is not None and "rope_theta" in config and rope != config["rope_theta"]:
+        problems.append(f"rope_theta is {config['rope_theta']} at the top level but {rope} in rope_parameters")
+    if config.get("norm_before_residual"):
+        problems.append("norm_before_residual is not supported by SGLang")
+    if config.get("attention_bias"):
+        problems.append("attention_bias is not supported by SGLang's draft layer")
+    if config.get("norm_output"):
+        problems.append("norm_output feeds back the normed state, which is not supported here")
+    if config.get("num_hidden_layers") != 1:
+        problems.append(f"num_hidden_layers is {config.get('num_hidden_layers')}; an EAGLE-3 draft has 1")
+    return problems
+
+
+def _check_serving(config: dict[str, Any], eagle: dict[str, Any]) -> list[str]:
+    """What an engine would read otherwise than it was meant."""
     problems = []
     if config.get("architectures") != ["LlamaForCausalLMEagle3"]:
         problems.append(f"architectures is {config.get('architectures')}; SGLang wants ['LlamaForCausalLMEagle3']")
@@ -228,17 +271,8 @@ def _check_config(config: dict[str, Any], eagle: dict[str, Any]) -> list[str]:
     ids = eagle.get("eagle_aux_hidden_state_layer_ids")
     if ids and list(ids) != sorted(set(ids)):
         problems.append(f"taps {ids} are not ascending: vLLM's native models sort them")
-    rope = (config.get("rope_parameters") or {}).get("rope_theta")
-    if rope is not None and "rope_theta" in config and rope != config["rope_theta"]:
-        problems.append(f"rope_theta is {config['rope_theta']} at the top level but {rope} in rope_parameters")
-    if "rope_theta" not in config and rope is None:
+    if "rope_theta" not in config and not (config.get("rope_parameters") or {}).get("rope_theta"):
         problems.append("rope_theta is missing: engines assume 10000")
-    if config.get("norm_before_residual"):
-        problems.append("norm_before_residual is not supported by SGLang")
-    if config.get("attention_bias"):
-        problems.append("attention_bias is not supported by SGLang's draft layer")
-    if config.get("num_hidden_layers") != 1:
-        problems.append(f"num_hidden_layers is {config.get('num_hidden_layers')}; an EAGLE-3 draft has 1")
     context = config.get("max_position_embeddings") or 0
     target_context = config.get("draftsmith", {}).get("target", {}).get("max_position_embeddings", 2049)
     if context < target_context:  # of a target unknown to us, only that 2048 is too short for any served today
@@ -295,13 +329,22 @@ def _check_weights(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ..
     return problems
 
 
-def load_draft(directory: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Eagle3Draft, Tensor]:
-    """(draft, target ids of its rows) of a directory without problems."""
+def load_draft(
+    directory: Path, dtype: torch.dtype = torch.bfloat16, layers: int | None = None, reading: Reading | None = None
+) -> tuple[Eagle3Draft, Tensor]:
+    """(draft, target ids of its rows) of a directory without problems.
+
+    With `reading`, a draft of others: faults of serving alone are let pass, and its taps are told by
+    `DraftReport.hf_taps` for a target of `layers` layers.
+    """
     report = inspect_draft(directory)
-    real = [p for p in report.problems if not p.startswith("note:")]
+    real = report.blocking(lenient=reading is not None)
     if real or report.draft is None or report.ids_D is None:
         raise CheckpointError(f"{directory}: {(real or ['cannot be read'])[0]}; run: draftsmith inspect {directory}")
-    draft = Eagle3Draft(report.draft).to(dtype)
+    config = report.draft
+    if reading is not None and layers is not None:
+        config = replace(config, taps=report.hf_taps(layers, reading))
+    draft = Eagle3Draft(config).to(dtype)
     tensors = read_tensors(directory)
-    draft.load_state_dict({name: tensors[name] for name in expected_shapes(report.draft)})
+    draft.load_state_dict({name: tensors[name] for name in expected_shapes(config)})
     return draft.eval(), report.ids_D

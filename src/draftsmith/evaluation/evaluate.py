@@ -29,7 +29,7 @@ from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.speculate import Decoder, Eagle3Drafter
 from draftsmith.decoding.tree import Shape
-from draftsmith.drafts.checkpoint import load_draft
+from draftsmith.drafts.checkpoint import Reading, load_draft
 from draftsmith.errors import CheckpointError, DataError
 from draftsmith.evaluation.acceptance import PromptAcceptance, bootstrap_tau, count, oracle_walk, summarise
 from draftsmith.evaluation.lossless import compare, greedy_identity
@@ -42,6 +42,7 @@ from draftsmith.targets.ends import DTYPES
 from draftsmith.targets.local import LocalTarget
 
 SCHEMA = 1
+TIE = 0.5  # logits: what bf16 rounding moves at most between two ways to compute the same text
 SHORTEST_TIMED = 8  # tokens
 PROFILE_PROMPTS = 48
 
@@ -57,8 +58,9 @@ def balanced(prompts: list[dict], limit: int | None) -> list[dict]:
     return order[:limit]
 
 
-def drafter_for(target: LocalTarget, directory: Path, dtype: str) -> Eagle3Drafter:
-    draft, ids = load_draft(directory, DTYPES[dtype])
+def drafter_for(target: LocalTarget, directory: Path, dtype: str, reading: Reading | None = None) -> Eagle3Drafter:
+    """`reading`: how to take the taps of a draft that others made (drafts/checkpoint.py)."""
+    draft, ids = load_draft(directory, DTYPES[dtype], target.identity.num_layers, reading)
     if draft.config.hidden_size != target.identity.hidden_size or draft.config.vocab_size != target.identity.vocab_size:
         raise CheckpointError(
             f"{directory}: made for hidden size {draft.config.hidden_size} and {draft.config.vocab_size} tokens, but "
@@ -69,7 +71,9 @@ def drafter_for(target: LocalTarget, directory: Path, dtype: str) -> Eagle3Draft
 
 
 class Evaluation:
-    def __init__(self, recipe: Recipe, target: LocalTarget, directory: Path, prompts_file: Path):
+    def __init__(
+        self, recipe: Recipe, target: LocalTarget, directory: Path, prompts_file: Path, reading: Reading | None = None
+    ):
         self.recipe, self.settings, self.target, self.directory = recipe, recipe.evaluate, target, directory
         chat = ChatFormat(target.tokenizer, recipe.target.template)
         available = list(read_jsonl(prompts_file))
@@ -83,8 +87,14 @@ class Evaluation:
         self.ends = partial(stop_length, target.tokenizer, stop=chat.stop) if chat.stop else None
         self.shapes = [Shape(s.steps, s.topk, s.draft_tokens) for s in self.settings.shapes]
         self.plain = Decoder(target)
-        self.drafter = drafter_for(target, directory, recipe.target.dtype)
+        self.drafter = drafter_for(target, directory, recipe.target.dtype, reading)
         self.speculative = Decoder(target, self.drafter)
+
+    def answers(self) -> list[list[int]]:
+        """Greedy answers of the target alone to the prompts that `profile` reads."""
+        prompts = [ids for _, _, ids in self.prompts[:PROFILE_PROMPTS]]
+        made = dict(self.target.generate(prompts, Sampling(), self.settings.max_new_tokens, self.stop))
+        return [made[i].ids for i in range(len(prompts))]
 
     def profile(self) -> dict[str, Any] | None:
         prompts = [ids for _, _, ids in self.prompts[:PROFILE_PROMPTS]]
@@ -196,11 +206,14 @@ def verdict_line(result: dict[str, Any]) -> str:
             f"tokens in {result['dtype']}, shapes {', '.join(result['shapes'])}"
         )
     first = result["differences"][0]
-    gap = "" if first["logit_gap"] is None else f", logit gap {first['logit_gap']:.2g}"
-    return (
-        f"lossless: NO; {len(result['differences'])} differences in {result['dtype']}, the first in {first['id']} at "
-        f"token {first['token']} (shape {first['shape']}{gap})"
+    widest = max(difference["logit_gap"] for difference in result["differences"])
+    told = (
+        f"{len(result['differences'])} differences in {result['dtype']}, the first in {first['id']} at token "
+        f"{first['token']} (shape {first['shape']}); widest gap between the two tokens' logits {widest:.2g}"
     )
+    if result["dtype"] != "fp32" and widest <= TIE:
+        return f"lossless up to ties: {told}; {result['dtype']} rounds that much, fp32 decides it"
+    return f"lossless: NO; {told}"
 
 
 def tau_line(entry: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ short by the end of a text and looping text are left out exactly as in the embed
 per request: there whole completions that loop are left out, and steps cut short by the end count.
 """
 
-import asyncio
 import contextlib
 import statistics
 import time
@@ -20,7 +19,7 @@ from draftsmith.data.regenerate import open_conversations
 from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.speculate import Decoded, Step
-from draftsmith.errors import DataError, TargetError
+from draftsmith.errors import DataError, ServeError, TargetError
 from draftsmith.evaluation.acceptance import PromptAcceptance, count, summarise
 from draftsmith.evaluation.evaluate import SCHEMA, SHORTEST_TIMED, balanced, measured_once, tau_line, verdict_line
 from draftsmith.evaluation.lossless import first_difference
@@ -58,7 +57,15 @@ def count_served(name: str, category: str, generation: Generation, depth: int) -
 
 
 class ServedEvaluation:
+    """Servers run one at a time, the target alone first: on GPUs each takes all the memory there is."""
+
     def __init__(self, recipe: Recipe, engine: Engine, draft: Path, prompts_file: Path, out: Path):
+        serve = recipe.serve
+        if serve.engine != engine and (serve.program or serve.extra):
+            raise ServeError(
+                f"serve.program and serve.extra: given for serve.engine {serve.engine}, but {engine} is to be started; "
+                f"give --serve.engine {engine} and its own"
+            )
         self.recipe, self.settings, self.engine, self.draft, self.out = recipe, recipe.evaluate, engine, draft, out
         self.available = list(read_jsonl(prompts_file))
 
@@ -69,11 +76,7 @@ class ServedEvaluation:
         target = recipe.target.model_copy(update={"engine": self.engine})
         with contextlib.ExitStack() as stack:
             if url is None:
-                # Two engines run side by side: the plain one takes the next port.
-                port = recipe.serve.port + (shape is None)
-                serve = recipe.serve.model_copy(
-                    update={"engine": self.engine, "port": port, **({"shape": shape} if shape else {})}
-                )
+                serve = recipe.serve.model_copy(update={"engine": self.engine, **({"shape": shape} if shape else {})})
                 launched = launch(
                     recipe.model_copy(update={"serve": serve}),
                     resolve_model(target.model),
@@ -85,7 +88,8 @@ class ServedEvaluation:
                 log = self.out / f"{self.engine}-{'plain' if shape is None else str(shape).replace('/', '-')}.log"
                 stack.enter_context(running(launched, serve.patience_s, log))
                 url = launched.url
-            server = recipe.server.model_copy(update={"urls": (url,)})
+            most = max(recipe.server.concurrency, *self.settings.batches)
+            server = recipe.server.model_copy(update={"urls": (url,), "last_urls": (), "concurrency": most})
             yield stack.enter_context(contextlib.closing(ServedTarget(target, server, recipe.device)))
 
     def run(self, created_with: dict[str, Any]) -> dict[str, Any]:
@@ -99,25 +103,24 @@ class ServedEvaluation:
             raise DataError("evaluate.shapes: none that vLLM can draft; add steps: 3, topk: 1, draft_tokens: 4")
         once = partial(measured_once, self.out)
         acceptance, speed, identity = [], [], []
-        with contextlib.ExitStack() as stack:
-            plain = None
-            if settings.plain_url is not None or settings.url is None:
-                plain = stack.enter_context(self.server(settings.plain_url, None))
-            for shape in shapes:
-                with self.server(settings.url, shape) as drafted:
-                    prompts = self.open_prompts(drafted)
-                    for temperature in settings.temperatures:
-                        name = f"tau-{shape}-T{temperature:g}"
-                        acceptance.append(once(name, partial(self._acceptance, drafted, prompts, shape, temperature)))
-                        say(tau_line(acceptance[-1]))
-                    if plain is not None:
-                        identity.append(
-                            once(f"lossless-{shape}", partial(self._identity, plain, drafted, prompts, shape))
-                        )
-                        for batch in settings.batches:
-                            name = f"speed-{shape}-{batch}"
-                            entry = once(name, partial(self._speed, plain, drafted, prompts, shape, batch))
-                            speed += [entry] if entry else []
+        both = settings.plain_url is not None or settings.url is None
+        plain = once("plain", self._plain) if both else None
+        for shape in shapes:
+            with self.server(settings.url, shape) as drafted:
+                prompts = self.open_prompts(drafted)
+                for temperature in settings.temperatures:
+                    name = f"tau-{shape}-T{temperature:g}"
+                    acceptance.append(once(name, partial(self._acceptance, drafted, prompts, shape, temperature)))
+                    say(tau_line(acceptance[-1]))
+                if plain is None:
+                    continue
+                identity.append(
+                    once(f"lossless-{shape}", partial(self._identity, plain["ids"], drafted, prompts, shape))
+                )
+                for batch, alone in plain["timed"].items():
+                    name = f"speed-{shape}-{batch}"
+                    entry = once(name, partial(self._speed, alone, drafted, prompts, shape, int(batch)))
+                    speed += [entry] if entry else []
         lossless = None
         if identity:
             differences = [difference for found in identity for difference in found["differences"]]
@@ -164,20 +167,57 @@ class ServedEvaluation:
         stop: tuple[str, ...] = (),
     ) -> list[Generation]:
         """Completions in the prompts' order, `at_once` of them in flight."""
-        room = asyncio.Semaphore(at_once)
-        meter = Meter(what, len(prompts), "prompts")
+        made: dict[int, Generation] = {}
+        every = target.generate([ids for *_, ids in prompts], sampling, length, stop, self.recipe.seed, False, at_once)
+        with Meter(what, len(prompts), "prompts") as meter:
+            for number, generation in every:
+                made[number] = generation
+                meter.advance(1, len(generation.ids))
+        return [made[number] for number in range(len(prompts))]
 
-        async def one(number: int, ids: list[int]) -> Generation:
-            async with room:
-                generation = await target.complete(ids, sampling, length, stop, self.recipe.seed + number)
-            meter.advance(1, len(generation.ids))
-            return generation
+    def _plain(self) -> dict[str, Any]:
+        """Of the target alone: greedy ids to compare with, and seconds by batch (see `_timed`)."""
+        settings = self.settings
+        with self.server(settings.plain_url, None) as target:
+            prompts = self.open_prompts(target)
+            chosen = prompts[: settings.lossless_prompts]
+            made = self.complete(target, chosen, "lossless, plain", Sampling(), settings.lossless_tokens, 1)
+            timed = {str(batch): self._timed(target, prompts, batch, "plain") for batch in settings.batches}
+        return {"ids": [g.ids for g in made], "timed": {batch: rows for batch, rows in timed.items() if rows}}
 
-        async def every() -> list[Generation]:
-            return await asyncio.gather(*(one(i, ids) for i, (_, _, ids) in enumerate(prompts)))
+    def _timed(self, target: ServedTarget, prompts: list[Prompt], batch: int, what: str) -> list[dict[str, float]]:
+        """Tokens, seconds, accepted draft tokens and steps of every group of `batch` requests; none if too few.
 
-        with meter:
-            return target.run(every)
+        The prompts are asked for one token before: an engine that caches prefixes then has all of them, so what is
+        timed is decoding; one that does not reads them again, with and without the draft.
+        """
+        chosen = prompts[: max(batch, self.settings.speed_prompts // batch * batch)]
+        if len(chosen) < batch:
+            say(f"speed at batch {batch}: left out, there are {len(chosen)} prompts")
+            return []
+        self.complete(target, chosen, f"warm {what}", Sampling(), 1, batch)
+        self.complete(target, chosen[:batch], f"warm {what}", Sampling(), 8, batch)
+        rows = []
+        for start in range(0, len(chosen), batch):
+            started = time.perf_counter()
+            made = self.complete(
+                target,
+                chosen[start : start + batch],
+                f"speed {what} at batch {batch}",
+                Sampling(),
+                self.settings.max_new_tokens,
+                batch,
+                self.chat.stop,
+            )
+            rows.append(
+                {
+                    "tokens": sum(len(g.ids) for g in made),
+                    "seconds": time.perf_counter() - started,
+                    "accepted": sum(sum(g.verified) for g in made),
+                    "steps": sum(len(g.verified) for g in made),
+                }
+            )
+        return rows
 
     def _acceptance(
         self, target: ServedTarget, prompts: list[Prompt], shape: DraftShape, temperature: float
@@ -197,6 +237,12 @@ class ServedEvaluation:
         generations = [
             replace(g, ids=g.ids[: first_stop(target.tokenizer, g.ids, self.chat.stop)]) for g in generations
         ]
+        deepest = max((max(g.verified, default=0) for g in generations), default=0)
+        if deepest > shape.steps:
+            raise TargetError(
+                f"evaluate.shapes: {shape} given, but the server accepted {deepest} draft tokens in one step; name the "
+                "shape that it was started with"
+            )
         untold = sum(not g.verified for g in generations if len(g.ids) > 1)
         if untold:
             raise TargetError(
@@ -216,69 +262,62 @@ class ServedEvaluation:
         }
 
     def _identity(
-        self,
-        plain: ServedTarget,
-        drafted: ServedTarget,
-        prompts: list[Prompt],
-        shape: DraftShape,
+        self, reference: list[list[int]], drafted: ServedTarget, prompts: list[Prompt], shape: DraftShape
     ) -> dict[str, Any]:
-        """Greedy outputs of the two servers, one request at a time: other batches round differently."""
+        """Greedy outputs against the target's own, one request at a time: other batches round differently.
+
+        Where they part, `logit_gap` says how close the two likeliest tokens were.
+        """
         length, chosen = self.settings.lossless_tokens, prompts[: self.settings.lossless_prompts]
-        pair = [self.complete(t, chosen, f"lossless {shape}", Sampling(), length, 1) for t in (plain, drafted)]
+        made = self.complete(drafted, chosen, f"lossless {shape}", Sampling(), length, 1)
         differences = []
-        for (name, _, _), one, other in zip(chosen, *pair, strict=True):
-            at = first_difference(one.ids, other.ids)
+        for (name, _, prompt), one, other in zip(chosen, reference, made, strict=True):
+            at = first_difference(one, other.ids)
             if at is not None:
-                differences.append({"shape": str(shape), "id": name, "token": at, "logit_gap": None})
+                gap = drafted.runner_up([*prompt, *one[:at]])
+                differences.append({"shape": str(shape), "id": name, "token": at, "logit_gap": gap})
         return {
             "dtype": self.recipe.target.dtype,
             "prompts": len(chosen),
             "tokens_per_prompt": length,
-            "tokens": sum(len(g.ids) for g in pair[0]),
+            "tokens": sum(len(ids) for ids in reference),
             "differences": differences,
         }
 
     def _speed(
-        self, plain: ServedTarget, drafted: ServedTarget, prompts: list[Prompt], shape: DraftShape, batch: int
+        self,
+        alone: list[dict[str, float]],
+        drafted: ServedTarget,
+        prompts: list[Prompt],
+        shape: DraftShape,
+        batch: int,
     ) -> dict[str, Any] | None:
-        """Tokens per second with `batch` requests in flight; the two servers take turns, group by group."""
-        length, ratios, tokens, seconds = self.settings.max_new_tokens, [], [0, 0], [0.0, 0.0]
-        chosen = prompts[: max(batch, self.settings.speed_prompts // batch * batch)]
-        accepted = steps = 0
-        for target in (plain, drafted):  # warm
-            self.complete(target, chosen[:batch], f"warm {shape}", Sampling(), 8, batch)
-        for start in range(0, len(chosen), batch):
-            group, rates = chosen[start : start + batch], []
-            for side, target in enumerate((plain, drafted)):
-                started = time.perf_counter()
-                made = self.complete(
-                    target, group, f"speed {shape} at batch {batch}", Sampling(), length, batch, self.chat.stop
-                )
-                spent, size = time.perf_counter() - started, sum(len(g.ids) for g in made)
-                seconds[side] += spent
-                tokens[side] += size
-                rates.append(size / spent)
-                accepted += sum(sum(g.verified) for g in made)
-                steps += sum(len(g.verified) for g in made)
-            if size >= SHORTEST_TIMED * len(group):
-                ratios.append(rates[1] / rates[0])
+        """Tokens per second with `batch` requests in flight, against the target alone on the same groups of prompts."""
+        timed = self._timed(drafted, prompts, batch, str(shape))
+        ratios = [
+            (other["tokens"] / other["seconds"]) / (one["tokens"] / one["seconds"])
+            for one, other in zip(alone, timed, strict=True)
+            if other["tokens"] >= SHORTEST_TIMED * batch
+        ]
         if not ratios:
             say(f"speed {shape}: no answer is long enough to be timed")
             return None
+        total = {key: sum(row[key] for row in timed) for key in timed[0]}
+        tokens = sum(row["tokens"] for row in alone)
         entry = {
             "shape": str(shape),
             "batch": batch,
-            "prompts": len(chosen),
-            "tokens": tokens[0],
-            "plain_tokens_per_s": tokens[0] / seconds[0],
-            "drafted_tokens_per_s": tokens[1] / seconds[1],
+            "prompts": len(timed) * batch,
+            "tokens": tokens,
+            "plain_tokens_per_s": tokens / sum(row["seconds"] for row in alone),
+            "drafted_tokens_per_s": total["tokens"] / total["seconds"],
             "speedup": statistics.median(ratios),
-            "tau": 1 + accepted / steps if steps else None,  # of completions that no stop text ended
+            "tau": 1 + total["accepted"] / total["steps"] if total["steps"] else None,
             "dtype": self.recipe.target.dtype,
             "differences": [],
         }
         say(
             f"speed {shape} at batch {batch}: {entry['drafted_tokens_per_s']:.1f} tokens/s against "
-            f"{entry['plain_tokens_per_s']:.1f} plain, {entry['speedup']:.2f}x"
+            f"{entry['plain_tokens_per_s']:.1f} plain, median {entry['speedup']:.2f}x"
         )
         return entry

@@ -102,10 +102,20 @@ class MeasuredProfile:
 
 @dataclass(frozen=True)
 class GeometricProfile:
-    """Every depth alike: choice r is right with probability alpha * RANK_RATIO ** (r - 1)."""
+    """Every depth alike: choice r is right with probability alpha * RANK_RATIO ** (r - 1).
+
+    Above alpha = 1 - RANK_RATIO the choices after the first share what it leaves, so that all stay within 1.
+    """
 
     alpha: float
     deepest: int = 16
+
+    def share(self, rank: int) -> float:
+        """How often the choice of this rank (1 is the first) is right."""
+        if rank == 1:
+            return self.alpha
+        left = (1 - self.alpha) * (1 - RANK_RATIO) * RANK_RATIO ** (rank - 2)
+        return min(self.alpha * RANK_RATIO ** (rank - 1), left)
 
     def frequency(self, shape: Shape) -> dict[Path, float]:
         """Of the nodes that a beam can reach: products along the path, deeper ones from the beam alone."""
@@ -113,9 +123,7 @@ class GeometricProfile:
         beam: list[tuple[float, Path]] = [(1.0, ())]
         for _ in range(shape.steps):
             children = [
-                (share * self.alpha * RANK_RATIO**rank, (*path, rank + 1))
-                for share, path in beam
-                for rank in range(shape.topk)
+                (share * self.share(rank), (*path, rank)) for share, path in beam for rank in range(1, shape.topk + 1)
             ]
             found |= {path: share for share, path in children}
             beam = sorted(children, key=lambda child: (-child[0], child[1]))[: shape.topk]
@@ -128,10 +136,11 @@ class GeometricProfile:
 
 def published(tau: float, shape: Shape) -> GeometricProfile:
     """The geometric profile that has this tau at this shape (a model card's)."""
-    most = GeometricProfile(0.8).tau(shape)  # beyond it, choices of all ranks would be right more than once
-    if not 1 < tau <= most:
-        raise RecipeError(f"--tau: {tau:g} given; between 1 and {most:.2f} at {shape}, or give the --shape it was at")
-    low, high = 0.0, 0.8
+    if not 1 < tau < shape.steps + 1:
+        raise RecipeError(
+            f"--tau: {tau:g} given; above 1 and below {shape.steps + 1} at {shape}, or give the --shape it was at"
+        )
+    low, high = 0.0, 1.0
     while high - low > 1e-6:
         middle = (low + high) / 2
         low, high = (middle, high) if GeometricProfile(middle).tau(shape) < tau else (low, middle)
@@ -159,11 +168,12 @@ class Calibrated:
         if not alike:
             return told
         nearest = min(alike, key=lambda s: abs(s.draft_tokens - shape.draft_tokens))
-        return 1 + (told - 1) * (self.measured[str(nearest)] - 1) / (self.profile.tau(nearest) - 1)
+        there = self.profile.tau(nearest)
+        return 1 + (told - 1) * (self.measured[str(nearest)] - 1) / (there - 1) if there > 1 else told
 
 
 def from_results(results: dict[str, Any]) -> AcceptLength:
-    """Of an evaluation: its profile, corrected by its own greedy measurements; else its acceptance of a chain."""
+    """Of an evaluation: its profile, corrected by its own greedy measurements; else its first greedy tau."""
     measured = {
         entry["shape"]: entry["all"]["tau"]
         for entry in results["acceptance"]

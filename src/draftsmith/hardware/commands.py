@@ -1,18 +1,22 @@
 """The commands around a run: probe, predict, tune. Each prints, and writes a JSON file into the run directory."""
 
 import contextlib
-import time
+import math
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from draftsmith import files
+from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.tree import Shape
 from draftsmith.errors import DataError, RecipeError
 from draftsmith.hardware.accept_length import AcceptLength, from_results, published
 from draftsmith.hardware.cost_model import Costs, MeasuredCosts, RooflineCosts
-from draftsmith.hardware.predict import advice, candidate_shapes, describe, heat_map, table, to_dict
-from draftsmith.hardware.presets import PRESETS, Machine, preset
+from draftsmith.hardware.plan import size
+from draftsmith.hardware.predict import advice, candidate_shapes, describe, heat_map, table, to_dict, where_it_pays
+from draftsmith.hardware.presets import CPU, PRESETS, Machine, preset
 from draftsmith.hardware.sizes import DraftSize, TargetSize, target_config
 from draftsmith.progress import say
 from draftsmith.recipe import DraftShape, Recipe
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from draftsmith.targets.servers import ServedTarget
 
 PROBE_PROMPTS = 24
+SERVED_SHAPES, SERVED_PROMPTS = 4, 8  # of `tune` on an engine
 
 
 def parse_shape(text: str) -> Shape:
@@ -48,11 +53,14 @@ def _prompts(run: "Run", count: int) -> list[list[int]]:
     from draftsmith.data.regenerate import open_conversations
     from draftsmith.data.templates import ChatFormat
     from draftsmith.evaluation.evaluate import balanced
+    from draftsmith.recipe import PromptsRecipe
 
-    held_out = run.path("prompts", "evaluation.jsonl")
-    if not held_out.exists():
-        gather(run.recipe, held_out.parent)
-    chosen = balanced(list(files.read_jsonl(held_out)), count)
+    with tempfile.TemporaryDirectory() as scratch:
+        held_out = run.path("prompts", "evaluation.jsonl")
+        if not held_out.exists():
+            gather(run.recipe.model_copy(update={"prompts": PromptsRecipe()}), Path(scratch))
+            held_out = Path(scratch) / "evaluation.jsonl"
+        chosen = balanced(list(files.read_jsonl(held_out)), count)
     chat = ChatFormat(run.tokenizer, run.recipe.target.template)
     return [c.ids for c in open_conversations(chosen, chat, run.recipe.regenerate.max_prompt_tokens)]
 
@@ -70,14 +78,20 @@ def _any_drafter(run: "Run") -> "Eagle3Drafter":
     recipe, target = run.recipe, run.target
     if (run.draft_directory / "model.safetensors").exists():
         return drafter_for(target, run.draft_directory, recipe.target.dtype)
-    size = min(recipe.vocab.size, target.identity.vocab_size)
-    draft = Eagle3Draft(draft_config(recipe, target.config, target.identity.num_layers, size))
+    rows = min(recipe.vocab.size, target.identity.vocab_size)
+    draft = Eagle3Draft(draft_config(recipe, target.config, target.identity.num_layers, rows))
     draft = draft.to(target.device, DTYPES[recipe.target.dtype])
-    return Eagle3Drafter(draft, torch.arange(size), target.embedding_rows())
+    return Eagle3Drafter(draft, torch.arange(rows), target.embedding_rows())
 
 
 def probe(run: "Run", url: str | None, draft_url: str | None) -> dict[str, Any]:
-    """Measure and write probe.json, or probe-ENGINE.json for a server."""
+    """Measure and write probe.json, or probe-ENGINE.json for a server.
+
+    Without a server and without a target in this process the machine alone is measured, its links included; a
+    prediction for it is then a roofline over what was measured.
+    """
+    if draft_url is not None and url is None:
+        raise RecipeError("--draft-url: give --url too, a server of the target alone to compare it with")
     from draftsmith.hardware import probe as probing
 
     recipe = run.recipe
@@ -85,22 +99,22 @@ def probe(run: "Run", url: str | None, draft_url: str | None) -> dict[str, Any]:
     name = ", ".join(machine["gpus"]) or f"{machine['cpu']}, {machine['cores']} cores"
     if url is not None:
         engine = recipe.serve.engine
-        wish = run.serving_shape(engine)
-        s = Shape(wish.steps, wish.topk, wish.draft_tokens)
+        chosen = run.serving_shape(engine)
+        s = Shape(chosen.steps, chosen.topk, chosen.draft_tokens)
         prompts = _prompts(run, PROBE_PROMPTS)
         parts = probing.probe_server(url, engine, prompts, recipe.server.api_key_env, draft_url, s)
-        out = run.path(f"probe-{engine}.json")
-        where = f"{engine} at {url}"
+        out, where = run.path(f"probe-{engine}.json"), f"{engine} at {url}"
     else:
-        if recipe.target.engine != "transformers":
-            raise DataError(
-                "probe: the target runs on servers, so give --url; or predict for a machine by name: --hardware NAME"
-            )
-        from draftsmith.targets.ends import DTYPES
+        from draftsmith.targets.ends import DTYPES, resolve_device
 
-        drafter, prompts = _any_drafter(run), _prompts(run, 3)
-        parts = probing.probe_embedded(run.target, drafter, max(prompts, key=len))
-        parts |= probing.measure_machine(run.target.device, DTYPES[recipe.target.dtype])
+        if recipe.target.engine == "transformers":
+            drafter, prompts = _any_drafter(run), _prompts(run, 3)
+            wish = recipe.regenerate
+            sampling = Sampling(wish.temperature, wish.top_p, wish.top_k)
+            parts = probing.probe_embedded(run.target, drafter, max(prompts, key=len), sampling)
+        else:
+            parts = dict(probing.NO_MODEL)  # its target runs on servers: --url measures those
+        parts |= probing.measure_machine(resolve_device(run.world.device(recipe.device)), DTYPES[recipe.target.dtype])
         out, where = run.path("probe.json"), name
     parts = {**parts, "machine": where, "created_with": run.created_with}
     files.write_json(out, parts)
@@ -115,8 +129,8 @@ def draft_size(recipe: Recipe, config: Any) -> DraftSize:
     from draftsmith.training.trainer import draft_config
 
     text = config.get_text_config()
-    size = min(recipe.vocab.size, text.vocab_size)
-    return DraftSize.of(draft_config(recipe, text, text.num_hidden_layers, size))
+    rows = min(recipe.vocab.size, text.vocab_size)
+    return DraftSize.of(draft_config(recipe, text, text.num_hidden_layers, rows))
 
 
 def roofline(recipe: Recipe, machine: Machine, correlation: float = 0.0) -> RooflineCosts:
@@ -126,32 +140,60 @@ def roofline(recipe: Recipe, machine: Machine, correlation: float = 0.0) -> Roof
     return RooflineCosts(machine, target, draft_size(recipe, config), correlation)
 
 
-def costs_of(run: "Run", hardware: str | None, correlation: float) -> Costs:
-    """A preset's name, a probe's file, or None for the run's own probe.json."""
+PROBES = ("probe.json", "probe-vllm.json", "probe-sglang.json")
+RESULTS = ("evaluate", "evaluate-sglang", "evaluate-vllm")
+
+
+def probed(run: "Run") -> Path | None:
+    """The run's own probe, of this machine before one of a server."""
+    return next((path for name in PROBES if (path := run.path(name)).exists()), None)
+
+
+def costs_of(run: "Run", hardware: str | None, correlation: float) -> MeasuredCosts | RooflineCosts:
+    """A preset's name, a probe's file, or None for the run's own probe."""
     if hardware in PRESETS:
         return roofline(run.recipe, preset(hardware), correlation)
-    path = Path(hardware) if hardware else run.path("probe.json")
-    if not path.is_file():
-        if hardware:
-            raise RecipeError(f"--hardware: {hardware!r} given; a probe's JSON file or one of {', '.join(PRESETS)}")
+    path = Path(hardware) if hardware else probed(run)
+    if path is None:
         raise DataError(
-            f"--hardware: {path} is missing; run: draftsmith probe RECIPE, or name one of {', '.join(PRESETS)}"
+            f"--hardware: no probe in {run.directory}; run: draftsmith probe RECIPE, or name one of "
+            + ", ".join(PRESETS)
         )
-    parts = files.read_json(path)
+    return read_probe(run, path, correlation)
+
+
+def read_probe(run: "Run", path: Path, correlation: float = 0.0) -> MeasuredCosts | RooflineCosts:
+    try:
+        parts = files.read_json(path)
+    except (OSError, ValueError):
+        raise RecipeError(
+            f"--hardware: {str(path)!r} given; a probe's JSON file or one of {', '.join(PRESETS)}"
+        ) from None
     if not isinstance(parts, dict) or "forward" not in parts:
         raise RecipeError(f"--hardware: {path} is not a probe; make one with: draftsmith probe RECIPE")
-    if parts["draft"] is None:
-        raise RecipeError(f"--hardware: {path} holds no draft's times; probe again with --draft-url")
+    if parts["forward"] is None:
+        from draftsmith.hardware.probe import as_machine
+
+        return roofline(run.recipe, as_machine(parts), correlation)
     return MeasuredCosts(parts)
+
+
+def results_of(run: "Run") -> dict[str, Any] | None:
+    """What `evaluate` measured: on the embedded engine, else on a real one."""
+    found = next((path for name in RESULTS if (path := run.path(name, "results.json")).exists()), None)
+    return files.read_json(found) if found else None
 
 
 def accept_of(run: "Run", tau: float | None, shape: str) -> AcceptLength:
     if tau is not None:
         return published(tau, parse_shape(shape))
-    results = run.path("evaluate", "results.json")
-    if not results.exists():
-        raise DataError(f"predict: {results} is missing; give a published accept length: --tau 2.6 --shape 3/4/8")
-    return from_results(files.read_json(results))
+    results = results_of(run)
+    if results is None:
+        raise DataError(
+            f"no accept length in {run.directory}; run: draftsmith evaluate RECIPE, or let predict take a published "
+            "one: --tau 2.6 --shape 3/4/8"
+        )
+    return from_results(results)
 
 
 def predict(
@@ -169,14 +211,27 @@ def predict(
     if min(batches, default=0) < 1 or context < 1:
         raise RecipeError("--batches and --context: whole numbers of at least 1")
     costs, accept = costs_of(run, hardware, correlation), accept_of(run, tau, shape)
-    chains_only = isinstance(costs, MeasuredCosts) and costs.parts["engine"] == "vllm"
-    if isinstance(costs, MeasuredCosts) and max(batches) > costs.batches:
+    engine = costs.parts["engine"] if isinstance(costs, MeasuredCosts) else None
+    if isinstance(costs, MeasuredCosts) and costs.parts["draft"] is None:
+        raise RecipeError(f"--hardware: the probe of {costs.name} holds no draft's times; probe again with --draft-url")
+    if engine == "embedded" and max(batches) > 1:
         say("predict: the embedded engine decodes one sequence at a time; only batch 1 is told")
         batches = [1]
-    rows = table(costs, accept, candidate_shapes(accept.deepest, not chains_only), batches, context)
+    if engine in ("vllm", "sglang"):
+        say(f"predict: {costs.name} was measured at its own prompts' lengths; --context {context} changes nothing")
+    if isinstance(costs, RooflineCosts) and not costs.fits:
+        say(
+            f"predict: {size(costs.target.bytes)} of weights do not fit {costs.machine.gpus} x "
+            f"{size(costs.machine.memory_bytes)} of {costs.name}; the figures hold as if they did"
+        )
+    rows = table(costs, accept, candidate_shapes(accept.deepest, engine != "vllm"), batches, context)
+    if math.isnan(rows[0][0].speedup):
+        raise RecipeError(
+            f"--batches: {batches[0]} given; {costs.name} was measured up to {costs.reach / 2:.0f} tokens"
+        )
     told = advice(rows, costs, accept)
     result = to_dict(rows, told, costs, context)
-    name = hardware if hardware in PRESETS else Path(hardware or "probe.json").stem
+    name = hardware if hardware in PRESETS else (Path(hardware) if hardware else probed(run) or Path("probe")).stem
     out = run.path("predict", f"{name}.json")
     files.write_json(out, result)
     files.write_atomic(out.with_suffix(".svg"), heat_map(rows, f"{run.recipe.target.model} on {costs.name}"))
@@ -185,57 +240,63 @@ def predict(
 
 
 def card_prediction(run: "Run") -> dict[str, Any]:
-    """What the card tells of realised speed-up: the evaluated shapes at batch 1 on every preset that holds the target,
-    and on this machine where it was probed."""
-    places = [run.path(name, "results.json") for name in ("evaluate", "evaluate-sglang", "evaluate-vllm")]
-    found = next((path for path in places if path.exists()), None)
-    if found is None:
+    """What the card tells of realised speed-up, and predict/card.json: the evaluated shapes at batch 1 on every preset
+    that holds the target, and on this machine where it was probed."""
+    results = results_of(run)
+    if results is None:
         raise DataError(f"card: no results in {run.directory}; run: draftsmith evaluate RECIPE")
-    results = files.read_json(found)
     try:
         accept = from_results(results)
     except RecipeError:  # nothing greedy was measured, so nothing can be told
-        return {"sentence": "", "rows": []}
+        return {"rows": []}
     shapes = [parse_shape(name) for name in dict.fromkeys(e["shape"] for e in results["acceptance"])]
-    size = roofline(run.recipe, preset("h100-1")).target
-    single = size.bytes < 0.6 * preset("h100-1").memory_bytes
-    machines: list[Costs] = [
-        roofline(run.recipe, machine)
-        for machine in PRESETS.values()
-        if (machine.gpus == 1) == single and size.bytes < 0.8 * machine.memory_bytes * machine.gpus
-    ]
+    shapes = [shape for shape in shapes if shape.steps <= accept.deepest]
+    single = roofline(run.recipe, preset("h100-1")).fits
+    presets = [roofline(run.recipe, m) for m in PRESETS.values() if m is not CPU and (m.gpus == 1) == single]
+    machines: list[Costs] = [costs for costs in presets if costs.fits]
     if run.path("probe.json").exists():
-        machines.append(MeasuredCosts(files.read_json(run.path("probe.json"))))
-    told = [(costs, table(costs, accept, shapes, [1], 512)) for costs in machines]
-    return {
-        "sentence": "; ".join(advice(rows, costs, accept) for costs, rows in told),
-        "rows": [{"machine": costs.name, **p.to_dict()} for costs, rows in told for row in rows for p in row],
-    }
+        machines.append(read_probe(run, run.path("probe.json")))
+    rows = []
+    for costs in machines:
+        for row in table(costs, accept, shapes, [1], 512):
+            told = where_it_pays(costs, accept, row[0])
+            if isinstance(costs, MeasuredCosts):  # of one sequence at a time
+                told = "only batch 1 was probed"
+            rows.append({"machine": costs.name, **row[0].to_dict(), "batches": told})
+    files.write_json(run.path("predict", "card.json"), {"rows": rows})
+    return {"rows": rows}
 
 
 # --- tune ------------------------------------------------------------------------------------------------------------
 
 
-def _seeds(run: "Run", count: int, chains_only: bool) -> list[Shape]:
-    """The shapes that `predict` thinks best; without a probe, by this machine's nearest likeness: a single GPU."""
-    accept = accept_of(run, None, "")
-    probed = run.path("probe.json")
-    costs: Costs = MeasuredCosts(files.read_json(probed)) if probed.exists() else roofline(run.recipe, preset("h100-1"))
-    rows = table(costs, accept, candidate_shapes(accept.deepest, not chains_only), [1], 512)
+def _seeds(run: "Run", count: int, engine: str) -> list[Shape]:
+    """The shapes that `predict` thinks best; without a probe of drafting, by its nearest likeness: a single GPU."""
+    accept, own = accept_of(run, None, ""), run.path(f"probe-{engine}.json")
+    path = own if own.exists() else probed(run)
+    costs: Costs = read_probe(run, path) if path else roofline(run.recipe, preset("h100-1"))
+    if isinstance(costs, MeasuredCosts) and costs.parts["draft"] is None:
+        costs = roofline(run.recipe, preset("h100-1"))
+    rows = table(costs, accept, candidate_shapes(accept.deepest, engine != "vllm"), [1], 512)
     return [row[0].shape for row in rows[:count]]
 
 
-def tune(run: "Run", engine: Literal["embedded", "vllm", "sglang"], budget_s: float) -> dict[str, Any]:
+def tune(run: "Run", engine: Literal["auto", "embedded", "vllm", "sglang"], budget_s: float) -> dict[str, Any]:
     """Measure, print the verdict and write tune-ENGINE.json, which `serve` reads."""
     from draftsmith.hardware import tune as tuning
 
+    own = run.recipe.target.engine
+    if engine == "auto":
+        engine = "embedded" if own == "transformers" else own
     if engine == "embedded":
+        if own != "transformers":
+            raise RecipeError(f"--engine: embedded given; the target runs on servers, so give {own}, or leave it out")
         tried = _tune_embedded(run, budget_s)
     else:
         tried = _tune_served(run, engine, budget_s)
     if not tried:
         raise DataError("tune: no shape could be measured in the time given; raise --budget-s")
-    result = tuning.verdict(tried, engine, run.created_with["hardware"])
+    result = tuning.verdict(tried, engine, run.created_with["hardware"], run.draft_digest)
     out = run.path(f"tune-{engine}.json")
     files.write_json(out, {**result, "created_with": run.created_with})
     for row in result["tried"]:
@@ -245,7 +306,6 @@ def tune(run: "Run", engine: Literal["embedded", "vllm", "sglang"], budget_s: fl
 
 
 def _tune_embedded(run: "Run", budget_s: float) -> list["Tried"]:
-    from draftsmith.decoding.sampling import Sampling
     from draftsmith.evaluation.evaluate import SHORTEST_TIMED, Evaluation
     from draftsmith.hardware.tune import halve
 
@@ -266,68 +326,82 @@ def _tune_embedded(run: "Run", budget_s: float) -> list["Tried"]:
         ratio(0)  # warm
         yield ratio
 
-    return halve(_seeds(run, 8, False), session, len(evaluation.prompts), budget_s)
+    return halve(_seeds(run, 8, "embedded"), session, len(evaluation.prompts), budget_s)
 
 
 def _tune_served(run: "Run", engine: Literal["vllm", "sglang"], budget_s: float) -> list["Tried"]:
-    """A server for every shape, beside one of the target alone; each start counts as time, so few shapes are tried."""
-    from draftsmith.decoding.sampling import Sampling
-    from draftsmith.evaluation.evaluate import SHORTEST_TIMED
+    """The target alone first, then a server for every shape, one at a time: each takes the whole machine.
+
+    Starts cost more than measurements, so every shape is started once and measured on the same few prompts.
+    """
     from draftsmith.evaluation.served import ServedEvaluation
+    from draftsmith.hardware.probe import SHORT, Server
     from draftsmith.hardware.tune import halve
 
     out = run.path(f"tune-{engine}")
     out.mkdir(parents=True, exist_ok=True)
     served = ServedEvaluation(run.recipe, engine, run.draft_for(engine), run.path("prompts", "evaluation.jsonl"), out)
-    length = run.recipe.evaluate.max_new_tokens
-    with served.server(None, None) as plain:
-        prompts = served.open_prompts(plain)
+    seeds = _seeds(run, SERVED_SHAPES, engine)
+    length, key = max(2 * SHORT, run.recipe.evaluate.max_new_tokens), run.recipe.server.api_key_env
 
-        def per_token(target: "ServedTarget", number: int) -> float | None:
-            started = time.perf_counter()
-            (made,) = served.complete(target, prompts[number : number + 1], "tune", Sampling(), length, 1)
-            spent = time.perf_counter() - started
-            return spent / len(made.ids) if len(made.ids) > SHORTEST_TIMED else None
+    def timer(target: "ServedTarget", prompts: list[list[int]]) -> Callable[[int], float]:
+        server = Server(target.replicas[0].url, engine, key)
+        server.decode(prompts[:1], SHORT, 2 * SHORT)  # warm
+        return lambda number: server.decode(prompts[number : number + 1], SHORT, length)[0]
 
-        @contextlib.contextmanager
-        def session(shape: Shape) -> Iterator[Callable[[int], float | None]]:
-            wish = DraftShape(steps=shape.steps, topk=shape.topk, draft_tokens=shape.draft_tokens)
-            with served.server(None, wish) as drafted:
+    with served.server(None, None) as target:
+        prompts = [ids for _, _, ids in served.open_prompts(target)[:SERVED_PROMPTS]]
+        alone = timer(target, prompts)
+        plain_s = [alone(number) for number in range(len(prompts))]
 
-                def ratio(number: int) -> float | None:
-                    one, other = per_token(plain, number), per_token(drafted, number)
-                    return one / other if one and other else None
+    @contextlib.contextmanager
+    def session(shape: Shape) -> Iterator[Callable[[int], float | None]]:
+        wish = DraftShape(steps=shape.steps, topk=shape.topk, draft_tokens=shape.draft_tokens)
+        with served.server(None, wish) as drafted:
+            per_token = timer(drafted, prompts)
+            yield lambda number: plain_s[number] / per_token(number)
 
-                ratio(0)  # warm
-                yield ratio
-
-        return halve(_seeds(run, 4, engine == "vllm"), session, len(prompts), budget_s)
+    return halve(seeds, session, len(prompts), budget_s, first=len(prompts))
 
 
 # --- plan ------------------------------------------------------------------------------------------------------------
 
 
-def plan(run: "Run", hardware: str | None, trainer_gpus: int | None, against: Path | None) -> "Plan":
+def plan(
+    run: "Run",
+    hardware: str | None,
+    trainer_gpus: int | None,
+    against: Path | None,
+    completion_tokens: int | None = None,
+    network_gbit: float | None = None,
+) -> "Plan":
     """Print the plan; with `against`, a finished run's figures beside it."""
     from draftsmith.hardware import plan as planning
     from draftsmith.hardware.probe import as_machine
     from draftsmith.training.trainer import draft_config
 
     recipe, wish = run.recipe, run.recipe.target
+    for flag, given in (
+        ("--trainer-gpus", trainer_gpus),
+        ("--completion-tokens", completion_tokens),
+        ("--network-gbit", network_gbit),
+    ):
+        if given is not None and given <= 0:
+            raise RecipeError(f"{flag}: {given:g} given; more than 0")
     costs = costs_of(run, hardware, 0.0)
     config = target_config(wish.model, wish.revision, wish.trust_remote_code)
-    if isinstance(costs, MeasuredCosts):
-        if "flops_s" not in costs.parts:
-            raise RecipeError("--hardware: a plan needs a probe of a machine, not of a server; or one by name")
+    if isinstance(costs, RooflineCosts):
+        machine = costs.machine
+    elif "flops_s" in costs.parts:
         machine = as_machine(costs.parts)
     else:
-        machine = preset(hardware or "")
-    if trainer_gpus is not None and trainer_gpus < 1:
-        raise RecipeError(f"--trainer-gpus: {trainer_gpus} given; at least 1")
+        raise RecipeError(f"--hardware: a plan needs a probe of a machine, not of {costs.name}; or one by name")
+    if network_gbit is not None:
+        machine = replace(machine, network_bytes_s=network_gbit * 1e9 / 8)
     text = config.get_text_config()
     draft = draft_config(recipe, text, text.num_hidden_layers, min(recipe.vocab.size, text.vocab_size))
     target = TargetSize.of(wish.model, config, wish.dtype)
-    told = planning.plan(recipe, costs, machine, target, draft, trainer_gpus)
+    told = planning.plan(recipe, costs, machine, target, draft, trainer_gpus, completion_tokens)
     print(f"{recipe.name} on {costs.name}\n\n{planning.describe(told)}")
     if against is not None:
         rows = planning.against(told, against)

@@ -6,6 +6,7 @@ One step verifies w tokens of each of B sequences and yields tau of them; plain 
 costs come from a probe of the machine itself, or from a preset and the sizes of the two models (a roofline).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,7 +16,9 @@ from draftsmith.hardware.accept_length import AcceptLength
 from draftsmith.hardware.presets import Machine
 from draftsmith.hardware.sizes import DraftSize, TargetSize
 
-LARGEST_BATCH = 1024
+# Batches that break-even is looked for at: all up to 64, then six to each doubling, up to 1024.
+GRID = (*range(1, 65), *(int(64 * 2 ** (i / 6)) for i in range(1, 25)))
+BEYOND = 2.0  # times the largest measured forward: as far as its last straight line is trusted
 
 
 class Costs(Protocol):
@@ -24,8 +27,17 @@ class Costs(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def reach(self) -> float:
+        """Most tokens of a forward that anything is known of."""
+        ...
+
     def forward_s(self, tokens: int, batch: int, context: int) -> float:
         """One forward of the target, head included."""
+        ...
+
+    def decode_s(self, batch: int, context: int) -> float:
+        """One plain decoding step of `batch` sequences."""
         ...
 
     def draft_s(self, shape: Shape, tau: float, batch: int, context: int) -> float:
@@ -59,10 +71,6 @@ class Prediction:
     def speedup(self) -> float:
         return self.tau / self.c
 
-    @property
-    def tokens_per_s(self) -> float:
-        return self.batch * self.speedup / self.decode_s
-
     def to_dict(self) -> dict[str, Any]:
         return {
             "shape": str(self.shape),
@@ -79,34 +87,41 @@ class Prediction:
 
 
 def predict(costs: Costs, accept: AcceptLength, shape: Shape, batch: int = 1, context: int = 512) -> Prediction:
+    """Beyond the costs' reach times and speed-up are nan: a straight line through a few points is no measurement."""
     tau = accept.tau(shape)
+    known = shape.draft_tokens * batch <= costs.reach
     return Prediction(
         shape,
         batch,
         context,
         tau,
-        decode_s=costs.forward_s(1, batch, context) + costs.overhead_s(None),
-        verify_s=costs.forward_s(shape.draft_tokens, batch, context),
+        decode_s=costs.decode_s(batch, context),
+        verify_s=costs.forward_s(shape.draft_tokens, batch, context) if known else math.nan,
         draft_s=costs.draft_s(shape, tau, batch, context),
         overhead_s=costs.overhead_s(shape),
     )
 
 
-def break_even(costs: Costs, accept: AcceptLength, shape: Shape, context: int = 512) -> int | None:
-    """The smallest batch (a power of two, then bisected) at which drafting no longer pays; None below LARGEST_BATCH."""
+def paying_batches(
+    costs: Costs, accept: AcceptLength, shape: Shape, context: int = 512
+) -> tuple[list[tuple[int, int]], int]:
+    """([first, last] batch of every range in which drafting pays, the largest batch looked at).
 
-    def pays(batch: int) -> bool:
-        return predict(costs, accept, shape, batch, context).speedup > 1
-
-    low, high = 0, 1
-    while pays(high):
-        low, high = high, high * 2
-        if low >= LARGEST_BATCH:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if pays(middle) else (low, middle)
-    return high
+    The gain need not fall all the way: once a batch touches every expert anyway, verifying more tokens is cheap again.
+    """
+    ranges: list[tuple[int, int]] = []
+    largest, paid = 0, False
+    for batch in GRID:
+        gain = predict(costs, accept, shape, batch, context).speedup
+        if math.isnan(gain):
+            break
+        largest = batch
+        if gain > 1 and paid:
+            ranges[-1] = (ranges[-1][0], batch)
+        elif gain > 1:
+            ranges.append((batch, batch))
+        paid = gain > 1
+    return ranges, largest
 
 
 def interpolate(points: Sequence[Sequence[float]], x: float) -> float:
@@ -132,16 +147,24 @@ class MeasuredCosts:
         return self.parts["machine"]
 
     @property
-    def batches(self) -> int:
-        """Largest batch that was probed for; the embedded engine decodes one sequence."""
-        return 1 if self.parts["engine"] == "embedded" else LARGEST_BATCH
+    def reach(self) -> float:
+        return BEYOND * self.parts["forward"][-1][0]
+
+    def _beyond_s(self, batch: int, context: int) -> float:
+        return max(0, context - self.parts["context"]) * batch * self.parts["context_s"]
 
     def forward_s(self, tokens: int, batch: int, context: int) -> float:
-        beyond = max(0, context - self.parts["context"]) * batch * self.parts["context_s"]
-        return interpolate(self.parts["forward"], tokens * batch) + beyond
+        return interpolate(self.parts["forward"], tokens * batch) + self._beyond_s(batch, context)
+
+    def decode_s(self, batch: int, context: int) -> float:
+        if batch > 1 and "batched" in self.parts:  # rows with caches of their own, and their sampling
+            return interpolate(self.parts["batched"], batch) + self._beyond_s(batch, context)
+        return self.forward_s(1, batch, context) + self.overhead_s(None)
 
     def draft_s(self, shape: Shape, tau: float, batch: int, context: int) -> float:
         draft = self.parts["draft"]
+        if "by_batch" in draft:
+            return shape.steps * max(0.0, interpolate(draft["by_batch"], batch))
         step = interpolate(draft["step"], shape.topk)
         alone = interpolate(draft["extend"], tau) + draft["first_s"] + (shape.steps - 1) * step
         # A draft grows with the batch as its target does: both are a few matrices that every token passes.
@@ -149,7 +172,9 @@ class MeasuredCosts:
 
     def overhead_s(self, shape: Shape | None) -> float:
         overhead = self.parts["overhead_s"]
-        return interpolate(overhead["drafted"], shape.draft_tokens) if shape else overhead["plain"]
+        if shape is None:
+            return overhead["plain"]
+        return max(0.0, interpolate(overhead["drafted"], shape.draft_tokens))
 
 
 # Served engines replay CUDA graphs, so a layer costs what its kernels take at least, whatever they read. Calibrated on
@@ -182,8 +207,13 @@ class RooflineCosts:
         return self.machine.name
 
     @property
-    def batches(self) -> int:
-        return LARGEST_BATCH
+    def reach(self) -> float:
+        return math.inf
+
+    @property
+    def fits(self) -> bool:
+        """Whether the target's weights leave a fifth of the memory for caches."""
+        return self.target.bytes < 0.8 * self.machine.memory_bytes * self.machine.gpus
 
     def _seconds(self, read_bytes: float, flops: float) -> float:
         machine = self.machine
@@ -200,6 +230,9 @@ class RooflineCosts:
         launches = target.layers * self.machine.launch_s * (MOE_LAUNCHES if target.experts else 1)
         collectives = 2 * target.layers * self.all_reduce_s(every, target.hidden)
         return self._seconds(reading, 2 * target.active_parameters * every) + launches + collectives
+
+    def decode_s(self, batch: int, context: int) -> float:
+        return self.forward_s(1, batch, context)
 
     def draft_s(self, shape: Shape, tau: float, batch: int, context: int) -> float:
         draft = self.draft

@@ -54,38 +54,41 @@ def all_reduce_latency(processes: int, backend: str) -> list[list[float]]:
 
 
 def topology() -> list[dict[str, Any]]:
-    """How each pair of GPUs is joined: {pair, peer_access, nvlinks}; `nvlinks` is None without the NVML bindings."""
+    """How each pair of GPUs is joined: {pair, peer_access, nvlink}; `nvlink` is None without the NVML bindings."""
     gpus = torch.cuda.device_count()
     pairs = [(i, j) for i in range(gpus) for j in range(i + 1, gpus)]
+    linked = _nvlink_pairs(pairs)
     return [
-        {"pair": [i, j], "peer_access": torch.cuda.can_device_access_peer(i, j), "nvlinks": _nvlinks(i)}
+        {"pair": [i, j], "peer_access": torch.cuda.can_device_access_peer(i, j), "nvlink": linked and linked[i, j]}
         for i, j in pairs
     ]
 
 
-def _nvlinks(gpu: int) -> int | None:
-    """Active NVLinks of a GPU."""
+def _nvlink_pairs(pairs: list[tuple[int, int]]) -> dict[tuple[int, int], bool] | None:
+    """Whether NVML can reach each pair over NVLink, switches included. GPUs go by UUID, as NVML knows nothing of
+    CUDA_VISIBLE_DEVICES."""
     try:
         import pynvml
     except ModuleNotFoundError:
         return None
     pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(gpu)
-    active = 0
-    for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
-        try:
-            active += pynvml.nvmlDeviceGetNvLinkState(handle, link)
-        except pynvml.NVMLError:  # this GPU has no such link
-            break
-    return active
+    gpus = {gpu for pair in pairs for gpu in pair}
+    handles = {
+        gpu: pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(gpu).uuid}") for gpu in gpus
+    }
+    link = pynvml.NVML_P2P_CAPS_INDEX_NVLINK
+    return {
+        (i, j): pynvml.nvmlDeviceGetP2PStatus(handles[i], handles[j], link) == pynvml.NVML_P2P_STATUS_OK
+        for i, j in pairs
+    }
 
 
 def describe(pairs: list[dict[str, Any]]) -> str:
     """In a user's words, by the worst pair."""
     if not pairs:
         return "a single device"
-    if all(pair["nvlinks"] for pair in pairs):
+    if all(pair["nvlink"] for pair in pairs):
         return "NVLink"
     if all(pair["peer_access"] for pair in pairs):
-        return "NVLink or PCIe, peer to peer" if pairs[0]["nvlinks"] is None else "PCIe, peer to peer"
+        return "NVLink or PCIe, peer to peer" if pairs[0]["nvlink"] is None else "PCIe, peer to peer"
     return "PCIe, through the host (no peer access)"

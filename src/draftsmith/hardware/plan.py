@@ -4,6 +4,7 @@ Bytes and token counts follow from the recipe; hours follow from a machine (hard
 that were measured once and stand here as constants. Every assumption is printed with the plan. GB is 1e9 bytes.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from draftsmith import files
 from draftsmith.data.prompts import BUNDLED
 from draftsmith.drafts.eagle3 import Eagle3Config
+from draftsmith.errors import DataError
+from draftsmith.evaluation.evaluate import PROFILE_PROMPTS
 from draftsmith.hardware.cost_model import FLOPS_SHARE, Costs
 from draftsmith.hardware.presets import Machine
 from draftsmith.hardware.sizes import BYTES, DraftSize, TargetSize
@@ -27,14 +30,15 @@ HUB_SETS = {
     "hendrycks-math": (7_500, 1, 80),
 }
 CHARACTERS_PER_TOKEN = 4.0
+PROMPT_TOKENS = 60  # of a prompt whose file is not read
 TEMPLATE_TOKENS = 12
 COMPLETION_SHARE = 0.43  # mean completion of max_new_tokens; runs of gemma3-270m-cpu: 95 of 224
 PACK_WASTE = 0.68  # room lost in a pack, in mean documents: 0.104 of 1024 tokens there, 0.121 of 512 in the quick run
 NEWTON_SCHULZ = 5  # iterations of Muon, each of about 4 m m n + 2 m m m operations for an m x n matrix
-# Of a device's matrix peak, and of the rows of a batch that write: calibrated on the quick recipe's run on two
-# quiet cores (95 s of training, 205 tokens/s); GPUs are assumed alike.
+# Of a device's matrix peak: calibrated on runs of the quick recipe on two quiet cores; GPUs are assumed alike.
 TRAIN_SHARE = 0.55
-OCCUPANCY = 0.6  # rows wait for others to end before new prompts are read, and shards end ragged
+REFILL = 0.88  # of a batch's rows that write: a quarter of them ends before new prompts are read
+DRAFTED = 1.3  # speed-up of drafted decoding that an evaluation is assumed to see
 COMPLETION_BYTES = 6.5  # of JSON per token of a document; the same run
 
 
@@ -74,12 +78,19 @@ def _source(source: Source, max_turns: int) -> tuple[int, float, float]:
     if source.name in HUB_SETS:
         known, turns, length = HUB_SETS[source.name]
         return min(known, source.limit or known), float(min(turns, max_turns)), float(length)
-    rows = characters = 0
+    rows, characters = 0, 0.0
     text = BUNDLED.read_text() if source.name == "bundled" else None
     path = Path(source.name)
     if text is None and path.suffix == ".jsonl" and path.is_file():
         text = path.read_text()
-    for line in (text or "").splitlines():
+    elif path.suffix == ".parquet" and path.is_file():
+        import pyarrow.parquet
+
+        rows, text = pyarrow.parquet.ParquetFile(path).metadata.num_rows, ""
+        characters = rows * (100 + CHARACTERS_PER_TOKEN * PROMPT_TOKENS)
+    if text is None:
+        raise DataError(f"prompts.sources: {source.name} is not there, and a plan counts its prompts")
+    for line in text.splitlines():
         rows += bool(line.strip())
         characters += len(line)
     # a line holds keys, ids and quotes beside the prompt: about a hundred characters of them
@@ -94,11 +105,17 @@ def plan(
     target: TargetSize,
     config: Eagle3Config,
     trainer_gpus: int | None = None,
+    completion_tokens: float | None = None,
 ) -> Plan:
-    """`costs` and `machine` are those of one target replica; `trainer_gpus`: GPUs that train, of the same kind."""
+    """`costs` and `machine` are those of one target replica.
+
+    trainer_gpus: GPUs that train, of the same kind; completion_tokens: mean answer, COMPLETION_SHARE if left out.
+    """
     told, train, regenerate = Plan(), recipe.train, recipe.regenerate
     draft, served = DraftSize.of(config), recipe.target.engine != "transformers"
     replicas = max(1, len(recipe.server.urls)) if served else 1
+    if not served:  # the target in this process runs on one device
+        machine = dataclasses.replace(machine, gpus=1)
     trainers = trainer_gpus or machine.gpus
 
     # --- draft and data
@@ -117,7 +134,7 @@ def plan(
         conversations = max(1, conversations - 3 * recipe.prompts.held_out)
     turns = sum(rows * turns for rows, turns, _ in sources) / max(1, sum(rows for rows, _, _ in sources))
     prompt = sum(rows * tokens for rows, _, tokens in sources) / max(1, sum(rows for rows, _, _ in sources))
-    mean = COMPLETION_SHARE * regenerate.max_new_tokens
+    mean = completion_tokens or COMPLETION_SHARE * regenerate.max_new_tokens
     wanted = min(conversations * turns, (regenerate.max_tokens or float("inf")) / mean)
     if not served:  # whole shards are decoded
         wanted = min(conversations * turns, math.ceil(wanted / regenerate.shard_prompts) * regenerate.shard_prompts)
@@ -163,7 +180,7 @@ def plan(
     cache = batch * length * target.kv_bytes_per_token
     each = (target.bytes + cache) / machine.gpus
     fits = each < 0.9 * machine.memory_bytes
-    enough = -(-(target.bytes + cache) // (0.9 * machine.memory_bytes))
+    enough = 2 ** math.ceil(math.log2((target.bytes + cache) / (0.9 * machine.memory_bytes)))  # tensor parallel
     what = "GPU" if machine.gpus > 1 or machine.flops_s > 5e13 else "machine"
     told.put(
         "memory",
@@ -190,8 +207,11 @@ def plan(
     )
 
     # --- hours
-    a_step_s = costs.forward_s(1, batch, round(length)) + costs.overhead_s(None)
-    rate = replicas * batch * (1.0 if served else OCCUPANCY) / a_step_s
+    occupancy = 1.0
+    if not served:  # a shard ends with its longest answers, in ever smaller batches
+        full = regenerate.shard_prompts / batch * mean
+        occupancy = REFILL * full / (full + (regenerate.max_new_tokens - mean) / 2)
+    rate = replicas * batch * occupancy / costs.decode_s(batch, round(length))
     body = target.active_parameters - target.vocab * target.hidden
     reading_s = 2 * body / (machine.flops_s * FLOPS_SHARE * machine.gpus)  # a token of a prompt, in large batches
     regenerate_s = written / rate + (written / mean) * prompt * reading_s / replicas
@@ -239,16 +259,18 @@ def plan(
         evaluation.prompts or sum(_source(s, 1)[0] for s in recipe.prompts.evaluation) or 3 * recipe.prompts.held_out
     )
     passes = len(evaluation.shapes) * len(evaluation.temperatures)
-    decode_s = costs.forward_s(1, 1, round(length)) + costs.overhead_s(None)
+    decode_s = costs.decode_s(1, round(length))
     answer = COMPLETION_SHARE * evaluation.max_new_tokens
-    drafted = decode_s / 1.5  # per token; nothing better is known before there is a draft
-    evaluate_s = asked * answer * passes * drafted / (batch if served else 1)
-    evaluate_s += evaluation.speed_prompts * len(evaluation.shapes) * answer * (decode_s + drafted)
+    drafted_s = decode_s / DRAFTED
+    evaluate_s = asked * answer * passes * drafted_s / (batch if served else 1)
+    evaluate_s += evaluation.speed_prompts * len(evaluation.shapes) * answer * (decode_s + drafted_s)
+    # The proof's plain side is one batch where it runs here; its fp32 weights are read at the bytes they have.
     proof = min(evaluation.lossless_prompts, asked) * evaluation.lossless_tokens
-    evaluate_s += (
-        proof * (decode_s + len(evaluation.shapes) * drafted) * (1 if served else 4 / BYTES[recipe.target.dtype])
-    )
-    told.put("hours", "evaluate", evaluate_s, f"roughly {duration(evaluate_s)} on one replica")
+    proof_s = len(evaluation.shapes) * drafted_s + (decode_s if served else 0.0)
+    evaluate_s += proof * proof_s * (1 if served else 4 / BYTES[recipe.target.dtype])
+    if not served:
+        evaluate_s += min(PROFILE_PROMPTS, asked) * (answer / rate + (prompt + answer) * reading_s)
+    told.put("hours", "evaluate", evaluate_s, f"{duration(evaluate_s)} on one replica")
     total = regenerate_s + train_s + evaluate_s
     told.put("hours", "all", total, duration(total))
     if served or machine.gpus > 1:
@@ -282,8 +304,10 @@ def plan(
         )
 
     told.assumptions = [
-        f"a completion has {COMPLETION_SHARE:.0%} of regenerate.max_new_tokens, {mean:.0f} tokens; "
-        f"a prompt has {prompt:.0f}",
+        f"a completion has {mean:.0f} tokens"
+        + ("" if completion_tokens else f", {COMPLETION_SHARE:.0%} of regenerate.max_new_tokens (--completion-tokens)")
+        + f"; a prompt has {prompt:.0f}",
+        f"a drafted token takes 1 / {DRAFTED} of a plain one's time in the evaluation",
         f"packs are {fill:.0%} full; documents are cut at {train.max_document_tokens} tokens",
         f"products of many tokens reach {FLOPS_SHARE:.0%} of {machine.flops_s / 1e12:.3g} TFLOP/s, "
         f"training {TRAIN_SHARE:.0%}",

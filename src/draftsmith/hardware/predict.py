@@ -1,11 +1,12 @@
 """`draftsmith predict`: what speculation will buy, for every shape and batch, before anybody serves it."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from draftsmith.decoding.tree import Shape
 from draftsmith.hardware.accept_length import AcceptLength
-from draftsmith.hardware.cost_model import Costs, Prediction, break_even, predict
+from draftsmith.hardware.cost_model import Costs, Prediction, paying_batches, predict
 
 ROWS = 12  # of the table; the heat map and the JSON have all
 WORTH = 1.03  # a gain below this is within the model's error
@@ -29,7 +30,18 @@ def table(
 ) -> list[list[Prediction]]:
     """One row per shape, one column per batch; the best at the first batch comes first."""
     rows = [[predict(costs, accept, shape, batch, context) for batch in batches] for shape in shapes]
-    return sorted(rows, key=lambda row: -row[0].speedup)
+    return sorted(rows, key=lambda row: math.inf if math.isnan(row[0].speedup) else -row[0].speedup)
+
+
+def where_it_pays(costs: Costs, accept: AcceptLength, best: Prediction) -> str:
+    """The batches at which drafting gains, in words."""
+    ranges, largest = paying_batches(costs, accept, best.shape, best.context)
+    if ranges == [(1, largest)]:
+        return f"no break-even up to batch {largest}, as far as is known"
+    if len(ranges) == 1 and ranges[0][0] == 1:
+        return f"break-even above batch {ranges[0][1]}"
+    words = [f"{a} and more" if b == largest else f"{a} to {b}" if b > a else str(a) for a, b in ranges]
+    return f"pays at batches {', '.join(words)} alone" if words else "no batch gains"
 
 
 def advice(rows: list[list[Prediction]], costs: Costs, accept: AcceptLength) -> str:
@@ -45,9 +57,9 @@ def advice(rows: list[list[Prediction]], costs: Costs, accept: AcceptLength) -> 
         f"{best.tau:.2f}, a step costs {best.c:.2f} plain ones)"
     )
     if len(rows[0]) > 1:
-        limit = break_even(costs, accept, best.shape, best.context)
-        sentence += f", break-even at batch {limit}" if limit else ", no break-even up to batch 1024"
-        last = max(rows, key=lambda row: row[-1].speedup)[-1]
+        sentence += f"; {where_it_pays(costs, accept, best)}"
+        known = [row for row in rows if not math.isnan(row[-1].speedup)]
+        last = max(known, key=lambda row: row[-1].speedup)[-1] if known else best
         if last.shape != best.shape and last.speedup >= WORTH:
             sentence += f"; at batch {last.batch} rather {last.shape}, {last.speedup:.2f}x"
     return sentence
@@ -59,11 +71,13 @@ def describe(rows: list[list[Prediction]]) -> str:
     lines = [head]
     for row in rows[:ROWS]:
         first = row[0]
-        gains = " ".join(f"{p.speedup:8.2f}x" for p in row)
+        gains = " ".join(f"{'-':>9}" if math.isnan(p.speedup) else f"{p.speedup:8.2f}x" for p in row)
         lines.append(f"{first.shape!s:>9} {first.tau:6.2f} {first.c:6.2f} {gains}")
     if len(rows) > ROWS:
         lines.append(f"{'...':>9} {len(rows) - ROWS} more in predict.json")
     lines.append(f"c: a step's cost in plain decoding steps, at batch {batches[0]}; speed-up = tau / c")
+    if any(math.isnan(p.speedup) for row in rows for p in row):
+        lines.append("-: beyond what was measured")
     return "\n".join(lines)
 
 
@@ -86,7 +100,7 @@ def heat_map(rows: list[list[Prediction]], title: str) -> str:
 
     shown = rows[:24]
     values = [[p.speedup for p in row] for row in shown]
-    flat = [v for row in values for v in row]
+    flat = [v for row in values for v in row if not math.isnan(v)]
     norm = TwoSlopeNorm(1.0, min(0.5, *flat), max(1.5, *flat))
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "draftsmith", "font.size": 9}):
         figure = Figure(figsize=(1.8 + 0.75 * len(values[0]), 1.2 + 0.3 * len(values)), layout="constrained")
@@ -99,9 +113,11 @@ def heat_map(rows: list[list[Prediction]], title: str) -> str:
         axes.set_ylabel("steps/top-k/draft tokens")
         for y, row in enumerate(values):
             for x, value in enumerate(row):
+                if math.isnan(value):
+                    continue
                 dark = abs(norm(value) - 0.5) > 0.32
                 axes.text(x, y, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black")
-                if x + 1 < len(row) and (value > 1) != (row[x + 1] > 1):
+                if x + 1 < len(row) and not math.isnan(row[x + 1]) and (value > 1) != (row[x + 1] > 1):
                     axes.plot([x + 0.5, x + 0.5], [y - 0.5, y + 0.5], color="black", linewidth=2)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from draftsmith.errors import RecipeError
 
 GB = 1e9
-_LAYER_S = 30e-6
+LAYER_S = 30e-6
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,23 @@ _NVLINK = ((4e3, 5e-6), (16e3, 6e-6), (128e3, 12e-6), (1e6, 35e-6))
 _PCIE_P2P = ((4e3, 19.4e-6), (16e3, 22.3e-6), (128e3, 51.8e-6), (384e3, 83.5e-6), (1e6, 160e-6))
 _PCIE_HOST = ((4e3, 45e-6), (64e3, 344e-6), (1e6, 5e-3))
 
+# This project's own machine, by `draftsmith probe recipes/gemma3-270m-cpu.yaml`: copies and products as it told,
+# efficiency and layer time so that its forward of one token and its draft step come out.
+CPU = Machine("cpu-epyc-2", 1, 25 * GB, 45e9, 0.9e12, 0.3e-3, efficiency=0.5, network_bytes_s=1e9)
+
 PRESETS = {
     machine.name: machine
     for machine in (
-        Machine("h100-nvlink-8", 8, 80 * GB, 3.35e12, 0.99e15, _LAYER_S, _NVLINK, interconnect="NVLink"),
-        Machine("h200-nvlink-8", 8, 141 * GB, 4.8e12, 0.99e15, _LAYER_S, _NVLINK, interconnect="NVLink"),
-        Machine("h200-nvlink-4", 4, 141 * GB, 4.8e12, 0.99e15, _LAYER_S, _NVLINK, interconnect="NVLink"),
-        Machine("pcie-p2p-8", 8, 96 * GB, 1.6e12, 0.25e15, _LAYER_S, _PCIE_P2P, interconnect="PCIe, peer to peer"),
-        Machine(
-            "pcie-host-8", 8, 96 * GB, 1.6e12, 0.25e15, _LAYER_S, _PCIE_HOST, interconnect="PCIe, through the host"
-        ),
-        Machine("h100-1", 1, 80 * GB, 3.35e12, 0.99e15, _LAYER_S),
-        Machine("h200-1", 1, 141 * GB, 4.8e12, 0.99e15, _LAYER_S),
-        Machine("a100-1", 1, 80 * GB, 2.0e12, 0.312e15, _LAYER_S),
-        Machine("rtx4090-1", 1, 24 * GB, 1.0e12, 0.165e15, _LAYER_S),
+        Machine("h100-nvlink-8", 8, 80 * GB, 3.35e12, 0.99e15, LAYER_S, _NVLINK, interconnect="NVLink"),
+        Machine("h200-nvlink-8", 8, 141 * GB, 4.8e12, 0.99e15, LAYER_S, _NVLINK, interconnect="NVLink"),
+        Machine("h200-nvlink-4", 4, 141 * GB, 4.8e12, 0.99e15, LAYER_S, _NVLINK, interconnect="NVLink"),
+        Machine("pcie-p2p-8", 8, 96 * GB, 1.6e12, 0.25e15, LAYER_S, _PCIE_P2P, interconnect="PCIe, peer to peer"),
+        Machine("pcie-host-8", 8, 96 * GB, 1.6e12, 0.25e15, LAYER_S, _PCIE_HOST, interconnect="PCIe, through the host"),
+        Machine("h100-1", 1, 80 * GB, 3.35e12, 0.99e15, LAYER_S),
+        Machine("h200-1", 1, 141 * GB, 4.8e12, 0.99e15, LAYER_S),
+        Machine("a100-1", 1, 80 * GB, 2.0e12, 0.312e15, LAYER_S),
+        Machine("rtx4090-1", 1, 24 * GB, 1.0e12, 0.165e15, LAYER_S),
+        CPU,
     )
 }
 

@@ -4,8 +4,10 @@ A probe is plain JSON, which hardware/cost_model.py reads (`MeasuredCosts`); sec
     engine, machine           embedded, vllm or sglang; what it ran on
     context                   cached tokens while it was measured; context_s: seconds more per further token
     forward [[tokens, s]]     one forward of the target, head included, over so many tokens
-    draft                     extend [[tokens, s]], first_s, step [[topk, s]]: see `MeasuredCosts.draft_s`
+    draft                     extend [[tokens, s]], first_s, step [[topk, s]]: see `MeasuredCosts.draft_s`; of a
+                              server by_batch [[requests, s of one draft step]]
     overhead_s                of a decoding step beside the models: plain, drafted [[verified tokens, s]]
+    batched [[rows, s]]       embedded: one step of regeneration, sampling included, over so many sequences
     bandwidth_bytes_s, flops_s, launch_s, memory_bytes, all_reduce [[bytes, s]], topology    of the machine alone
 No trained draft is needed: an untrained one of the same shape takes the same time.
 """
@@ -26,20 +28,24 @@ from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.speculate import Decoder, Eagle3Drafter
 from draftsmith.decoding.tree import DraftTree, Shape
 from draftsmith.errors import TargetError
-from draftsmith.hardware.cost_model import MeasuredCosts
-from draftsmith.hardware.interconnect import all_reduce_latency, topology
-from draftsmith.hardware.presets import Machine
+from draftsmith.hardware import interconnect
+from draftsmith.hardware.cost_model import MeasuredCosts, interpolate
+from draftsmith.hardware.presets import LAYER_S, Machine
 from draftsmith.progress import Meter
 from draftsmith.targets.base import Generation
 from draftsmith.targets.dialects import DIALECTS
 from draftsmith.targets.local import LocalTarget
 
-WIDTHS = (*range(1, 17), 24, 32, 64)
+WIDTHS = (*range(1, 17), 24, 32, 64, 96)
 CONTEXT, LONG_CONTEXT = 128, 640
 ROUNDS = 7
 TOPKS = (1, 2, 4, 8)
 REFERENCE, WIDE = Shape(3, 1, 4), Shape(3, 4, 16)  # whose real loops tell the overhead
 LOOP_TOKENS = 24
+BATCH_ROUNDS, BATCH_STEPS, BATCH_CONTEXT = 2, (4, 20), 16
+# Of a machine whose target runs elsewhere.
+NO_MODEL: dict[str, Any] = {"engine": "none", "forward": None, "draft": None}
+KERNELS_PER_LAYER = 12  # launched one by one; served engines replay graphs, as presets.LAYER_S has it
 
 
 def _clock(device: torch.device) -> float:
@@ -81,9 +87,9 @@ def measure_machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if gpus > 1:
-        reduced = all_reduce_latency(gpus, "nccl")
+        reduced = interconnect.all_reduce_latency(gpus, "nccl")
     else:
-        reduced = all_reduce_latency(2, "gloo") if device.type == "cpu" else []
+        reduced = interconnect.all_reduce_latency(2, "gloo") if device.type == "cpu" else []
     return {
         "gpus": gpus,
         "memory_bytes": memory,
@@ -91,7 +97,7 @@ def measure_machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "flops_s": 2 * size**3 / product_s,
         "launch_s": launches_s / 100,
         "all_reduce": reduced,
-        "topology": topology(),
+        "topology": interconnect.topology(),
     }
 
 
@@ -99,12 +105,12 @@ def as_machine(parts: dict[str, Any]) -> Machine:
     """The probed machine as a plan needs it: rates as measured, so nothing is discounted. Two processes that share a
     CPU's memory are no second device, so their all-reduce does not enter."""
     return Machine(
-        "this machine",
+        parts["machine"],
         max(1, parts["gpus"]),
         parts["memory_bytes"],
         parts["bandwidth_bytes_s"],
         parts["flops_s"],
-        parts["launch_s"],
+        min(LAYER_S, KERNELS_PER_LAYER * parts["launch_s"]) if parts["gpus"] else KERNELS_PER_LAYER * parts["launch_s"],
         tuple((size, seconds) for size, seconds in parts["all_reduce"]) if parts["gpus"] > 1 else (),
         efficiency=1.0,
     )
@@ -115,9 +121,38 @@ def _chain(width: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(tree.depths), tree.ancestors()
 
 
+def batched_steps(target: LocalTarget, prompt: list[int], sampling: Sampling) -> list[list[float]]:
+    """[rows, seconds] of one decoding step of `LocalTarget.generate`, up to its batch size."""
+    ends, target.eos_ids = target.eos_ids, frozenset()  # all rows write to the end
+    points = []
+    try:
+        most = target.batch_size
+        counts = sorted({1, max(1, most // 4), most})
+        with Meter("batches", len(counts) * BATCH_ROUNDS, "runs") as meter:
+            for rows in counts:
+                spent = []
+                for _ in range(BATCH_ROUNDS):
+                    times = []
+                    for steps in BATCH_STEPS:
+                        started = _clock(target.device)
+                        list(target.generate([prompt] * rows, sampling, steps))
+                        times.append(_clock(target.device) - started)
+                    spent.append((times[1] - times[0]) / (BATCH_STEPS[1] - BATCH_STEPS[0]))
+                    meter.advance(1)
+                points.append([float(rows), min(spent)])
+    finally:
+        target.eos_ids = ends
+    return points
+
+
 @torch.inference_mode()
-def probe_embedded(target: LocalTarget, drafter: Eagle3Drafter, prompt: list[int]) -> dict[str, Any]:
-    """T(w), the draft's parts, and what a loop adds. prompt: real text, of any length above a few tokens."""
+def probe_embedded(
+    target: LocalTarget, drafter: Eagle3Drafter, prompt: list[int], sampling: Sampling | None = None
+) -> dict[str, Any]:
+    """T(w), the draft's parts, what a loop adds, and steps of whole batches.
+
+    prompt: real text, of any length above a few tokens; sampling: of regeneration, greedy if left out.
+    """
     taps, device = tuple(drafter.taps), target.device
     long = (prompt * (LONG_CONTEXT // len(prompt) + 1))[:LONG_CONTEXT]
     cache = StaticCache(1, LONG_CONTEXT + max(WIDTHS))
@@ -146,10 +181,11 @@ def probe_embedded(target: LocalTarget, drafter: Eagle3Drafter, prompt: list[int
         "draft",
     )
     extend, (first, *deep) = parts[: len(extends)], parts[len(extends) :]
+    context_s = max(0.0, (times[-1] - times[0]) / (LONG_CONTEXT - CONTEXT))
     result = {
         "engine": "embedded",
         "context": CONTEXT,
-        "context_s": max(0.0, (times[-1] - times[0]) / (LONG_CONTEXT - CONTEXT)),
+        "context_s": context_s,
         "forward": forward,
         "draft": {
             "extend": [[float(n), s] for n, s in zip(extends, extend, strict=True)],
@@ -177,12 +213,16 @@ def probe_embedded(target: LocalTarget, drafter: Eagle3Drafter, prompt: list[int
                 beyond.append(made.seconds / len(made.steps) - known)
     rest = {shape: max(0.0, statistics.median(beyond)) for shape, beyond in loops.items()}
     drafted = [[float(shape.draft_tokens), rest[shape]] for shape in (REFERENCE, WIDE)]
-    return {**result, "overhead_s": {"plain": rest[None], "drafted": drafted}}
+    batched = batched_steps(target, long[:BATCH_CONTEXT], sampling or Sampling())
+    for point in batched:  # told for the same context as the rest
+        point[1] += (CONTEXT - BATCH_CONTEXT) * point[0] * context_s
+    return {**result, "overhead_s": {"plain": rest[None], "drafted": drafted}, "batched": batched}
 
 
 # --- a server, from outside ------------------------------------------------------------------------------------------
 
-CONCURRENCIES = (1, 2, 4, 6, 8, 12, 16, 24)
+CONCURRENCIES = (1, 2, 4, 8, 16, 24, 32, 64)
+DRAFTED_AT = (1, 8, 24)  # requests at once at which a drafting server is measured
 SHORT, LONG = 8, 32  # tokens; the difference leaves the prompt out
 
 
@@ -218,7 +258,11 @@ class Server:
             raise TargetError(f"--url: {self.url} does not answer as {self.engine} does: {error!r:.200}") from None
 
     def decode(self, prompts: list[list[int]], short: int, long: int) -> tuple[float, float, list[Generation]]:
-        """(seconds per token of each, per drafting step or 0, the longer answers); the prompts' own time cancels."""
+        """(seconds per token of each, per drafting step or 0, the longer answers); the prompts' own time cancels.
+
+        Asked once before, untimed: a server that caches prefixes would spare only the longer request the prompt.
+        """
+        self.complete(prompts, 1)
         brief_s, brief = self.complete(prompts, short)
         whole_s, whole = self.complete(prompts, long)
         spent, steps = whole_s - brief_s, sum(len(g.verified) for g in whole) - sum(len(g.verified) for g in brief)
@@ -251,26 +295,29 @@ def probe_server(
 ) -> dict[str, Any]:
     """The same curve from outside: n requests at once make forwards of n tokens.
 
-    draft_url: a server that drafts `shape` for the same target; what its steps take beyond a forward of w tokens is
-    the draft's. Without one a prediction for this server has no draft in it.
+    draft_url: a server that drafts `shape` for the same target; what its steps take beyond a forward of w tokens of
+    each request is the draft's, measured at several batches. Without one nothing is told of drafting there.
     """
     plain = Server(url, engine, api_key_env).measure(prompts, concurrencies, rounds)
     forward = [[float(n), s] for n, (s, _) in zip(concurrencies, plain, strict=True)]
     for left, right in itertools.pairwise(forward):
         right[1] = max(left[1], right[1])  # more work never takes less time; what says so is noise
-    per_step = 0.0
+    per_step: list[list[float]] = []
     if draft_url:
-        ((_, step_s),) = Server(draft_url, engine, api_key_env).measure(prompts, (1,), 4 * rounds)
-        if not step_s:
-            raise TargetError(f"--draft-url: {draft_url} tells nothing of drafting; start it with `draftsmith serve`")
-        costs = MeasuredCosts({"context": CONTEXT, "context_s": 0.0, "forward": forward})
-        per_step = max(0.0, step_s - costs.forward_s(shape.draft_tokens, 1, 0)) / shape.steps
+        drafting = Server(draft_url, engine, api_key_env).measure(prompts, DRAFTED_AT, 2 * rounds)
+        for number, (_, step_s) in zip(DRAFTED_AT, drafting, strict=True):
+            if not step_s:
+                raise TargetError(
+                    f"--draft-url: {draft_url} tells nothing of drafting; start it with `draftsmith serve`"
+                )
+            verify_s = interpolate(forward, shape.draft_tokens * number)
+            per_step.append([float(number), max(0.0, step_s - verify_s) / shape.steps])
     return {
         "engine": engine,
         "context": CONTEXT,
         "context_s": 0.0,
         "forward": forward,
-        "draft": {"extend": [[1.0, per_step]], "first_s": 0.0, "step": [[1.0, per_step]]} if draft_url else None,
+        "draft": {"by_batch": per_step} if draft_url else None,
         "overhead_s": {"plain": 0.0, "drafted": [[1.0, 0.0]]},
     }
 
@@ -287,13 +334,23 @@ def describe(parts: dict[str, Any]) -> str:
         who = f"{parts['gpus']} GPUs, NCCL" if parts["gpus"] > 1 else "2 processes, gloo: no interconnect, only a check"
         sizes = ", ".join(f"{size / 1024:.0f} KB {seconds * 1e6:.0f} us" for size, seconds in parts["all_reduce"])
         lines.append(f"all-reduce {sizes} ({who})")
+    if parts.get("topology"):
+        lines.append(f"links      {interconnect.describe(parts['topology'])}")
+    if parts["forward"] is None:
+        return "\n".join([*lines, "", "the target runs on servers: give --url to measure one"])
     base = parts["forward"][0][1]
     lines += ["", f"{'tokens':>8} {'forward ms':>11} {'of one':>7}"]
     lines += [f"{tokens:8.0f} {seconds * 1e3:11.2f} {seconds / base:6.2f}x" for tokens, seconds in parts["forward"]]
-    if draft := parts["draft"]:
+    if (draft := parts["draft"]) and "by_batch" in draft:
+        steps = ", ".join(f"{number:.0f} {seconds * 1e3:.2f}" for number, seconds in draft["by_batch"])
+        lines += ["", f"draft ms   one step, by requests at once: {steps}"]
+    elif draft:
         step = ", ".join(f"top-{k:.0f} {seconds * 1e3:.2f}" for k, seconds in draft["step"])
         extend = ", ".join(f"{n:.0f} {seconds * 1e3:.2f}" for n, seconds in draft["extend"])
         loop = ", ".join(f"{n:.0f} {seconds * 1e3:.2f}" for n, seconds in parts["overhead_s"]["drafted"])
+        if "batched" in parts:
+            steps = ", ".join(f"{rows:.0f} {seconds * 1e3:.1f}" for rows, seconds in parts["batched"])
+            lines += ["", f"batch ms   a step of regeneration, by sequences: {steps}"]
         lines += [
             "",
             f"draft ms   reading n tokens: {extend}; first guess {draft['first_s'] * 1e3:.2f}; each further: {step}",

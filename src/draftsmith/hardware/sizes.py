@@ -17,6 +17,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
     },
 }
+SCHEMES = {"fp8": 8.0, "w8a8": 8.0, "mxfp4": 4.25, "nvfp4": 4.5, "w4a16": 4.25}  # bits, scales of groups included
 BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0}
 
 
@@ -41,7 +42,11 @@ def bytes_per_weight(config: Any, dtype: str) -> float:
     quantisation = getattr(config, "quantization_config", None) or {}
     if not isinstance(quantisation, dict):
         quantisation = quantisation.to_dict()
-    bits = quantisation.get("bits") or {"fp8": 8, "mxfp4": 4.25, "nvfp4": 4.5}.get(quantisation.get("quant_method", ""))
+    # compressed-tensors and ModelOpt describe groups of layers; the first that has weights stands for all
+    groups = [g for g in (quantisation.get("config_groups") or {}).values() if g.get("weights")]
+    scheme = str(quantisation.get("quant_algo") or quantisation.get("quant_method", "")).lower()
+    bits = quantisation.get("bits") or (groups[0]["weights"].get("num_bits") if groups else None)
+    bits = bits or next((b for name, b in SCHEMES.items() if scheme.startswith(name)), None)
     return bits / 8 if bits else BYTES[dtype]
 
 
@@ -80,6 +85,8 @@ class TargetSize:
             mlp = 3.0 * hidden * shared + hidden * experts
         else:
             mlp = 3.0 * hidden * c.intermediate_size
+        latent = getattr(c, "kv_lora_rank", None)  # multi-head latent attention caches one row for all heads
+        cached = latent + c.qk_rope_head_dim if latent else 2 * kv_heads * head
         return cls(
             name=name,
             layers=c.num_hidden_layers,
@@ -90,7 +97,7 @@ class TargetSize:
             expert=3.0 * hidden * width if experts else 0.0,
             experts=experts,
             experts_per_token=getattr(c, "num_experts_per_tok", 0) if experts else 0,
-            kv_bytes_per_token=2.0 * c.num_hidden_layers * kv_heads * head * BYTES[dtype],
+            kv_bytes_per_token=float(c.num_hidden_layers * cached * BYTES[dtype]),
             weight_bytes=bytes_per_weight(config, dtype),
             end_bytes=BYTES[dtype],
             tied=bool(getattr(c, "tie_word_embeddings", False)),

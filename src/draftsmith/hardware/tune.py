@@ -35,12 +35,14 @@ class Tried:
         return statistics.median(self.ratios)
 
 
-def halve(candidates: Sequence[Shape], session: Session, prompts: int, budget_s: float) -> list[Tried]:
-    """Measure until one is left, the prompts are used up or the time is; fastest first, dropped ones after it."""
+def halve(
+    candidates: Sequence[Shape], session: Session, prompts: int, budget_s: float, first: int = FIRST_PROMPTS
+) -> list[Tried]:
+    """Measure until the prompts or the time are used up; fastest first, dropped ones after it."""
     started = time.monotonic()
     alive = [Tried(shape, []) for shape in candidates]
     dropped: list[Tried] = []
-    done, wanted = 0, FIRST_PROMPTS
+    done, wanted = 0, first
     while done < prompts:
         until = min(wanted, prompts)
         for tried in alive:
@@ -57,23 +59,27 @@ def halve(candidates: Sequence[Shape], session: Session, prompts: int, budget_s:
             continue  # every answer so far was too short
         alive = sorted((tried for tried in alive if tried.ratios), key=lambda tried: -tried.speedup)
         say(f"tune: {done} prompts: " + ", ".join(f"{t.shape} {t.speedup:.2f}x" for t in alive))
-        keep = max(1, len(alive) // 2)
-        dropped = alive[keep:] + dropped
-        alive = alive[:keep]
+        kept = alive[: max(1, len(alive) // 2)]
+        if not any(t.shape.topk == 1 for t in kept):  # vLLM drafts chains alone: the best of them goes on
+            kept += [t for t in alive if t.shape.topk == 1][:1]
+        dropped = [t for t in alive if t not in kept] + dropped
+        alive = kept
     return [tried for tried in alive + dropped if tried.ratios]
 
 
-def verdict(tried: Sequence[Tried], engine: str, machine: dict[str, Any]) -> dict[str, Any]:
+def verdict(tried: Sequence[Tried], engine: str, machine: dict[str, Any], draft: str | None) -> dict[str, Any]:
     """tune.json. `shape` is the winner, `chain` the best chain (all that vLLM drafts); null where plain is faster."""
 
     def best(of: Sequence[Tried]) -> str | None:
-        # The halving's order: what was measured longest comes first, its rivals only where it is not sure to gain.
-        good = [t for t in of if t.speedup >= SURE]
-        return str(good[0].shape) if good else None
+        # Of what was measured longest alone: a rival that was dropped early may owe its gain to luck.
+        longest = max((len(t.ratios) for t in tried), default=0)
+        winner = max((t for t in of if len(t.ratios) == longest), key=lambda t: t.speedup, default=None)
+        return str(winner.shape) if winner and winner.speedup >= SURE else None
 
     return {
         "engine": engine,
         "hardware": machine,
+        "draft": draft,
         "shape": best(tried),
         "chain": best([t for t in tried if t.shape.topk == 1]),
         "tried": [{"shape": str(t.shape), "speedup": t.speedup, "prompts": len(t.ratios)} for t in tried],

@@ -1,5 +1,6 @@
 """The model card: README.md for the hub. Every figure on it is read from the run's own files."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from draftsmith import files
 from draftsmith.data.prompts import HUB
 from draftsmith.drafts.checkpoint import inspect_draft
-from draftsmith.errors import DataError
-from draftsmith.publishing.licences import data_licences, hub_name, licence_of
+from draftsmith.errors import DataError, RecipeError
+from draftsmith.progress import say
+from draftsmith.publishing.licences import UNSTATED, data_licences, hub_name, licence_of
 from draftsmith.recipe import DraftShape, Recipe
 from draftsmith.serving.launch import SGLANG_MODELS, Engine, launch
 
@@ -26,11 +28,22 @@ def _machine(results: dict[str, Any]) -> str:
     return ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['cores']} cores"
 
 
+def base_model(recipe: Recipe) -> str:
+    """The target's name on the hub; raises `RecipeError` for a directory that is not named."""
+    name = recipe.card.base_model or hub_name(recipe.target.model)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).exists():
+        raise RecipeError(
+            f"card.base_model: target.model {recipe.target.model!r} is no hub name, and the card links to the target; "
+            "set card.base_model to owner/name"
+        )
+    return name
+
+
 def _public_recipe(recipe: Recipe) -> str:
     """Without what belongs to this machine: servers, their flags and keys, directories."""
     told = recipe.model_dump(mode="json", exclude={"server", "serve", "device", "card"})
     told["evaluate"] = {k: v for k, v in told["evaluate"].items() if k not in ("engine", "url", "plain_url")}
-    told["target"]["model"] = hub_name(recipe.target.model)
+    told["target"]["model"] = base_model(recipe)
     for source in (*told["prompts"]["sources"], *told["prompts"]["evaluation"]):
         source["name"] = Path(source["name"]).name
     return yaml.safe_dump(told, sort_keys=False, width=120)
@@ -74,7 +87,7 @@ def _losslessness(found: dict[str, dict[str, Any]]) -> str:
 
 def _command(run: "Run", engine: Engine, measured: Sequence[str]) -> str:
     """What `serve` runs, with the hub's names instead of this machine's paths, at a shape that was measured there."""
-    target = hub_name(run.recipe.target.model)
+    target = base_model(run.recipe)
     shape = run.serving_shape(engine)
     if measured and str(shape) not in measured:
         steps, topk, tokens = map(int, measured[0].split("/"))
@@ -107,7 +120,8 @@ def _quoted(word: str) -> str:
 def make_card(run: "Run", prediction: dict[str, Any]) -> str:
     """The card's text; raises `RecipeError` where the target's licence is unknown, `DataError` unevaluated."""
     recipe = run.recipe
-    licence = licence_of(recipe.target.model, recipe.card.licence)
+    target = base_model(recipe)
+    licence = licence_of(target, recipe.card.licence)
     found = {
         name: files.read_json(path)
         for name in ENGINES
@@ -132,18 +146,21 @@ def make_card(run: "Run", prediction: dict[str, Any]) -> str:
     licence_lines = [f"license: {licence.id}"]
     if licence.id == "other":
         licence_lines += [f"license_name: {licence.name}", f"license_link: {licence.link}"]
+    engines: list[Engine] = [
+        name for name in ("sglang", "vllm") if any(run.path("export", part).exists() for part in ("draft", name))
+    ]
     tried = {
         name: [e["shape"] for e in found[f"evaluate-{name}"]["acceptance"]] if f"evaluate-{name}" in found else []
-        for name in ("sglang", "vllm")
+        for name in engines
     }
-    commands = {name: _command(run, name, shapes) for name, shapes in tried.items()}  # type: ignore[arg-type]
+    commands = {name: _command(run, name, shapes) for name, shapes in tried.items()}
     sampling = recipe.regenerate
     temperatures = [e["temperature"] for r in found.values() for e in r["acceptance"]]
     return (
         Environment(loader=PackageLoader("draftsmith.publishing", "."), undefined=StrictUndefined)
         .get_template("card.md.j2")
         .render(
-            target=hub_name(recipe.target.model),
+            target=target,
             title=(recipe.card.repo or recipe.name).split("/")[-1],
             licence=licence,
             licence_lines=licence_lines,
@@ -193,10 +210,10 @@ def make_card(run: "Run", prediction: dict[str, Any]) -> str:
             predicted=[
                 {**row, "c": f"{row['c']:.2f}", "speedup": f"{row['speedup']:.2f}x"} for row in prediction["rows"]
             ],
-            sglang=commands["sglang"],
-            vllm=commands["vllm"],
-            plugin="SGLANG_EXTERNAL_MODEL_PACKAGE" in commands["sglang"],
-            directories=[] if run.path("export", "draft").exists() else ["sglang", "vllm"],
+            sglang=commands.get("sglang"),
+            vllm=commands.get("vllm"),
+            plugin="SGLANG_EXTERNAL_MODEL_PACKAGE" in commands.get("sglang", ""),
+            directories=[] if run.path("export", "draft").exists() else engines,
             training_prompts=prompts["prompts"],
             sources=sources,
             completions=written["completions"],
@@ -227,4 +244,8 @@ def write_card(run: "Run", prediction: dict[str, Any]) -> Path:
     both = run.path("export", "draft")
     path = (both if both.exists() else run.path("export")) / "README.md"
     files.write_atomic(path, make_card(run, prediction))
+    sources = files.read_json(run.path("prompts", "summary.json"))["by_source"]
+    unknown = [s for s, _, terms in data_licences(sources, run.recipe.card.data_licences) if terms == UNSTATED]
+    if unknown:
+        say(f"card: the licence of {', '.join(unknown)} is not stated; set card.data_licences")
     return path

@@ -29,7 +29,9 @@ from draftsmith.targets.ends import DTYPES
 from draftsmith.targets.local import LocalTarget
 
 NOISE = 3.0  # standard errors of the paired difference between the two engines
-LEAST_NOISE = 0.1  # of tau: rounding moves a few steps, and SGLang counts those that the end cuts short
+LEAST_NOISE = (
+    0.1  # of tau and of a depth's share: rounding moves a few steps, and SGLang counts those that the end cuts short
+)
 PROMPTS, TOKENS = 6, 48
 
 
@@ -89,6 +91,11 @@ def compare_engines(
             f"{engine} accepts tau {engine_tau:.2f} where the trained draft has {embedded_tau:.2f} "
             f"(noise {tolerance:.2f}): it reads the directory differently"
         )
+    for depth, (a, b, noise) in enumerate(_by_depth(theirs, ours, shape.steps), 1):
+        if abs(a - b) > noise:
+            verdict.problems.append(
+                f"at depth {depth} {engine} accepts {a:.0%} where the trained draft has {b:.0%} (noise {noise:.0%})"
+            )
     if sum(same) * 2 < len(prompts):
         verdict.problems.append(
             f"greedy tokens of {engine} and the embedded engine agree on only {sum(same)} of {len(prompts)} prompts: "
@@ -108,6 +115,24 @@ def _noise(ours: Sequence[PromptAcceptance], theirs: Sequence[PromptAcceptance])
 
     difference = np.subtract(taus(theirs), taus(ours))
     return max(LEAST_NOISE, NOISE * float(difference.std(ddof=1)) / len(difference) ** 0.5)
+
+
+def _by_depth(
+    theirs: Sequence[PromptAcceptance], ours: Sequence[PromptAcceptance], steps: int
+) -> list[tuple[float, float, float]]:
+    """(engine's acceptance, embedded one's, noise of their difference) of every depth that both reached."""
+    rows = []
+    for depth in range(steps):
+        counts = [
+            (sum(r.accepted_at[depth] for r in side), sum(r.reached[depth] for r in side)) for side in (theirs, ours)
+        ]
+        if not all(reached for _, reached in counts):
+            break
+        (a, n), (b, m) = counts
+        pooled = (a + b) / (n + m)
+        noise = max(LEAST_NOISE, NOISE * (pooled * (1 - pooled) * (1 / n + 1 / m)) ** 0.5)
+        rows.append((a / n, b / m, noise))
+    return rows
 
 
 def check(

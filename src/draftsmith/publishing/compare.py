@@ -1,17 +1,21 @@
 """`draftsmith compare`: several drafts of one target on the same prompts, side by side with intervals."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftsmith import files
-from draftsmith.drafts.checkpoint import inspect_draft
-from draftsmith.errors import CheckpointError, DataError
+from draftsmith.drafts.checkpoint import Reading, inspect_draft
+from draftsmith.drafts.eagle3 import Eagle3Config
+from draftsmith.errors import DataError, RecipeError, TargetError
 from draftsmith.evaluation.evaluate import Evaluation, measured_once
 from draftsmith.evaluation.plots import interval_plot
 from draftsmith.hardware.accept_length import from_results
-from draftsmith.hardware.commands import parse_shape
-from draftsmith.hardware.cost_model import MeasuredCosts, RooflineCosts, predict
+from draftsmith.hardware.commands import parse_shape, read_probe, roofline
+from draftsmith.hardware.cost_model import Costs, predict
+from draftsmith.hardware.presets import preset
+from draftsmith.hardware.sizes import DraftSize
 from draftsmith.progress import say
 
 if TYPE_CHECKING:
@@ -24,22 +28,32 @@ def coverage(ids: set[int], completions: Sequence[list[int]]) -> float | None:
     return sum(token in ids for c in completions for token in c) / total if total else None
 
 
-def measure(run: "Run", directory: Path, out: Path) -> dict[str, Any]:
+def measure(run: "Run", directory: Path, out: Path, reading: Reading) -> dict[str, Any]:
     """One draft's row: greedy acceptance at every shape of `evaluate.shapes`, its profile, coverage and size."""
     report = inspect_draft(directory)
-    problems = [p for p in report.problems if not p.startswith("note:")]
-    if problems:
-        raise CheckpointError(f"{directory}: {problems[0]}; see: draftsmith inspect {directory}")
-    evaluation = Evaluation(run.recipe, run.target, directory, run.path("prompts", "evaluation.jsonl"))
-    key = files.digest(directory / "model.safetensors", directory / "config.json", run.recipe.evaluate.model_dump())
+    prompts, recipe = run.path("prompts", "evaluation.jsonl"), run.recipe
+    evaluation = Evaluation(recipe, run.target, directory, prompts, reading)
+    key = files.digest(
+        *sorted(directory.glob("*.safetensors")),
+        directory / "config.json",
+        prompts,
+        recipe.evaluate.model_dump(mode="json"),
+        recipe.target.model_dump(mode="json"),
+        recipe.seed,
+        reading,
+    )
     parts = out / key[:12]
-    say(f"compare: {directory}")
+    taps = evaluation.drafter.draft.config.taps
+    say(f"compare: {directory}: reads HF hidden_states {list(taps)}")
+    for problem in report.serving:
+        say(f"compare: {directory}: {problem}; measured all the same")
     acceptance = [
         measured_once(parts, f"tau-{shape}", lambda shape=shape: evaluation.acceptance(shape, 0.0))  # type: ignore[misc]
         for shape in evaluation.shapes
     ]
     profile = measured_once(parts, "profile", evaluation.profile)
-    written = [row["ids"] for path in run.completion_files for row in files.read_jsonl(path)]
+    # Of what the target writes to the evaluation prompts: none of the drafts was made for them.
+    written = measured_once(parts, "answers", evaluation.answers)
     return {
         "draft": str(directory),
         "parameters": report.parameters,
@@ -53,19 +67,19 @@ def measure(run: "Run", directory: Path, out: Path) -> dict[str, Any]:
 
 def with_speed(run: "Run", row: dict[str, Any]) -> list[tuple[str, float]]:
     """(machine, predicted speed-up of the best measured shape) here, if it was probed, and on one named GPU."""
-    from draftsmith.drafts.eagle3 import Eagle3Config
-    from draftsmith.hardware.presets import preset
-    from draftsmith.hardware.sizes import DraftSize, TargetSize, target_config
-
-    wish = run.recipe.target
-    target = TargetSize.of(wish.model, target_config(wish.model, wish.revision, wish.trust_remote_code), wish.dtype)
     draft = DraftSize.of(Eagle3Config.from_dict(row["draft_config"]))
-    machines: list[Any] = [RooflineCosts(preset("h100-1"), target, draft)]
+    machines: list[Costs] = [replace(roofline(run.recipe, preset("h100-1")), draft=draft)]
     if run.path("probe.json").exists():
-        machines.append(MeasuredCosts(files.read_json(run.path("probe.json"))))
-    accept = from_results(row)
+        machines.append(read_probe(run, run.path("probe.json")))
+    try:
+        accept = from_results(row)
+    except RecipeError:  # nothing greedy was long enough
+        return []
     shapes = [parse_shape(entry["shape"]) for entry in row["acceptance"]]
-    return [(costs.name, max(predict(costs, accept, shape).speedup for shape in shapes)) for costs in machines]
+    known = [shape for shape in shapes if shape.steps <= accept.deepest]
+    if not known:
+        return []
+    return [(costs.name, max(predict(costs, accept, shape).speedup for shape in known)) for costs in machines]
 
 
 def describe(rows: list[dict[str, Any]]) -> str:
@@ -85,7 +99,7 @@ def describe(rows: list[dict[str, Any]]) -> str:
             )
             lines.append(f"{row['draft']:<{width}}  {entry['shape']:>7}  {told}  depths {depths}  {by_category}")
         covered = "unknown" if row["coverage"] is None else f"{row['coverage']:.1%}"
-        speeds = ", ".join(f"{gain:.2f}x on {machine}" for machine, gain in row["predicted"])
+        speeds = ", ".join(f"{gain:.2f}x on {machine}" for machine, gain in row["predicted"]) or "nothing"
         lines.append(
             f"{'':<{width}}  {row['parameters'] / 1e6:.1f} M parameters, {row['bytes'] / 1e6:.0f} MB, vocabulary "
             f"covers {covered}, predicted {speeds}"
@@ -99,7 +113,7 @@ def plot(rows: list[dict[str, Any]]) -> str:
     series: dict[str, list[tuple[float, float, float] | None]] = {name: [] for name in ("all", *columns)}
     for row in rows:
         for entry in row["acceptance"]:
-            names.append(f"{Path(row['draft']).parent.parent.name or row['draft']} {entry['shape']}")
+            names.append(f"{'/'.join(Path(row['draft']).resolve().parts[-3:])} {entry['shape']}")
             for name, values in series.items():
                 value = entry["all"] if name == "all" else entry["by_category"].get(name)
                 told = value is not None and value["tau"] is not None
@@ -107,9 +121,13 @@ def plot(rows: list[dict[str, Any]]) -> str:
     return interval_plot("tau of each draft, 95 % intervals over prompts", "tau", names, series)
 
 
-def compare(run: "Run", drafts: Sequence[Path]) -> list[dict[str, Any]]:
+def compare(run: "Run", drafts: Sequence[Path], reading: Reading = "auto") -> list[dict[str, Any]]:
     """Print the table; write compare/compare.json and compare.svg."""
-
+    if run.recipe.target.engine != "transformers":
+        raise TargetError(
+            "target.engine: compare decodes with the embedded engine; where the target fits into this process, give "
+            "--target.engine transformers"
+        )
     prompts = run.path("prompts", "evaluation.jsonl")
     if not prompts.exists():
         raise DataError(f"compare: {prompts} is missing; run: draftsmith prompts RECIPE")
@@ -118,7 +136,7 @@ def compare(run: "Run", drafts: Sequence[Path]) -> list[dict[str, Any]]:
     if len(directories) < 2:
         raise DataError(f"compare: {len(directories)} draft found; give others with --drafts DIRECTORY [DIRECTORY ...]")
     out = run.path("compare")
-    rows = [measure(run, directory, out) for directory in directories]
+    rows = [measure(run, directory, out, reading) for directory in directories]
     for row in rows:
         row["predicted"] = with_speed(run, row)
     files.write_json(out / "compare.json", {"created_with": run.created_with, "drafts": rows})

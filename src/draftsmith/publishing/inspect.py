@@ -43,9 +43,8 @@ def describe(report: DraftReport) -> str:
     lines += [f"  {name:<44} {report.dtypes[name]:<9} {list(shape)}" for name, shape in sorted(report.shapes.items())]
     lines.append("")
     notes = [p for p in report.problems if p.startswith("note:")]
-    problems = [p for p in report.problems if not p.startswith("note:")]
     lines += notes
-    lines += [f"problem: {problem}" for problem in problems] or ["no problems found"]
+    lines += [f"problem: {problem}" for problem in report.blocking()] or ["no problems found"]
     return "\n".join(lines)
 
 
@@ -53,4 +52,4 @@ def inspect(directory: Path) -> bool:
     """Print the report; whether the draft is free of problems."""
     report = inspect_draft(directory)
     print(describe(report))
-    return all(problem.startswith("note:") for problem in report.problems)
+    return not report.blocking()

@@ -52,14 +52,15 @@ MIT = Licence("mit", "MIT License", link="https://opensource.org/license/mit")
 
 
 def _llama(version: str, identifier: str) -> Licence:
+    name = "Meta Llama 3" if version == "3" else f"Llama {version}"
     return Licence(
         identifier,
-        f"Llama {version} Community License",
+        f"{name} Community License",
         link=f"https://www.llama.com/llama{version.replace('.', '_')}/license",
         notices=(
-            "Built with Llama",
-            f"Llama {version} is licensed under the Llama {version} Community License, Copyright (c) Meta Platforms, "
-            "Inc. All Rights Reserved. A model made with it carries a name that begins with Llama.",
+            "Built with Meta Llama 3" if version == "3" else "Built with Llama",
+            f"{name} is licensed under the {name} Community License, Copyright (c) Meta Platforms, Inc. All Rights "
+            "Reserved. A model made with it carries a name that begins with Llama.",
         ),
     )
 
@@ -76,7 +77,7 @@ TARGETS: tuple[tuple[str, Licence], ...] = (
     (r"meta-llama/Llama-4-.*", _llama("4", "llama4")),
     (r"Qwen/Qwen3-.*", APACHE),
     (r"openai/gpt-oss-.*", APACHE),
-    (r"mistralai/(Mistral-7B|Mistral-Nemo|Mistral-Small|Mixtral-8x)[-\w.]*", APACHE),
+    (r"mistralai/(Mistral-7B|Mistral-Nemo|Mistral-Small-(24B|3\.[12])|Mixtral-8x)[-\w.]*", APACHE),
     (r"deepseek-ai/DeepSeek-(R1|R1-0528|V3\.1.*|V3\.2.*)", MIT),
     (r"microsoft/phi-4.*", MIT),
     (r"zai-org/GLM-4\.[5-7].*", MIT),
@@ -90,6 +91,7 @@ DATA = {
     "gsm8k": "mit",
     "hendrycks-math": "mit",
 }
+UNSTATED = "not stated"
 HUB_NAMES = {"gemma3-270m": "google/gemma-3-270m"}  # targets that go by a name of our own
 
 
@@ -100,17 +102,25 @@ def hub_name(target: str) -> str:
 def licence_of(target: str, override: str | None = None) -> Licence:
     """The licence that a draft of this target inherits; raises `RecipeError` where that is not known.
 
-    An override names another identifier; the notices of a known target stay, for its terms still hold.
+    An override names another identifier; the notices of a known target stay, for its terms still hold, and so do those
+    that belong to the identifier itself. Terms that forbid commercial use cannot be overridden away.
     """
     name = hub_name(target)
     known = next((licence for pattern, licence in TARGETS if re.fullmatch(pattern, name, re.IGNORECASE)), None)
+    if known is not None and override in (None, known.id):
+        return known
+    if known is not None and not known.commercial:
+        raise RecipeError(
+            f"card.licence: {override!r} given; {name} is under the {known.title}, which a draft inherits: leave it out"
+        )
     if override:
         title = f"{override}, as decided by the draft's author"
         if known is not None:
             return replace(known, id=override, title=f"{title}; the target's own is the {known.title}")
+        of_id = next((licence for _, licence in TARGETS if licence.id == override != "other"), None)
+        if of_id is not None:
+            return replace(of_id, title=f"{of_id.title}, as decided by the draft's author")
         return Licence(override, title, name="see-the-card" if override == "other" else "", link="README.md")
-    if known is not None:
-        return known
     raise RecipeError(
         f"card.licence: the licence of {target!r} is not known here, so there is no card; read its terms, then set "
         "card.licence to what they allow (a Hugging Face identifier, such as apache-2.0 or other)"
@@ -122,5 +132,5 @@ def data_licences(sources: Sequence[str], told: Mapping[str, str]) -> list[tuple
     rows = []
     for source in dict.fromkeys(sources):
         hub = HUB[source].path if source in HUB else ""
-        rows.append((source, hub, told.get(source) or DATA.get(source) or "not stated (set card.data_licences)"))
+        rows.append((source, hub, told.get(source) or DATA.get(source) or UNSTATED))
     return rows

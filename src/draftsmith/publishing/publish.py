@@ -29,8 +29,7 @@ def publish(export: Path, repo: str, really: bool, public: bool = False) -> str:
     if not directories:
         raise DataError(f"publish: no draft in {export}; run: draftsmith run RECIPE")
     for directory in directories:
-        problems = [p for p in inspect_draft(directory).problems if not p.startswith("note:")]
-        if problems:
+        if problems := inspect_draft(directory).blocking():
             raise CheckpointError(f"publish: {directory}: {problems[0]}; see: draftsmith inspect {directory}")
     if not (root / "README.md").exists():
         raise DataError(f"publish: {root / 'README.md'} is missing; run: draftsmith card RECIPE")

@@ -9,8 +9,10 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from draftsmith.errors import ServeError
 from draftsmith.files import read_json
@@ -75,9 +78,9 @@ def launch(recipe: Recipe, model: str, draft: Path, purpose: Purpose, layers: Se
 def is_gemma3(model: str) -> bool:
     """Whether SGLang needs our class for this model (docs/engines.md); a hub name is not looked up."""
     config = Path(model) / "config.json"
-    return (read_json(config).get("model_type", "") if config.exists() else model.lower()).startswith(
-        ("gemma3", "google/gemma-3")
-    )
+    if config.exists():
+        return read_json(config).get("model_type", "").startswith("gemma3")
+    return re.search(r"gemma-?3", model, re.IGNORECASE) is not None
 
 
 def _vllm(recipe: Recipe, model: str, draft: Path, purpose: Purpose, layers: Sequence[int]) -> list[str]:
@@ -136,6 +139,7 @@ def _sglang(recipe: Recipe, model: str, draft: Path, purpose: Purpose, layers: S
 def running(launched: Launch, patience_s: float, log: Path | None = None) -> Iterator[subprocess.Popen]:
     """The engine, healthy; its log goes to our own output or a file; stopped in every case, even if we are killed."""
     environment = {**os.environ, **launched.environment}
+    _require_free(launched.url)
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(log.open("ab")) if log else None
         try:
@@ -161,14 +165,23 @@ def running(launched: Launch, patience_s: float, log: Path | None = None) -> Ite
 
 
 def stop(process: subprocess.Popen) -> None:
-    """SIGTERM to the engine, and SIGKILL to all its processes if it does not go."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_S)
-    with contextlib.suppress(ProcessLookupError):  # workers that outlived it
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    """SIGTERM to the engine, and SIGKILL to all its processes if it does not go, or at a second Ctrl-C."""
+    try:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_S)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # workers that outlived it
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _require_free(url: str) -> None:
+    """A server that is already there would answer in our engine's place."""
+    place = urlsplit(url)
+    with contextlib.suppress(OSError), socket.create_connection((place.hostname or "", place.port or 80), timeout=2):
+        raise ServeError(f"serve.port: something already answers at {url}; stop it, or give another --serve.port")
 
 
 def _die_with_parent() -> None:
@@ -183,7 +196,7 @@ def _wait_until_healthy(process: subprocess.Popen, url: str, patience_s: float) 
             raise ServeError(f"serve: the engine stopped with exit code {process.returncode}; its log says why")
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
-                if response.status == 200:
+                if response.status == 200 and process.poll() is None:
                     return
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             pass  # not up yet

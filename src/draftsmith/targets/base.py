@@ -50,6 +50,8 @@ class TargetIdentity:
     vocab_size: int
     max_position_embeddings: int
     tokenizer_hash: str
+    template_hash: str  # of the tokenizer's own chat template
+    quantization: str | None  # the model's own, such as fp8
 
 
 class Target(Protocol):
@@ -66,6 +68,10 @@ class Target(Protocol):
         stop_loops: bool,
     ) -> Iterator[tuple[int, Generation]]:
         """Completions as (index of the prompt, generation), each as soon as it ends."""
+        ...
+
+    def logprobs(self, document: list[int]) -> list[float]:
+        """Log-probability of every token of a text after the first."""
         ...
 
     def capture(self, documents: list[list[int]], taps: tuple[int, ...]) -> Capture: ...

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from draftsmith.errors import TargetError
+from draftsmith.files import digest
 from draftsmith.targets import embedded
 from draftsmith.targets.base import TargetIdentity
 
@@ -91,6 +92,9 @@ class ModelEnds:
         self.logit_softcap = getattr(self.config, "final_logit_softcapping", None)
         eos = getattr(lm.generation_config, "eos_token_id", None) or self.config.eos_token_id
         self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or [])
+        quantization = getattr(lm.config, "quantization_config", None) or {}
+        if not isinstance(quantization, dict):
+            quantization = quantization.to_dict()
         self.identity = TargetIdentity(
             model=name,
             revision=revision,
@@ -101,6 +105,8 @@ class ModelEnds:
             vocab_size=self.head.weight.shape[0],
             max_position_embeddings=self.config.max_position_embeddings,
             tokenizer_hash=tokenizer_hash(self.tokenizer) if self.tokenizer else "none",
+            template_hash=digest(getattr(self.tokenizer, "chat_template", None)),
+            quantization=quantization.get("quant_method"),
         )
 
     @torch.inference_mode()

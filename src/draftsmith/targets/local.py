@@ -139,6 +139,17 @@ class LocalTarget(ModelEnds):
         tapped, last = self._forward(ids, positions, None, PackedPlan(lengths), taps)
         return Capture(tapped[0], last[0])
 
+    @torch.inference_mode()
+    def logprobs(self, document: list[int]) -> list[float]:
+        """Log-probability of every token of a text after the first."""
+        last = self.capture([document], ()).last_TH[:-1]
+        wanted = torch.tensor(document[1:], device=self.device)
+        scores = [
+            logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+            for logits, ids in ((self.logits(h), w) for h, w in zip(last.split(64), wanted.split(64), strict=True))
+        ]
+        return torch.cat(scores).tolist()
+
     # --- step by step -------------------------------------------------------------------------------------------
 
     @torch.inference_mode()

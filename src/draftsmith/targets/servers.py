@@ -6,21 +6,20 @@ its identity checked again before it is trusted. A request is answered once or n
 """
 
 import asyncio
-import contextlib
-import fcntl
 import os
+import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import uuid
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2 as httpx
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from draftsmith.decoding.sampling import Sampling
@@ -31,9 +30,11 @@ from draftsmith.targets.base import Capture, Generation
 from draftsmith.targets.dialects import DIALECTS, RESIDUAL
 from draftsmith.targets.endings import loop_length, stop_length
 from draftsmith.targets.ends import LooseEnds, resolve_model
+from draftsmith.targets.state_files import FILE_PREFIX, Retry, checked, discard_states, sweep, take_states
 
 PROBE = "The quick brown fox jumps over the lazy dog, and then it sleeps."
 SAME_LOGPROB = 0.15  # nats a token: replicas of one model differ by rounding only
+FINISHED = {"stop", "length"}
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 LONGEST_PAUSE_S = 60.0
 GO_ON = "finished completions are kept, run the same command to go on"
@@ -41,13 +42,21 @@ GO_ON = "finished completions are kept, run the same command to go on"
 T = TypeVar("T")
 
 
-class _Retry(Exception):
-    """A failure that another attempt, or another replica, may not see."""
+async def all_or_none(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results in order; where one fails the others are cancelled."""
+    tasks = [asyncio.ensure_future(piece) for piece in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @dataclass
 class Replica:
     url: str
+    context: int = 0  # longest text it takes, in tokens; 0 where it does not say
     in_flight: int = 0
     answered: int = 0
     failures: int = 0  # in a row
@@ -55,52 +64,7 @@ class Replica:
     name: str = ""  # what it calls the model
     trusted: bool = False  # its identity was proved since it last failed
     proving: bool = False
-
-
-@contextlib.contextmanager
-def _written(path: Path) -> Iterator[None]:
-    """Waits for the lock that the server holds until it has written the file."""
-    with path.with_name(f"{path.name}.lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        yield
-
-
-def _delete_states(path: Path) -> None:
-    path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
-
-
-def _discard_states(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError), _written(path):  # not there: the folder of another machine
-        _delete_states(path)
-
-
-def _take_states(path: Path, ids: list[int], count: int, hidden_size: int) -> Tensor:
-    """Read and delete a file of hidden states."""
-    try:
-        with _written(path), safe_open(path, "pt") as file:
-            states, tokens = file.get_tensor("hidden_states"), file.get_tensor("token_ids")
-    except FileNotFoundError:
-        raise TargetError(
-            f"server.hidden_states: {path} is not there; give the folder in which this machine sees the servers' files"
-        ) from None
-    except (OSError, SafetensorError) as error:
-        raise _Retry(f"{path}: {error}") from None
-    _delete_states(path)
-    if tokens[: len(ids)].tolist() != ids:
-        raise _Retry(f"{path} holds another text")
-    return _checked(states[: len(ids)], ids, count, hidden_size)
-
-
-def _checked(states: Tensor, ids: list[int], count: int, hidden_size: int) -> Tensor:
-    if len(states) != len(ids):
-        raise _Retry(f"hidden states of {len(states)} tokens for a text of {len(ids)}")
-    if states.shape[1:] != (count, hidden_size):
-        raise TargetError(
-            f"draft.taps: the server keeps {list(states.shape[1:])} values a token, this run wants [{count}, "
-            f"{hidden_size}]; start it with the layers that `draftsmith serve RECIPE --purpose capture` names"
-        )
-    return states
+    captures_right: bool = False  # what it returns as hidden states was checked
 
 
 class ServedTarget(LooseEnds):
@@ -113,8 +77,10 @@ class ServedTarget(LooseEnds):
         self.settings, self.dialect = server, DIALECTS[target.engine]
         self.known_as = {target.model, resolve_model(target.model)}
         self.replicas = [Replica(url.rstrip("/")) for url in server.urls]
-        self.fingerprint: list[float] = []  # log-probabilities of the probe's tokens
+        self.fingerprint: list[float] = []  # log-probabilities of the probe's tokens, of the first server that told
         self._random = random.Random(0)  # spreads retries only
+        self._lost: list[str] = []  # requests for hidden states that were given up
+        self._folders: set[Path] = set()
         self._client: httpx.AsyncClient | None = None
         self._loop = asyncio.new_event_loop()
         self.last: ServedTarget | None = None
@@ -122,12 +88,15 @@ class ServedTarget(LooseEnds):
             self.last = ServedTarget(
                 target, server.model_copy(update={"urls": server.last_urls, "last_urls": ()}), device
             )
+            self.last.fingerprint = self.fingerprint  # one list: both groups have the same weights
         self._thread = threading.Thread(target=self._loop.run_forever, name="servers", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         if self.last is not None:
             self.last.close()
+        for folder in self._folders:
+            sweep(folder, self._lost)
 
         async def let_go() -> None:
             unfinished = asyncio.all_tasks() - {asyncio.current_task()}
@@ -149,17 +118,70 @@ class ServedTarget(LooseEnds):
 
     def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run a coroutine function against the servers from ordinary code; connects first."""
-
-        async def connected() -> T:
-            await self._connect()
-            return await work()
-
-        future = asyncio.run_coroutine_threadsafe(connected(), self._loop)
+        future = self._submit(work)
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
+
+    def _submit(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
+        async def connected() -> T:
+            await self._connect()
+            return await work()
+
+        return asyncio.run_coroutine_threadsafe(connected(), self._loop)
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        max_new_tokens: int,
+        stop: tuple[str, ...] = (),
+        seed: int = 0,
+        stop_loops: bool = False,
+        at_once: int | None = None,
+    ) -> Iterator[tuple[int, Generation]]:
+        """Completions as (index of the prompt, generation), each as soon as it ends; at most `at_once` in flight."""
+        done: queue.SimpleQueue[tuple[int, Generation] | None] = queue.SimpleQueue()
+
+        async def every() -> None:
+            room = asyncio.Semaphore(at_once or self.capacity)
+
+            async def one(number: int, ids: list[int]) -> None:
+                async with room:
+                    made = await self.complete(ids, sampling, max_new_tokens, stop, seed + number, stop_loops)
+                done.put((number, made))
+
+            await all_or_none(one(number, ids) for number, ids in enumerate(prompts))
+
+        future = self._submit(every)
+        future.add_done_callback(lambda _: done.put(None))
+        try:
+            while (item := done.get()) is not None:
+                yield item
+            future.result()
+        finally:
+            future.cancel()
+
+    def logprobs(self, document: list[int]) -> list[float]:
+        """Log-probability of every token of a text after the first."""
+
+        async def ask(replica: Replica) -> list[float]:
+            return await self._logprobs(replica, document)
+
+        return self.run(lambda: self._somewhere(ask))
+
+    def runner_up(self, ids: list[int]) -> float:
+        """How far the second choice for the next token lies below the first, in nats."""
+
+        async def ask(replica: Replica) -> float:
+            path, body = self.dialect.runner_up(replica.name, ids)
+            answer = await self._request(replica, "POST", path, body)
+            await self._let_go(answer)
+            return self.dialect.read_runner_up(answer)
+
+        return self.run(lambda: self._somewhere(ask))
 
     async def complete(
         self,
@@ -173,13 +195,17 @@ class ServedTarget(LooseEnds):
         """One completion; raises `TargetError` once `server.attempts` have failed."""
 
         async def ask(replica: Replica) -> Generation:
+            self._require_room(replica, len(ids) + max_new_tokens, "give a smaller max_new_tokens")
             path, body = self.dialect.completion(replica.name, ids, sampling, max_new_tokens, stop, seed)
             answer = await self._request(replica, "POST", path, body)
             await self._let_go(answer)
             try:
-                return self.dialect.read_completion(answer)
+                made = self.dialect.read_completion(answer)
             except (KeyError, IndexError, TypeError):
-                raise _Retry(f"{path}: an answer without token ids") from None
+                raise Retry(f"{path}: an answer without token ids") from None
+            if made.finish_reason not in FINISHED:
+                raise Retry(f"it gave up in mid-answer ({made.finish_reason})")
+            return made
 
         written = await self._somewhere(ask)
         if stop_loops and (length := loop_length(written.ids)) is not None:
@@ -207,14 +233,26 @@ class ServedTarget(LooseEnds):
         """What the servers were told to keep, [T, count, H] over all documents."""
 
         async def every_document() -> list[Tensor]:
-            return await asyncio.gather(*(self._states(document, count) for document in documents))
+            return await all_or_none(self._states(document, count) for document in documents)
 
         return torch.cat(self.run(every_document)).to(self.device)
 
     async def _states(self, ids: list[int], count: int) -> Tensor:
         async def ask(replica: Replica) -> Tensor:
+            self._require_room(replica, len(ids) + 1, "give a smaller train.max_document_tokens")
+            if self.last is not None and self.config.model_type.startswith("gemma3") and not replica.captures_right:
+                await self._require_residual(replica)
+                replica.captures_right = True
             path, body = self.dialect.capture(replica.name, ids)
-            answer = await self._request(replica, "POST", path, body)
+            name = f"{FILE_PREFIX}{uuid.uuid4().hex}"
+            try:
+                answer = await self._request(replica, "POST", path, body, {"X-Request-Id": name})
+            except BaseException:
+                self._lost.append(name)  # whatever became of the request, its file may still come
+                raise
+            if self.dialect.finish_reason(answer) not in FINISHED:
+                self._lost.append(name)
+                raise Retry(f"it gave up in mid-answer ({self.dialect.finish_reason(answer)})")
             kept = self.dialect.read_capture(answer)
             if kept is None:
                 raise TargetError(
@@ -223,9 +261,11 @@ class ServedTarget(LooseEnds):
                 )
             size = self.identity.hidden_size
             if isinstance(kept, str):
-                return await asyncio.to_thread(_take_states, self._here(kept), ids, count, size)
+                path_here = self._here(kept)
+                self._folders.add(path_here.parent)
+                return await asyncio.to_thread(take_states, path_here, ids, count, size, self.settings.deadline_s)
             rows = torch.tensor(kept, dtype=self.head.weight.dtype)[: len(ids)]
-            return _checked(rows.reshape(len(rows), -1, size) if rows.shape[-1] % size == 0 else rows, ids, count, size)
+            return checked(rows.reshape(len(rows), -1, size) if rows.shape[-1] % size == 0 else rows, ids, count, size)
 
         return await self._somewhere(ask)
 
@@ -237,7 +277,14 @@ class ServedTarget(LooseEnds):
     async def _let_go(self, answer: dict[str, Any]) -> None:
         """A server that captures keeps the hidden states of every request, wanted or not."""
         if isinstance(kept := self.dialect.read_capture(answer), str):
-            await asyncio.to_thread(_discard_states, self._here(kept))
+            await asyncio.to_thread(discard_states, self._here(kept), self.settings.deadline_s)
+
+    def _require_room(self, replica: Replica, tokens: int, mend: str) -> None:
+        if replica.context and tokens > replica.context:
+            raise TargetError(
+                f"server.urls: {replica.url} takes {replica.context} tokens, this request needs {tokens}; {mend}, or "
+                "start the server with a larger serve.context"
+            )
 
     # --- replicas -----------------------------------------------------------------------------------------------
 
@@ -265,7 +312,7 @@ class ServedTarget(LooseEnds):
             replica = await self._take(failed)
             try:
                 answer = await ask(replica)
-            except _Retry as error:
+            except Retry as error:
                 last = f"{replica.url}: {error}"
                 failed.add(replica.url)
                 self._rest(replica, str(error))
@@ -291,7 +338,7 @@ class ServedTarget(LooseEnds):
                 async with self._freed:
                     self._freed.notify_all()  # it has room for others too
                 return replica
-            except _Retry as error:
+            except Retry as error:
                 self._rest(replica, str(error))
                 await self._release(replica)
                 if min(r.failures for r in self.replicas) >= self.settings.attempts:
@@ -326,7 +373,7 @@ class ServedTarget(LooseEnds):
             self._freed.notify_all()
 
     def _rest(self, replica: Replica, why: str) -> None:
-        replica.trusted = False  # it may come back as something else
+        replica.trusted = replica.captures_right = False  # it may come back as something else
         if replica.rests_until <= time.monotonic():  # the first of many requests that fail together
             replica.failures += 1
             pause = self._pause(replica.failures)
@@ -340,7 +387,7 @@ class ServedTarget(LooseEnds):
     async def _first_check(self, replica: Replica) -> str:
         try:
             await self._prove(replica)
-        except _Retry as error:
+        except Retry as error:
             self._rest(replica, str(error))
             return str(error)
         return ""
@@ -348,27 +395,36 @@ class ServedTarget(LooseEnds):
     async def _prove(self, replica: Replica) -> None:
         """Refuse a server of another model: by name, by tokenizer, and by what it thinks of a text."""
         try:
-            listed = (await self._request(replica, "GET", "/v1/models"))["data"]
-            names = {str(model[key]) for model in listed for key in ("id", "root") if model.get(key)}
-            if not names & self.known_as:
-                raise TargetError(
-                    f"server.urls: {replica.url} serves {', '.join(sorted(names))}, not target.model "
-                    f"{self.identity.model}; give another URL, or the name it serves as target.model"
-                )
-            replica.name = next(m["id"] for m in listed if {m.get("id"), m.get("root")} & self.known_as)
-            ids = self.tokenizer(PROBE).input_ids
-            answer = await self._request(replica, "POST", "/tokenize", {"model": replica.name, "prompt": PROBE})
-            if answer["tokens"] != ids:
-                raise TargetError(f"server.urls: {replica.url} has another tokenizer than {self.identity.model}")
-            path, body = self.dialect.probe(replica.name, ids)
-            answer = await self._request(replica, "POST", path, body)
-            await self._let_go(answer)
-            self.compare_fingerprint(replica.url, self.dialect.read_probe(answer))
-            if self.last is not None and self.config.model_type.startswith("gemma3"):
-                await self._require_residual(replica)
+            await self._identify(replica)
             replica.trusted = True
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise TargetError(
+                f"server.urls: {replica.url} does not answer as the engine of target.engine does; is it another one?"
+            ) from None
         finally:
             replica.proving = False
+
+    async def _logprobs(self, replica: Replica, ids: list[int]) -> list[float]:
+        path, body = self.dialect.probe(replica.name, ids)
+        answer = await self._request(replica, "POST", path, body)
+        await self._let_go(answer)
+        return self.dialect.read_probe(answer)
+
+    async def _identify(self, replica: Replica) -> None:
+        listed = (await self._request(replica, "GET", "/v1/models"))["data"]
+        names = {str(model[key]) for model in listed for key in ("id", "root") if model.get(key)}
+        if not names & self.known_as:
+            raise TargetError(
+                f"server.urls: {replica.url} serves {', '.join(sorted(names))}, not target.model "
+                f"{self.identity.model}; give another URL, or start it with --served-model-name {self.identity.model}"
+            )
+        model = next(m for m in listed if {m.get("id"), m.get("root")} & self.known_as)
+        replica.name, replica.context = model["id"], model.get("max_model_len") or 0
+        ids = self.tokenizer(PROBE).input_ids
+        answer = await self._request(replica, "POST", "/tokenize", {"model": replica.name, "prompt": PROBE})
+        if answer["tokens"] != ids:
+            raise TargetError(f"server.urls: {replica.url} has another tokenizer than {self.identity.model}")
+        self.compare_fingerprint(replica.url, await self._logprobs(replica, ids))
 
     async def _require_residual(self, replica: Replica) -> None:
         started_with = (await self._request(replica, "GET", "/server_info")).get("json_model_override_args") or "{}"
@@ -380,7 +436,8 @@ class ServedTarget(LooseEnds):
 
     def compare_fingerprint(self, origin: str, found: list[float]) -> None:
         """The first fingerprint is the truth; another is an error that names where it comes from."""
-        self.fingerprint = self.fingerprint or found
+        if not self.fingerprint:
+            self.fingerprint.extend(found)
         away = sum(abs(a - b) for a, b in zip(self.fingerprint, found, strict=True)) / len(found)
         if away > SAME_LOGPROB:
             raise TargetError(
@@ -388,23 +445,25 @@ class ServedTarget(LooseEnds):
                 f"are {away:.2f} nats a token away from those seen first"
             )
 
-    async def _request(self, replica: Replica, method: str, path: str, body: dict | None = None) -> Any:
+    async def _request(
+        self, replica: Replica, method: str, path: str, body: dict | None = None, headers: dict | None = None
+    ) -> Any:
         assert self._client is not None
         try:
             async with asyncio.timeout(self.settings.deadline_s):
-                response = await self._client.request(method, replica.url + path, json=body)
+                response = await self._client.request(method, replica.url + path, json=body, headers=headers)
         except TimeoutError:
-            raise _Retry(f"no answer within {self.settings.deadline_s:g} s") from None
+            raise Retry(f"no answer within {self.settings.deadline_s:g} s (server.deadline_s)") from None
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise TargetError(f"server.urls: {replica.url}: {error}") from None
         except httpx.TransportError as error:
-            raise _Retry(str(error) or type(error).__name__) from None
+            raise Retry(str(error) or type(error).__name__) from None
         if response.status_code in RETRIED:
-            raise _Retry(f"HTTP {response.status_code}")
+            raise Retry(f"HTTP {response.status_code}")
         if response.status_code != 200:
             text = " ".join(response.text.split())[:200]
             raise TargetError(f"{replica.url}{path}: HTTP {response.status_code}: {text}")
         try:
             return response.json()
         except ValueError:
-            raise _Retry("an answer that is no JSON") from None
+            raise Retry("an answer that is no JSON") from None
