@@ -25,6 +25,15 @@ class _PlatformWithAmx:
         return getattr(self._platform, name)
 
 
+def _plain_norms() -> None:
+    """MiniMax-M2 norms queries and keys with a Triton kernel, which needs a GPU; its own module does the same."""
+    from sglang.srt.models import minimax_m2
+
+    minimax_m2.MiniMaxM2QKRMSNorm._forward_naive = lambda self, q, k: (self._q_norm(q), self._k_norm(k))
+
+
+if any("minimax" in word for word in sys.argv):
+    _plain_norms()
 overrides.get_platform = lambda: _PlatformWithAmx(_get_platform())
 
 CPU = "--device cpu --attention-backend intel_amx --max-running-requests 4 --mem-fraction-static 0.3"

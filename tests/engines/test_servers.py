@@ -90,9 +90,12 @@ def check_states(model: str, served_by) -> None:
     """What servers return is what transformers computes, and a tap off by one cannot pass."""
     generator = torch.Generator().manual_seed(1)
     documents = [torch.randint(6, 64, (n,), generator=generator).tolist() for n in (40, 7, 130, 1, 64)]
+    target = LocalTarget(model, dtype="fp32", device="cpu")
     with contextlib.closing(ServedTarget(served_by.target, served_by.server, "cpu")) as served:
         got = served.capture(documents, TAPS)
-    target = LocalTarget(model, dtype="fp32", device="cpu")
+        assert served.logprobs(documents[0]) == pytest.approx(target.logprobs(documents[0]), abs=1e-3)
+        first, second = target.logits(target.capture(documents[:1], ()).last_TH[-1]).topk(2).values.tolist()
+        assert served.runner_up(documents[0]) == pytest.approx(first - second, abs=1e-3)
     wanted = target.capture(documents, TAPS)
     scale = wanted.taps_TKH.abs().max()
     assert (got.taps_TKH - wanted.taps_TKH).abs().max() < 1e-4 * scale
@@ -109,9 +112,9 @@ def test_states_from_a_stock_vllm_are_those_of_transformers(architecture, tmp_pa
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])  # MiniMax-M2's norms need CUDA there
+@pytest.mark.parametrize("architecture", BUILDERS)
 def test_states_from_two_sglangs_are_those_of_transformers(architecture, tmp_path):
-    model = save_target(tmp_path / "model", architecture)
+    model = save_target(tmp_path / architecture, architecture)
     if architecture == "gemma3":  # the tier's stand-in kernels know no sliding window: one longer than every text
         config = Path(model) / "config.json"
         write_json(config, read_json(config) | {"sliding_window": 512})

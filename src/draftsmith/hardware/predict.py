@@ -74,7 +74,7 @@ def describe(rows: list[list[Prediction]]) -> str:
         gains = " ".join(f"{'-':>9}" if math.isnan(p.speedup) else f"{p.speedup:8.2f}x" for p in row)
         lines.append(f"{first.shape!s:>9} {first.tau:6.2f} {first.c:6.2f} {gains}")
     if len(rows) > ROWS:
-        lines.append(f"{'...':>9} {len(rows) - ROWS} more in predict.json")
+        lines.append(f"{'...':>9} {len(rows) - ROWS} more in the JSON file")
     lines.append(f"c: a step's cost in plain decoding steps, at batch {batches[0]}; speed-up = tau / c")
     if any(math.isnan(p.speedup) for row in rows for p in row):
         lines.append("-: beyond what was measured")
