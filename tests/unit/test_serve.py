@@ -146,6 +146,12 @@ def test_commands_are_the_engines_own():
     assert '{"draftsmith_residual": true}' in gemma.command
     plain = launch(tiny_recipe("m", "p", serve=sglang), "google/gemma-3-1b-it", Path("d"), "plain", ())
     assert "SGLANG_EXTERNAL_MODEL_PACKAGE" not in plain.environment
+    chat = launch(tiny_recipe("m", "p"), "unsloth/gemma-3-1b-it", Path("d"), "draft", ())
+    assert "--model-impl transformers" in str(chat)
+    own = launch(
+        tiny_recipe("m", "p", serve={"extra": "--model-impl vllm"}), "google/gemma-3-1b-it", Path("d"), "draft", ()
+    )
+    assert "transformers" not in str(own)
     chain = launch(tiny_recipe("m", "p", serve={"context": 4096}), "org/model", Path("d"), "draft", ())
     assert chain.url == "http://127.0.0.1:8000"
     assert '{"method": "eagle3", "model": "d", "num_speculative_tokens": 3}' in chain.command

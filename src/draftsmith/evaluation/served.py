@@ -198,25 +198,22 @@ class ServedEvaluation:
         self.complete(target, chosen, f"warm {what}", Sampling(), 1, batch)
         self.complete(target, chosen[:batch], f"warm {what}", Sampling(), 8, batch)
         rows = []
-        for start in range(0, len(chosen), batch):
-            started = time.perf_counter()
-            made = self.complete(
-                target,
-                chosen[start : start + batch],
-                f"speed {what} at batch {batch}",
-                Sampling(),
-                self.settings.max_new_tokens,
-                batch,
-                self.chat.stop,
-            )
-            rows.append(
-                {
-                    "tokens": sum(len(g.ids) for g in made),
-                    "seconds": time.perf_counter() - started,
-                    "accepted": sum(sum(g.verified) for g in made),
-                    "steps": sum(len(g.verified) for g in made),
-                }
-            )
+        with Meter(f"speed {what} at batch {batch}", len(chosen), "prompts") as meter:
+            for start in range(0, len(chosen), batch):
+                group = [ids for *_, ids in chosen[start : start + batch]]
+                started = time.perf_counter()
+                every = target.generate(group, Sampling(), self.settings.max_new_tokens, self.chat.stop)
+                made = [generation for _, generation in every]
+                spent, tokens = time.perf_counter() - started, sum(len(g.ids) for g in made)
+                meter.advance(batch, tokens)
+                rows.append(
+                    {
+                        "tokens": tokens,
+                        "seconds": spent,
+                        "accepted": sum(sum(g.verified) for g in made),
+                        "steps": sum(len(g.verified) for g in made),
+                    }
+                )
         return rows
 
     def _acceptance(

@@ -76,7 +76,7 @@ def launch(recipe: Recipe, model: str, draft: Path, purpose: Purpose, layers: Se
 
 
 def is_gemma3(model: str) -> bool:
-    """Whether SGLang needs our class for this model (docs/engines.md); a hub name is not looked up."""
+    """Whether engines need help with its taps (docs/engines.md); a hub name is not looked up."""
     config = Path(model) / "config.json"
     if config.exists():
         return read_json(config).get("model_type", "").startswith("gemma3")
@@ -97,6 +97,8 @@ def _vllm(recipe: Recipe, model: str, draft: Path, purpose: Purpose, layers: Seq
         speculative = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": settings.shape.steps}
         arguments += ["--speculative-config", json.dumps(speculative)]
         arguments += ["--per-request-spec-decode-metrics", "detailed"]
+    if purpose == "draft" and is_gemma3(model) and "--model-impl" not in settings.extra:
+        arguments += ["--model-impl", "transformers"]  # vLLM's own Gemma-3 has no taps
     if purpose == "last":
         raise ServeError("serve: vLLM keeps the last layer beside the taps; use --purpose capture")
     if purpose == "capture":
