@@ -322,6 +322,8 @@ class ServeRecipe(Model):
     """SGLang only: `inherit` quantises the draft like its target; vLLM never does."""
     peer_to_peer: bool = True
     """Let GPUs talk directly; switch off where PCIe peer access is broken or hangs."""
+    pcie: bool = False
+    """The GPUs are joined by PCIe alone: SGLang's own all-reduce for that."""
     states: Path = Path("/dev/shm/draftsmith-states")
     """Folder for the hidden states of `--purpose capture`; memory or a fast disk."""
     patience_s: Annotated[float, Field(gt=0)] = 1800.0

@@ -109,6 +109,12 @@ def test_compare_sets_drafts_side_by_side(monkeypatch, capsys, world):
         ("predict", ("--batches", "0"), "--batches and --context: whole numbers of at least 1"),
         ("predict", ("--correlation", "2"), "--correlation: 2 given; between 0"),
         ("probe", ("--url", "http://127.0.0.1:9"), "--url: http://127.0.0.1:9 does not answer as vllm does"),
+        ("probe", ("--draft-url", "http://127.0.0.1:9"), "--draft-url: give --url too"),
+        ("tune", ("--target.engine", "vllm", "--engine", "embedded"), "--engine: embedded given; the target runs on"),
+        ("compare", ("--target.engine", "vllm"), "target.engine: compare decodes with the embedded engine"),
+        ("plan", ("--prompts.sources.0.name", "/no.jsonl"), "prompts.sources: /no.jsonl is not there"),
+        ("plan", ("--network-gbit", "0"), "--network-gbit: 0 given; more than 0"),
+        ("evaluate", ("--evaluate.url", "http://127.0.0.1:9"), "evaluate.url: given, but the embedded engine decodes"),
         ("publish", (), "publish: no repository given; set card.repo or give --repo owner/name"),
     ],
 )
@@ -118,6 +124,31 @@ def test_wrong_input_is_one_line(monkeypatch, capsys, world, command, flags, mes
     lines = [line for line in told.err.splitlines() if line.startswith("draftsmith: ")]
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_a_machine_alone_is_probed_where_the_target_runs_on_servers(monkeypatch, capsys, world, tmp_path):
+    for command, flags in (("probe", ()), ("predict", ("--tau", "2.2"))):
+        arguments = [command, world / "recipe.yaml", "--out", tmp_path, "--target.engine", "vllm", *flags]
+        monkeypatch.setattr(sys, "argv", ["draftsmith", *map(str, arguments)])
+        assert cli.main() == 0
+    told = capsys.readouterr().out
+    assert "the target runs on servers: give --url to measure one" in told
+    parts = read_json(tmp_path / "probe.json")
+    assert parts["forward"] is None
+    assert parts["bandwidth_bytes_s"] > 1e8
+    assert {row["machine"] for row in read_json(tmp_path / "predict" / "probe.json")["rows"]} == {parts["machine"]}
+
+
+def test_a_tuned_shape_of_another_draft_is_left_out(monkeypatch, capsys, world):
+    path = world / "run" / "tune-embedded.json"
+    kept = read_json(path)
+    try:
+        write_json(path, {**kept, "chain": "5/1/6", "draft": "another"})
+        _, served = run(monkeypatch, capsys, world, "serve", "--print")
+        assert "of another draft or machine, so left out" in served.err
+        assert '"num_speculative_tokens": 3' in served.out
+    finally:
+        write_json(path, kept)
 
 
 def test_a_file_that_is_no_probe_is_refused(monkeypatch, capsys, world, tmp_path):

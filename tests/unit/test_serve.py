@@ -140,6 +140,10 @@ def test_commands_are_the_engines_own():
         "--speculative-num-draft-tokens 8 --speculative-draft-model-quantization unquant --host 127.0.0.1 "
         "--port 30000 --dtype float32 --disable-custom-all-reduce"
     )
+    linked = {**sglang, "peer_to_peer": True, "pcie": True}
+    cards = launch(tiny_recipe("m", "p", serve=linked), "org/model", Path("d"), "plain", ())
+    assert "--enable-p2p-check" in cards.command
+    assert cards.environment == {"SGLANG_ENABLE_PCIE_IPC_ALLREDUCE": "1"}
     gemma = launch(tiny_recipe("m", "p", serve=sglang), "google/gemma-3-1b-it", Path("d"), "draft", ())
     assert gemma.environment["SGLANG_EXTERNAL_MODEL_PACKAGE"] == "draftsmith_sglang"
     assert (Path(gemma.environment["PYTHONPATH"].split(":")[0]) / "draftsmith_sglang" / "gemma3.py").exists()

@@ -38,7 +38,9 @@ NEWTON_SCHULZ = 5  # iterations of Muon, each of about 4 m m n + 2 m m m operati
 # Of a device's matrix peak: calibrated on runs of the quick recipe on two quiet cores; GPUs are assumed alike.
 TRAIN_SHARE = 0.55
 REFILL = 0.88  # of a batch's rows that write: a quarter of them ends before new prompts are read
-DRAFTED = 1.3  # speed-up of drafted decoding that an evaluation is assumed to see
+# An evaluation: speed-up of drafted greedy decoding (none at temperatures above 0), answers as shares of
+# max_new_tokens, and the time to read the weights in two formats and warm up; runs of the two Gemma recipes.
+DRAFTED, GREEDY_SHARE, SAMPLED_SHARE, START_S = 1.3, 0.5, 0.85, 15.0
 COMPLETION_BYTES = 6.5  # of JSON per token of a document; the same run
 
 
@@ -258,18 +260,19 @@ def plan(
     asked = (
         evaluation.prompts or sum(_source(s, 1)[0] for s in recipe.prompts.evaluation) or 3 * recipe.prompts.held_out
     )
-    passes = len(evaluation.shapes) * len(evaluation.temperatures)
+    sampled = sum(temperature > 0 for temperature in evaluation.temperatures)
     decode_s = costs.decode_s(1, round(length))
-    answer = COMPLETION_SHARE * evaluation.max_new_tokens
+    answer, longer = GREEDY_SHARE * evaluation.max_new_tokens, SAMPLED_SHARE * evaluation.max_new_tokens
     drafted_s = decode_s / DRAFTED
-    evaluate_s = asked * answer * passes * drafted_s / (batch if served else 1)
+    a_shape_s = (len(evaluation.temperatures) - sampled) * answer * drafted_s + sampled * longer * decode_s
+    evaluate_s = asked * len(evaluation.shapes) * a_shape_s / (batch if served else 1)
     evaluate_s += evaluation.speed_prompts * len(evaluation.shapes) * answer * (decode_s + drafted_s)
     # The proof's plain side is one batch where it runs here; its fp32 weights are read at the bytes they have.
     proof = min(evaluation.lossless_prompts, asked) * evaluation.lossless_tokens
     proof_s = len(evaluation.shapes) * drafted_s + (decode_s if served else 0.0)
     evaluate_s += proof * proof_s * (1 if served else 4 / BYTES[recipe.target.dtype])
     if not served:
-        evaluate_s += min(PROFILE_PROMPTS, asked) * (answer / rate + (prompt + answer) * reading_s)
+        evaluate_s += min(PROFILE_PROMPTS, asked) * (answer / rate + (prompt + answer) * reading_s) + START_S
     told.put("hours", "evaluate", evaluate_s, f"{duration(evaluate_s)} on one replica")
     total = regenerate_s + train_s + evaluate_s
     told.put("hours", "all", total, duration(total))
@@ -307,7 +310,8 @@ def plan(
         f"a completion has {mean:.0f} tokens"
         + ("" if completion_tokens else f", {COMPLETION_SHARE:.0%} of regenerate.max_new_tokens (--completion-tokens)")
         + f"; a prompt has {prompt:.0f}",
-        f"a drafted token takes 1 / {DRAFTED} of a plain one's time in the evaluation",
+        f"in the evaluation greedy answers have {GREEDY_SHARE:.0%} of max_new_tokens, sampled ones "
+        f"{SAMPLED_SHARE:.0%}, and greedy drafting gains {DRAFTED}x",
         f"packs are {fill:.0%} full; documents are cut at {train.max_document_tokens} tokens",
         f"products of many tokens reach {FLOPS_SHARE:.0%} of {machine.flops_s / 1e12:.3g} TFLOP/s, "
         f"training {TRAIN_SHARE:.0%}",

@@ -40,7 +40,7 @@ _NVLINK = ((4e3, 5e-6), (16e3, 6e-6), (128e3, 12e-6), (1e6, 35e-6))
 _PCIE_P2P = ((4e3, 19.4e-6), (16e3, 22.3e-6), (128e3, 51.8e-6), (384e3, 83.5e-6), (1e6, 160e-6))
 _PCIE_HOST = ((4e3, 45e-6), (64e3, 344e-6), (1e6, 5e-3))
 
-# This project's own machine, by `draftsmith probe recipes/gemma3-270m-cpu.yaml`: copies and products as it told,
+# This project's own machine (benchmarks/results/probe-epyc-2.json): copies and products as the probe told,
 # efficiency and layer time so that its forward of one token and its draft step come out.
 CPU = Machine("cpu-epyc-2", 1, 25 * GB, 45e9, 0.9e12, 0.3e-3, efficiency=0.5, network_bytes_s=1e9)
 

@@ -70,6 +70,10 @@ def launch(recipe: Recipe, model: str, draft: Path, purpose: Purpose, layers: Se
     if not settings.peer_to_peer:  # broken between PCIe cards more often than engines think
         arguments += ["--disable-custom-all-reduce"]
         environment["NCCL_P2P_DISABLE"] = "1"
+    elif settings.engine == "sglang" and settings.tensor_parallel > 1:
+        arguments += ["--enable-p2p-check"]  # SGLang takes for granted that it works
+    if settings.pcie and settings.engine == "sglang":
+        environment["SGLANG_ENABLE_PCIE_IPC_ALLREDUCE"] = "1"
     arguments += shlex.split(settings.extra)
     host = "127.0.0.1" if settings.host == "0.0.0.0" else settings.host
     return Launch((*program, *arguments), environment, f"http://{host}:{settings.port}")
