@@ -3,6 +3,7 @@
 import contextlib
 import math
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from draftsmith.targets.servers import ServedTarget
 
 PROBE_PROMPTS = 24
-SERVED_SHAPES, SERVED_PROMPTS = 4, 8  # of `tune` on an engine
+SERVED_SHAPES, SERVED_PROMPTS = 4, 6  # of `tune` on an engine
 
 
 def parse_shape(text: str) -> Shape:
@@ -271,14 +272,16 @@ def card_prediction(run: "Run") -> dict[str, Any]:
 
 
 def _seeds(run: "Run", count: int, engine: str) -> list[Shape]:
-    """The shapes that `predict` thinks best; without a probe of drafting, by its nearest likeness: a single GPU."""
+    """The shapes that `predict` thinks best, two chains among them; without a probe of drafting, those of one GPU."""
     accept, own = accept_of(run, None, ""), run.path(f"probe-{engine}.json")
     path = own if own.exists() else probed(run)
     costs: Costs = read_probe(run, path) if path else roofline(run.recipe, preset("h100-1"))
     if isinstance(costs, MeasuredCosts) and costs.parts["draft"] is None:
         costs = roofline(run.recipe, preset("h100-1"))
     rows = table(costs, accept, candidate_shapes(accept.deepest, engine != "vllm"), [1], 512)
-    return [row[0].shape for row in rows[:count]]
+    shapes = [row[0].shape for row in rows]
+    chains = [shape for shape in shapes if shape.topk == 1][:2]  # vLLM drafts nothing else
+    return [shape for shape in shapes if shape not in chains][: count - len(chains)] + chains
 
 
 def tune(run: "Run", engine: Literal["auto", "embedded", "vllm", "sglang"], budget_s: float) -> dict[str, Any]:
@@ -338,7 +341,7 @@ def _tune_served(run: "Run", engine: Literal["vllm", "sglang"], budget_s: float)
     from draftsmith.hardware.probe import SHORT, Server
     from draftsmith.hardware.tune import halve
 
-    out = run.path(f"tune-{engine}")
+    started, out = time.monotonic(), run.path(f"tune-{engine}")
     out.mkdir(parents=True, exist_ok=True)
     served = ServedEvaluation(run.recipe, engine, run.draft_for(engine), run.path("prompts", "evaluation.jsonl"), out)
     seeds = _seeds(run, SERVED_SHAPES, engine)
@@ -361,7 +364,8 @@ def _tune_served(run: "Run", engine: Literal["vllm", "sglang"], budget_s: float)
             per_token = timer(drafted, prompts)
             yield lambda number: plain_s[number] / per_token(number)
 
-    return halve(seeds, session, len(prompts), budget_s, first=len(prompts))
+    left_s = budget_s - (time.monotonic() - started)
+    return halve(seeds, session, len(prompts), left_s, first=len(prompts))
 
 
 # --- plan ------------------------------------------------------------------------------------------------------------
