@@ -107,18 +107,25 @@ def describe(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _labels(drafts: Sequence[str]) -> list[str]:
+    """A run's name or the directory's own; more of the path where that is not enough to tell them apart."""
+    parts = [Path(draft).resolve().parts for draft in drafts]
+    short = [p[-3] if p[-2] == "export" else p[-1] for p in parts]
+    return short if len(set(short)) == len(short) else ["/".join(p[-3:]) for p in parts]
+
+
 def plot(rows: list[dict[str, Any]]) -> str:
     """SVG: tau with its interval by category, one row per draft and shape."""
     names, columns = [], sorted({name for row in rows for e in row["acceptance"] for name in e["by_category"]})
     series: dict[str, list[tuple[float, float, float] | None]] = {name: [] for name in ("all", *columns)}
-    for row in rows:
+    for label, row in zip(_labels([row["draft"] for row in rows]), rows, strict=True):
         for entry in row["acceptance"]:
-            names.append(f"{'/'.join(Path(row['draft']).resolve().parts[-3:])} {entry['shape']}")
+            names.append(f"{label} {entry['shape']}")
             for name, values in series.items():
                 value = entry["all"] if name == "all" else entry["by_category"].get(name)
                 told = value is not None and value["tau"] is not None
                 values.append((value["tau"], value["low"], value["high"]) if told else None)
-    return interval_plot("tau of each draft, 95 % intervals over prompts", "tau", names, series)
+    return interval_plot("tau, 95 % intervals over prompts", "tau", names, series)
 
 
 def compare(run: "Run", drafts: Sequence[Path], reading: Reading = "auto") -> list[dict[str, Any]]:
