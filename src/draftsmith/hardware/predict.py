@@ -41,7 +41,7 @@ def where_it_pays(costs: Costs, accept: AcceptLength, best: Prediction) -> str:
     if len(ranges) == 1 and ranges[0][0] == 1:
         return f"break-even above batch {ranges[0][1]}"
     words = [f"{a} and more" if b == largest else f"{a} to {b}" if b > a else str(a) for a, b in ranges]
-    return f"pays at batches {', '.join(words)} alone" if words else "no batch gains"
+    return f"pays only at batches {', '.join(words)}" if words else "no batch gains"
 
 
 def advice(rows: list[list[Prediction]], costs: Costs, accept: AcceptLength) -> str:
