@@ -291,6 +291,7 @@ def tune(run: "Run", engine: Literal["auto", "embedded", "vllm", "sglang"], budg
     own = run.recipe.target.engine
     if engine == "auto":
         engine = "embedded" if own == "transformers" else own
+    accept_of(run, None, "")  # without an evaluation there is nothing to start from
     if engine == "embedded":
         if own != "transformers":
             raise RecipeError(f"--engine: embedded given; the target runs on servers, so give {own}, or leave it out")
