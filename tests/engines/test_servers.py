@@ -43,7 +43,7 @@ def recipe_for(model: str, prompts: str, urls: list[str], engine: str, **changes
         "target.engine": engine,
         "draft.taps": list(TAPS),
         "draft.head_dim": 64,
-        "server": {"urls": urls, "concurrency": 8, "attempts": 8, "backoff_s": 0.05, "deadline_s": 60.0},
+        "server": {"urls": urls, "concurrency": 8, "attempts": 16, "backoff_s": 0.05, "deadline_s": 60.0},
     } | changes
     return tiny_recipe(model, prompts, **changes)
 
