@@ -156,14 +156,8 @@ def tiny_engine(target: LocalTarget, name: str, keep: tuple[Path, tuple[int, ...
                 written, reason = write(ids, body, body["max_tokens"], body.get("seed", 0))
                 kept = states(ids, request_id) if keep else {}
                 choice = {"token_ids": written, "finish_reason": reason}
-                if body.get("logprobs"):
-                    first, second = target.logits(target.capture([ids], ()).last_TH[-1]).topk(2).values.tolist()
-                    choice["logprobs"] = {"top_logprobs": [{"a": first, "b": second}]}
                 return 200, {"choices": [choice], **kept}
             settings = body["sampling_params"]
-            if body.get("top_logprobs_num"):
-                first, second = target.logits(target.capture([ids], ()).last_TH[-1]).topk(2).values.tolist()
-                return 200, {"meta_info": {"output_top_logprobs": [[[first, 1, None], [second, 2, None]]]}}
             if body.get("return_logprob"):
                 rows = [[x, t, None] for t, x in zip(ids[1:], logprobs(ids), strict=True)]
                 return 200, {"meta_info": {"input_token_logprobs": [[None, ids[0], None], *rows]}}

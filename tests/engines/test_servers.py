@@ -94,8 +94,6 @@ def check_states(model: str, served_by) -> None:
     with contextlib.closing(ServedTarget(served_by.target, served_by.server, "cpu")) as served:
         got = served.capture(documents, TAPS)
         assert served.logprobs(documents[0]) == pytest.approx(target.logprobs(documents[0]), abs=1e-3)
-        first, second = target.logits(target.capture(documents[:1], ()).last_TH[-1]).topk(2).values.tolist()
-        assert served.runner_up(documents[0]) == pytest.approx(first - second, abs=1e-3)
     wanted = target.capture(documents, TAPS)
     scale = wanted.taps_TKH.abs().max()
     assert (got.taps_TKH - wanted.taps_TKH).abs().max() < 1e-4 * scale

@@ -2,7 +2,7 @@ import pytest
 
 from draftsmith.decoding.speculate import Decoded, Step
 from draftsmith.evaluation.acceptance import bootstrap_tau, count, oracle_walk, summarise
-from draftsmith.evaluation.evaluate import balanced
+from draftsmith.evaluation.evaluate import balanced, verdict_line
 from draftsmith.evaluation.lossless import first_difference
 from draftsmith.training.metrics import converged
 
@@ -71,3 +71,17 @@ def test_the_stop_rule():
     assert not converged([2.2, 2.2], patience=2)
     assert converged([1.0, 2.2, 2.205, 2.19, 2.21], patience=3)
     assert not converged([1.04, 1.041, 1.042, 1.045], patience=3)  # an untrained draft that has begun to learn
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gaps", "verdict"),
+    [
+        ("bf16", [0.0, 0.125], "lossless up to ties: 2 differences in bf16"),
+        ("bf16", [0.125, 0.9], "lossless: NO; 2 differences"),
+        ("bf16", [0.1, None], "lossless: NO; 2 differences"),  # one of the texts ended
+        ("fp32", [0.01], "lossless: NO; 1 differences"),
+    ],
+)
+def test_only_ties_in_a_rounding_dtype_are_excused(dtype, gaps, verdict):
+    differences = [{"shape": "3/1/4", "id": "p", "token": 3, "logit_gap": gap} for gap in gaps]
+    assert verdict_line({"identical": False, "dtype": dtype, "differences": differences}).startswith(verdict)

@@ -300,8 +300,6 @@ def test_a_served_target_does_what_one_in_process_does(model, target, engine):
                 i: (g.ids, g.finish_reason) for i, g in target.generate(prompts, Sampling(), 8)
             }
             assert served.logprobs([1, 5, 9, 7]) == pytest.approx(target.logprobs([1, 5, 9, 7]), abs=1e-5)
-            first, second = target.logits(target.capture([[1, 5, 9]], ()).last_TH[-1]).topk(2).values.tolist()
-            assert served.runner_up([1, 5, 9]) == pytest.approx(first - second, abs=1e-5)
             assert served.identity == replace(target.identity, model=model)
 
 

@@ -14,6 +14,7 @@ Schema of results.json (version 1); every tau comes as {tau, low, high, prompts,
     partial                   true where fewer prompts were used than the set holds
 """
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
@@ -206,7 +207,8 @@ def verdict_line(result: dict[str, Any]) -> str:
             f"tokens in {result['dtype']}, shapes {', '.join(result['shapes'])}"
         )
     first = result["differences"][0]
-    widest = max(difference["logit_gap"] for difference in result["differences"])
+    gaps = [difference["logit_gap"] for difference in result["differences"]]
+    widest = max(math.inf if gap is None else gap for gap in gaps)  # None: one of the texts ended
     told = (
         f"{len(result['differences'])} differences in {result['dtype']}, the first in {first['id']} at token "
         f"{first['token']} (shape {first['shape']}); widest gap between the two tokens' logits {widest:.2g}"

@@ -263,7 +263,7 @@ class ServedEvaluation:
     ) -> dict[str, Any]:
         """Greedy outputs against the target's own, one request at a time: other batches round differently.
 
-        Where they part, `logit_gap` says how close the two likeliest tokens were.
+        Where they part, `logit_gap` says how close the target holds the two tokens; null where one text ends.
         """
         length, chosen = self.settings.lossless_tokens, prompts[: self.settings.lossless_prompts]
         made = self.complete(drafted, chosen, f"lossless {shape}", Sampling(), length, 1)
@@ -271,7 +271,11 @@ class ServedEvaluation:
         for (name, _, prompt), one, other in zip(chosen, reference, made, strict=True):
             at = first_difference(one, other.ids)
             if at is not None:
-                gap = drafted.runner_up([*prompt, *one[:at]])
+                gap = None
+                if at < min(len(one), len(other.ids)):
+                    here = [*prompt, *one[:at]]
+                    a, b = (drafted.logprobs([*here, token])[-1] for token in (one[at], other.ids[at]))
+                    gap = abs(a - b)
                 differences.append({"shape": str(shape), "id": name, "token": at, "logit_gap": gap})
         return {
             "dtype": self.recipe.target.dtype,

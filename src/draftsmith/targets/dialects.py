@@ -23,20 +23,12 @@ class Dialect(Protocol):
         self, model: str, ids: list[int], sampling: Sampling, max_new_tokens: int, stop: Sequence[str], seed: int
     ) -> Request: ...
 
-    def runner_up(self, model: str, ids: list[int]) -> Request:
-        """Ask for the two likeliest next tokens."""
-        ...
-
     def read_completion(self, answer: dict[str, Any]) -> Generation:
         """Token ids as generated, with the server's own finish reason."""
         ...
 
     def finish_reason(self, answer: dict[str, Any]) -> str:
         """`stop` or `length`; anything else means that the server gave up in between."""
-        ...
-
-    def read_runner_up(self, answer: dict[str, Any]) -> float:
-        """How far the second choice lies below the first, in nats."""
         ...
 
     def capture(self, model: str, ids: list[int]) -> Request:
@@ -87,13 +79,6 @@ class VLLM:
     def finish_reason(self, answer: dict[str, Any]) -> str:
         return answer["choices"][0]["finish_reason"]
 
-    def runner_up(self, model: str, ids: list[int]) -> Request:
-        return "/v1/completions", {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "logprobs": 2}
-
-    def read_runner_up(self, answer: dict[str, Any]) -> float:
-        first, second = sorted(answer["choices"][0]["logprobs"]["top_logprobs"][0].values(), reverse=True)[:2]
-        return first - second
-
     def capture(self, model: str, ids: list[int]) -> Request:
         return "/v1/completions", {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0.0}
 
@@ -124,14 +109,6 @@ class SGLang:
 
     def finish_reason(self, answer: dict[str, Any]) -> str:
         return answer["meta_info"]["finish_reason"]["type"]
-
-    def runner_up(self, model: str, ids: list[int]) -> Request:
-        body = {"input_ids": ids, "sampling_params": {"temperature": 0.0, "max_new_tokens": 1}}
-        return "/generate", {**body, "return_logprob": True, "top_logprobs_num": 2}
-
-    def read_runner_up(self, answer: dict[str, Any]) -> float:
-        (first, *_), (second, *_) = answer["meta_info"]["output_top_logprobs"][0][:2]
-        return first - second
 
     def capture(self, model: str, ids: list[int]) -> Request:
         body = {"input_ids": ids, "sampling_params": {"temperature": 0.0, "max_new_tokens": 1}}

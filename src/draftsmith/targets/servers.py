@@ -172,17 +172,6 @@ class ServedTarget(LooseEnds):
 
         return self.run(lambda: self._somewhere(ask))
 
-    def runner_up(self, ids: list[int]) -> float:
-        """How far the second choice for the next token lies below the first, in nats."""
-
-        async def ask(replica: Replica) -> float:
-            path, body = self.dialect.runner_up(replica.name, ids)
-            answer = await self._request(replica, "POST", path, body)
-            await self._let_go(answer)
-            return self.dialect.read_runner_up(answer)
-
-        return self.run(lambda: self._somewhere(ask))
-
     async def complete(
         self,
         ids: list[int],
