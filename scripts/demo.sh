@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh && setup
-.venv/bin/draftsmith run recipes/gemma3-270m-quick.yaml "$@"
+.venv/bin/draftsmith run recipes/smollm2-135m-quick.yaml "$@"

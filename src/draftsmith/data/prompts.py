@@ -3,6 +3,7 @@
 A prompt is {"id", "category", "source", "messages"}: the user turns (and a system turn) that the target will answer.
 """
 
+import gzip
 import itertools
 import random
 import re
@@ -21,7 +22,12 @@ from draftsmith.progress import Meter, say
 from draftsmith.recipe import Recipe, Source
 
 Prompt = dict[str, Any]
-BUNDLED = files("draftsmith.data") / "bundled_prompts.jsonl"
+_SETS = Path(str(files("draftsmith.data"))) / "bundled"
+BUNDLED = {  # licences: bundled/LICENCES.md
+    "bundled": _SETS / "small.jsonl.gz",
+    "bundled-train": _SETS / "train.jsonl.gz",
+    "bundled-dev": _SETS / "dev.jsonl.gz",
+}
 
 
 @dataclass(frozen=True)
@@ -110,11 +116,11 @@ def _raw_rows(source: Source, seed: int) -> Iterator[tuple[str, Any]]:
     if source.name in HUB:
         yield from _hub_rows(source, seed)
         return
-    path = Path(str(BUNDLED)) if source.name == "bundled" else Path(source.name)
+    path = BUNDLED.get(source.name) or Path(source.name)
     if not path.is_file():
         raise DataError(
-            f"prompts.sources: {source.name!r} is no file; allowed are bundled, a .jsonl or .parquet path, "
-            f"or one of {', '.join(HUB)}"
+            f"prompts.sources: {source.name!r} is no file; allowed are a .jsonl, .jsonl.gz or .parquet path, "
+            f"or one of {', '.join([*BUNDLED, *HUB])}"
         )
     if path.suffix == ".parquet":
         import pyarrow.parquet as parquet
@@ -126,7 +132,7 @@ def _raw_rows(source: Source, seed: int) -> Iterator[tuple[str, Any]]:
         for number, row in enumerate(table.to_pylist(), 1):
             yield f"{path} row {number}", row
         return
-    with path.open("rb") as file:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:

@@ -67,9 +67,10 @@ class Conversation:
         return True
 
     def completion(self, sampling: Sampling) -> Completion:
+        """The row as it stands; a user turn that nobody answered is left out."""
         return {
             **{key: self.prompt[key] for key in ("id", "category", "source")},
-            "ids": self.ids,
+            "ids": self.ids[: self.spans[-1][1]] if self.spans else self.ids,
             "spans": self.spans,
             "finish_reason": self.finish_reason,
             "sampling": [sampling.temperature, sampling.top_p, sampling.top_k],
@@ -95,11 +96,17 @@ def answer(
     settings: RegenerateRecipe,
     sampling: Sampling,
     seed: int,
+    max_tokens: int | None = None,
 ) -> Iterator[tuple[int, Completion | None]]:
-    """Let the target write every turn; yields (tokens written, the completion if that was its last turn)."""
-    turn = 0
+    """Let the target write every turn; yields (tokens written, the completion if that was its last turn).
+
+    Once `max_tokens` are written no turn is begun: what is being written is finished, a conversation that waits for its
+    next answer ends with the last one, and one without any answer yields nothing.
+    """
+    turn = written = 0
     while conversations:
         following = []
+        waiting = dict(enumerate(conversations))
         for index, generation in target.generate(
             [conversation.ids for conversation in conversations],
             sampling,
@@ -107,13 +114,16 @@ def answer(
             chat.stop,
             int(digest(seed, turn), 16) % 2**63,
             settings.stop_loops,
+            None if max_tokens is None else max(0, max_tokens - written),
         ):
-            conversation = conversations[index]
+            conversation = waiting.pop(index)
+            written += len(generation.ids)
             if conversation.extend(generation, chat, settings.max_prompt_tokens):
                 following.append(conversation)
                 yield len(generation.ids), None
             else:
                 yield len(generation.ids), conversation.completion(sampling)
+        yield from ((0, conversation.completion(sampling)) for conversation in waiting.values() if conversation.spans)
         conversations = following
         turn += 1
 
@@ -168,7 +178,12 @@ class Tally:
 
 
 def regenerate(recipe: Recipe, target: Target, chat: ChatFormat, prompts_file: Path, out: Path) -> dict[str, Any]:
-    """Stage `regenerate`: one file per shard of prompts, each written whole; finished shards are never redone."""
+    """Stage `regenerate`: one file per shard of prompts, each written whole; finished shards are never redone.
+
+    The shard in which `max_tokens` is reached ends there, within one batch. As that depends on `max_tokens`, it is
+    written again where a run goes on with another one: an interrupted or continued run ends with the files of one that
+    ran through.
+    """
     settings = recipe.regenerate
     prompts = list(read_jsonl(prompts_file))
     out.mkdir(parents=True, exist_ok=True)
@@ -178,29 +193,29 @@ def regenerate(recipe: Recipe, target: Target, chat: ChatFormat, prompts_file: P
         for number, shard in enumerate(shards):
             path = out / f"{number:05d}.jsonl"
             unused = path.with_suffix(".unused")
-            if total and tally.tokens >= total:  # of an earlier run that wanted more: kept, but read by no stage
+            left = total - tally.tokens if total else None
+            if left is not None and left <= 0:  # of an earlier run that wanted more: kept, but read by no stage
                 if path.exists():
                     path.replace(unused)
                 continue
             if unused.exists():
                 unused.replace(path)
-            if path.exists():
-                rows = list(read_jsonl(path))
-                meter.resume(meter.done + (sum(len(loss_tokens(r)) for r in rows) if total else len(shard)))
+            opened = open_conversations(shard, chat, settings.max_prompt_tokens)
+            rows = list(read_jsonl(path)) if path.exists() else []
+            tokens = sum(len(loss_tokens(row)) for row in rows)
+            if len(rows) == len(opened) and (left is None or tokens < left):
+                meter.resume(meter.done + (tokens if total else len(shard)))
             else:
-                sampling = shard_sampling(settings, number)
-                opened = open_conversations(shard, chat, settings.max_prompt_tokens)
+                sampling, seed = shard_sampling(settings, number), int(digest(recipe.seed, number), 16)
                 rows = []
-                for new_tokens, row in answer(
-                    opened, target, chat, settings, sampling, int(digest(recipe.seed, number), 16)
-                ):
+                for new_tokens, row in answer(opened, target, chat, settings, sampling, seed, left):
                     tally.written += new_tokens
                     if row:
                         rows.append(row)
                     meter.advance(new_tokens if total else int(row is not None), new_tokens)
                 rows.sort(key=lambda row: row["id"])
                 write_jsonl(path, rows)
-            tally.too_long += len(shard) - len(rows)
+            tally.too_long += len(shard) - len(opened)
             for row in rows:
                 tally.add(row)
     return tally.finish(out)

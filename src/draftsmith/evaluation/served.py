@@ -168,7 +168,8 @@ class ServedEvaluation:
     ) -> list[Generation]:
         """Completions in the prompts' order, `at_once` of them in flight."""
         made: dict[int, Generation] = {}
-        every = target.generate([ids for *_, ids in prompts], sampling, length, stop, self.recipe.seed, False, at_once)
+        ids = [ids for *_, ids in prompts]
+        every = target.generate(ids, sampling, length, stop, self.recipe.seed, at_once=at_once)
         with Meter(what, len(prompts), "prompts") as meter:
             for number, generation in every:
                 made[number] = generation

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith import files
-from draftsmith.data.prompts import BUNDLED
+from draftsmith.data.prompts import read_source
 from draftsmith.drafts.eagle3 import Eagle3Config
-from draftsmith.errors import DataError
 from draftsmith.evaluation.evaluate import PROFILE_PROMPTS
 from draftsmith.hardware.cost_model import FLOPS_SHARE, Costs
 from draftsmith.hardware.presets import Machine
@@ -80,24 +79,11 @@ def _source(source: Source, max_turns: int) -> tuple[int, float, float]:
     if source.name in HUB_SETS:
         known, turns, length = HUB_SETS[source.name]
         return min(known, source.limit or known), float(min(turns, max_turns)), float(length)
-    rows, characters = 0, 0.0
-    text = BUNDLED.read_text() if source.name == "bundled" else None
-    path = Path(source.name)
-    if text is None and path.suffix == ".jsonl" and path.is_file():
-        text = path.read_text()
-    elif path.suffix == ".parquet" and path.is_file():
-        import pyarrow.parquet
-
-        rows, text = pyarrow.parquet.ParquetFile(path).metadata.num_rows, ""
-        characters = rows * (100 + CHARACTERS_PER_TOKEN * PROMPT_TOKENS)
-    if text is None:
-        raise DataError(f"prompts.sources: {source.name} is not there, and a plan counts its prompts")
-    for line in text.splitlines():
-        rows += bool(line.strip())
-        characters += len(line)
-    # a line holds keys, ids and quotes beside the prompt: about a hundred characters of them
-    tokens = max(8.0, (characters / max(1, rows) - 100) / CHARACTERS_PER_TOKEN)
-    return min(rows, source.limit or rows), 1.0, tokens
+    conversations, _ = read_source(source.model_copy(update={"limit": None}), max_turns, skip_bad=True, seed=0)
+    users = [len(m["content"]) for c in conversations for m in c["messages"] if m["role"] == "user"]
+    count = min(len(conversations), source.limit or len(conversations))
+    tokens = max(8.0, sum(users) / len(users) / CHARACTERS_PER_TOKEN)
+    return count, len(users) / len(conversations), tokens
 
 
 def plan(

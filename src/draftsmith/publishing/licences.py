@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from draftsmith.data.prompts import HUB
 from draftsmith.errors import RecipeError
+from draftsmith.targets.embedded import EMBEDDED
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ TARGETS: tuple[tuple[str, Licence], ...] = (
     (r"meta-llama/Llama-3\.3-.*", _llama("3.3", "llama3.3")),
     (r"meta-llama/Meta-Llama-3-.*", _llama("3", "llama3")),
     (r"meta-llama/Llama-4-.*", _llama("4", "llama4")),
+    (r"HuggingFaceTB/SmolLM[23]?-.*", APACHE),
     (r"Qwen/Qwen3-.*", APACHE),
     (r"openai/gpt-oss-.*", APACHE),
     (r"mistralai/(Mistral-7B|Mistral-Nemo|Mistral-Small-(24B|3\.[12])|Mixtral-8x)[-\w.]*", APACHE),
@@ -85,6 +87,10 @@ TARGETS: tuple[tuple[str, Licence], ...] = (
 # By the source's name in a recipe; licences as their hub pages state them.
 DATA = {
     "bundled": "apache-2.0",
+    "gpteacher-roleplay": "mit",
+    "gsm8k-train": "mit",
+    "gsm8k-test": "mit",
+    "ultrachat-eval": "mit",
     "ultrachat": "mit",
     "opencodeinstruct": "cc-by-4.0",
     "codealpaca": "cc-by-4.0",
@@ -92,11 +98,11 @@ DATA = {
     "hendrycks-math": "mit",
 }
 UNSTATED = "not stated"
-HUB_NAMES = {"gemma3-270m": "google/gemma-3-270m"}  # targets that go by a name of our own
 
 
 def hub_name(target: str) -> str:
-    return HUB_NAMES.get(target, target)
+    """The hub's name of a target that goes by a name of our own."""
+    return EMBEDDED[target].hub_name if target in EMBEDDED else target
 
 
 def licence_of(target: str, override: str | None = None) -> Licence:

@@ -66,8 +66,10 @@ class Target(Protocol):
         stop: tuple[str, ...],
         seed: int,
         stop_loops: bool,
+        max_tokens: int | None = None,
     ) -> Iterator[tuple[int, Generation]]:
-        """Completions as (index of the prompt, generation), each as soon as it ends."""
+        """Completions as (index of the prompt, generation), each as soon as it ends; once `max_tokens` are written, no
+        further prompt is begun."""
         ...
 
     def logprobs(self, document: list[int]) -> list[float]:

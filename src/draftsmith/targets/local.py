@@ -195,11 +195,15 @@ class LocalTarget(ModelEnds):
         stop: tuple[str, ...] = (),
         seed: int = 0,
         stop_loops: bool = False,
+        max_tokens: int | None = None,
     ) -> Iterator[tuple[int, Generation]]:
         """Continuous batching over `batch_size` cache rows; a pure function of its arguments.
 
-        Free rows are refilled when a quarter of them stand empty, so that prompts are read in packs.
+        Free rows are refilled when a quarter of them stand empty, so that prompts are read in packs, until `max_tokens`
+        are written.
         """
+        if not prompts:
+            return
         generator = torch.Generator().manual_seed(seed)
         waiting = list(range(len(prompts)))
         rows = min(self.batch_size, len(prompts))
@@ -208,8 +212,11 @@ class LocalTarget(ModelEnds):
         lengths = torch.zeros(rows, dtype=torch.long)
         outputs: dict[int, list[int]] = {}
         next_ids = torch.zeros(rows, dtype=torch.long)
+        finished_tokens = 0
         while waiting or any(r is not None for r in running):
             free = [i for i, r in enumerate(running) if r is None]
+            if max_tokens is not None and finished_tokens + sum(map(len, outputs.values())) >= max_tokens:
+                waiting.clear()
             if waiting and (len(free) >= max(1, rows // 4) or len(free) == rows):
                 admitted = free[: len(waiting)]
                 chosen = [waiting.pop(0) for _ in admitted]
@@ -231,6 +238,7 @@ class LocalTarget(ModelEnds):
                 if ended:
                     running[row] = None
                     lengths[row] = 0
+                    finished_tokens += len(outputs[prompt])
                     yield prompt, Generation(outputs.pop(prompt), ended)
             if all(r is None for r in running):
                 continue

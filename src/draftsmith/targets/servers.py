@@ -140,17 +140,24 @@ class ServedTarget(LooseEnds):
         stop: tuple[str, ...] = (),
         seed: int = 0,
         stop_loops: bool = False,
+        max_tokens: int | None = None,
         at_once: int | None = None,
     ) -> Iterator[tuple[int, Generation]]:
-        """Completions as (index of the prompt, generation), each as soon as it ends; at most `at_once` in flight."""
+        """Completions as (index of the prompt, generation), each as soon as it ends; at most `at_once` in flight, and
+        none begun once `max_tokens` are written."""
         done: queue.SimpleQueue[tuple[int, Generation] | None] = queue.SimpleQueue()
 
         async def every() -> None:
             room = asyncio.Semaphore(at_once or self.capacity)
+            written = 0
 
             async def one(number: int, ids: list[int]) -> None:
+                nonlocal written
                 async with room:
+                    if max_tokens is not None and written >= max_tokens:
+                        return
                     made = await self.complete(ids, sampling, max_new_tokens, stop, seed + number, stop_loops)
+                    written += len(made.ids)
                 done.put((number, made))
 
             await all_or_none(one(number, ids) for number, ids in enumerate(prompts))
