@@ -8,6 +8,7 @@ from types import TracebackType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 LOG_EVERY_S = 15.0
+EARLY = 0.02  # share of the work before which nobody can say how long the rest takes
 QUIET_S = 2.0
 
 
@@ -84,7 +85,7 @@ class Meter:
 
     def _left(self) -> str:
         fresh = self.done - self._skipped
-        if self.total is None or not fresh or self.done >= self.total:
+        if self.total is None or self.done >= self.total or fresh < EARLY * self.total:
             return ""
         return f", {short_duration((self.total - self.done) * self.seconds / fresh)} left"
 

@@ -24,6 +24,14 @@ def test_an_unknown_total_promises_no_end(capsys, monkeypatch):
     assert second.endswith(", loss 2.0")
 
 
+def test_the_first_moments_and_the_end_promise_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LOG_EVERY_S", -1.0)
+    meter = progress.Meter("reading", 1000, "rows")
+    for amount in (10, 990, 5):
+        meter.advance(amount)
+    assert not any("left" in line for line in capsys.readouterr().err.splitlines())
+
+
 def test_resumed_units_do_not_count_towards_the_time_left(capsys, monkeypatch):
     monkeypatch.setattr(progress, "LOG_EVERY_S", -1.0)
     clock = iter([0.0, 10.0, 10.0, 10.0, 10.0, 10.0, 10.0])

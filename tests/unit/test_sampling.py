@@ -12,8 +12,9 @@ DRAWS = 40_000
     [Sampling(1.0), Sampling(0.7), Sampling(1.0, top_k=7), Sampling(1.0, top_p=0.6), Sampling(1.3, 0.9, 12)],
     ids=str,
 )
-@pytest.mark.parametrize("vocab", [96, 1024])
-def test_draws_follow_the_distribution(sampling, vocab):
+@pytest.mark.parametrize(("vocab", "nucleus"), [(96, 1024), (1024, 1024), (1024, 2)])
+def test_draws_follow_the_distribution(sampling, vocab, nucleus, monkeypatch):
+    monkeypatch.setattr("draftsmith.decoding.sampling.NUCLEUS", nucleus)  # 2: too few, so the rest has to be sorted
     logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(1)) * 3
     p = probabilities(logits, sampling)[0].double()
     generator = torch.Generator().manual_seed(2)

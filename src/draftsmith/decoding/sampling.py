@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 
+NUCLEUS = 1024  # tokens looked at first where top-p alone filters
+
+
 @dataclass(frozen=True)
 class Sampling:
     """temperature 0 is greedy; top_k 0 and top_p 1.0 switch the filter off."""
@@ -60,6 +63,20 @@ def _invert_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
     return index
 
 
+def _sample_nucleus(logits_RV: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """Draws for top-p alone: a nucleus is small, so the whole vocabulary is sorted only for rows where it is not."""
+    values, ids = logits_RV.topk(min(NUCLEUS, logits_RV.shape[-1]), dim=-1)
+    total = (logits_RV.float() / sampling.temperature).logsumexp(-1, keepdim=True)
+    probs = (values.float() / sampling.temperature - total).exp()
+    cumulative = probs.cumsum(-1)
+    probs = probs.masked_fill(cumulative - probs >= sampling.top_p, 0.0)
+    drawn = ids.gather(1, _invert_cdf(probs, uniform)[:, None]).squeeze(1)
+    wide = cumulative[:, -1] < sampling.top_p
+    if bool(wide.any()):
+        drawn[wide] = _invert_cdf(probabilities(logits_RV[wide], sampling), uniform[wide])
+    return drawn
+
+
 def sample(logits_RV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """One draw per row [R]: the distribution of `probabilities`, without building it over the whole vocabulary."""
     if sampling.greedy:
@@ -72,7 +89,7 @@ def sample(logits_RV: Tensor, sampling: Sampling, generator: torch.Generator) ->
             probs = probs.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, 0.0)
         return ids.gather(1, _invert_cdf(probs, uniform)[:, None]).squeeze(1)
     if sampling.top_p < 1.0:
-        return _invert_cdf(probabilities(logits_RV, sampling), uniform)
+        return _sample_nucleus(logits_RV, sampling, uniform)
     # Plain temperature: pick a block of the vocabulary by its mass, then a token inside it.
     rows, vocab = logits_RV.shape
     weights = torch.softmax(logits_RV.float() / sampling.temperature, dim=-1)
