@@ -1,11 +1,13 @@
 """The command line. Flags mirror the recipe; errors of the user are one line and exit code 2."""
 
 import contextlib
+import difflib
 import errno
 import io
 import re
 import sys
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,7 +30,7 @@ class RecipeCommand:
 
     command: tyro.conf.Positional[str]
     recipe: tyro.conf.Positional[Path]
-    """YAML file, for example recipes/gemma3-270m-quick.yaml."""
+    """YAML file, for example recipes/smollm2-135m-quick.yaml."""
     out: Path | None = None
     """Run directory; left out: runs/NAME."""
     overrides: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=lambda: PLACEHOLDER)
@@ -38,9 +40,7 @@ class RecipeCommand:
 class StageCommand(RecipeCommand):
     """Make a draft model for speculative decoding.
 
-    `run` goes through all stages; a stage's name runs that stage alone. Finished stages are skipped. Other commands,
-    each with its own --help: plan, probe, predict before a run; serve, tune, compare, publish after it; inspect
-    DIRECTORY for any draft.
+    `run` goes through all stages; a stage's name runs that stage alone. Finished stages are skipped.
     """
 
     command: tyro.conf.Positional[StageName]
@@ -147,6 +147,25 @@ class PublishCommand(RecipeCommand):
 
 
 @dataclass
+class InitCommand:
+    """Write a commented recipe for any model, and tell what its files do not say."""
+
+    command: tyro.conf.Positional[Literal["init"]]
+    model: tyro.conf.Positional[str]
+    """Directory, hub name, or an embedded target."""
+    data: Path | None = None
+    """Your own prompts or conversations, .jsonl or .parquet; left out: 6,000 public prompts that come along."""
+    out: Path | None = None
+    """Where to write it; left out: NAME-eagle3.yaml here."""
+    hardware: str | None = None
+    """The machine to choose sizes for, by name (see plan); left out: this one."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you trust its author."""
+
+
+@dataclass
 class InspectCommand:
     """Read any EAGLE-3 draft directory and name every problem an engine would swallow silently."""
 
@@ -167,6 +186,31 @@ COMMANDS: dict[str, type[RecipeCommand]] = {
 }
 
 
+ALONE: dict[str, type[InspectCommand | InitCommand]] = {"inspect": InspectCommand, "init": InitCommand}
+GROUPS = {
+    "begin": ("init", "plan", "probe", "predict"),
+    "make a draft": ("run",),
+    "its stages": ("prompts", "regenerate", "vocab", "train", "export", "evaluate", "report", "card"),
+    "use it": ("serve", "tune", "compare", "inspect", "publish"),
+}
+
+
+def overview() -> str:
+    """What `draftsmith --help` prints: every command in a line."""
+    from draftsmith.pipeline import STAGES
+
+    stages = {stage.name: stage.what for stage in STAGES} | {"card": "write the model card", "run": "all stages"}
+    lines = [f"draftsmith {version('draftsmith')}: draft models for speculative decoding", ""]
+    lines += ["usage: draftsmith COMMAND RECIPE [flags]; every key of the recipe is a flag, such as --train.epochs 4"]
+    for group, names in GROUPS.items():
+        lines += ["", group]
+        for name in names:
+            what = stages.get(name) or " ".join(((ALONE | COMMANDS)[name].__doc__ or "").split()).split(". ")[0]
+            lines.append(f"  {name:<11} {what[0].lower()}{what[1:].rstrip('.')}")
+    lines += ["", "draftsmith COMMAND --help explains its flags. Begin with: draftsmith init MODEL"]
+    return "\n".join(lines)
+
+
 @dataclass
 class _Positions:
     """Only what is needed to find the recipe, whose values are the flags' defaults."""
@@ -175,10 +219,16 @@ class _Positions:
     recipe: tyro.conf.Positional[Path]
 
 
-def parse(arguments: list[str]) -> RecipeCommand | InspectCommand:
+def parse(arguments: list[str]) -> RecipeCommand | InspectCommand | InitCommand:
     """Two passes: the first finds the recipe file, the second takes every flag with the recipe's values as defaults."""
-    if arguments[:1] == ["inspect"]:
-        return _tyro_in_one_line(InspectCommand, args=arguments)
+    if arguments[:1] and arguments[0] in ALONE:
+        if len(arguments) == 1:
+            raise RecipeError(f"usage: draftsmith {arguments[0]} {'MODEL' if arguments[0] == 'init' else 'DIRECTORY'}")
+        return _tyro_in_one_line(ALONE[arguments[0]], args=arguments)
+    if arguments[:1] and arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
+        near = difflib.get_close_matches(arguments[0], [*COMMANDS, *ALONE], n=1)
+        hint = f"did you mean {near[0]}?" if near else "draftsmith --help lists the commands"
+        raise RecipeError(f"{arguments[0]}: no such command; {hint}")
     name = arguments[0] if arguments and arguments[0] in COMMANDS else "run"
     default = PLACEHOLDER
     if name in arguments[:1] and arguments[1:2] and not arguments[1].startswith("-"):
@@ -204,7 +254,7 @@ _PYDANTIC = re.compile(
 def _tyro_in_one_line(command: type, **options) -> Any:
     """Parse; tyro's boxes, which quote pydantic in full, become one line that names the flag."""
     printed = io.StringIO()
-    alone = command not in (StageCommand, InspectCommand)  # its one name is no choice, so tyro does not show it
+    alone = command not in (StageCommand, *ALONE.values())  # its one name is no choice, so tyro does not show it
     prog = f"draftsmith {options['args'][0]}" if alone else "draftsmith"
     try:
         with contextlib.redirect_stderr(printed):
@@ -222,20 +272,13 @@ def _tyro_in_one_line(command: type, **options) -> Any:
 
 
 def _serve(command: ServeCommand, run: "Run") -> int:
-    from draftsmith.serving.launch import launch, serve
-    from draftsmith.targets.ends import resolve_model
+    from draftsmith.serving.launch import serve
 
-    recipe, purpose = command.overrides, command.purpose
-    draft = run.draft_for(recipe.serve.engine) if purpose == "draft" else Path()
-    layers = run.captured_layers if purpose == "capture" else ()
-    if purpose == "draft":
-        tuned = recipe.serve.model_copy(update={"shape": run.serving_shape(recipe.serve.engine)})
-        recipe = recipe.model_copy(update={"serve": tuned})
-    launched = launch(recipe, resolve_model(recipe.target.model), draft, purpose, layers)
+    launched = run.serving(command.purpose)
     if command.print:
         print(launched)
         return 0
-    return serve(launched, recipe.serve.patience_s)
+    return serve(launched, run.recipe.serve.patience_s)
 
 
 def _quiet_libraries() -> None:
@@ -272,6 +315,8 @@ def _stages(command: StageCommand, run: "Run") -> int:
             print(f"card:   {_card(run)}")
         except RecipeError as error:  # the draft is done; only its card has to wait
             print(f"card:   none yet; {error}")
+        for engine, line in run.serve_commands.items():
+            print(f"\nserve it on {engine}:\n  {line}")
     return 0
 
 
@@ -292,7 +337,25 @@ def _publish(command: PublishCommand, run: "Run") -> int:
     return 0
 
 
-def execute(command: RecipeCommand | InspectCommand) -> int:
+def _init(command: InitCommand) -> int:
+    _quiet_libraries()
+    from draftsmith.init import init
+
+    path, unknown = init(
+        command.model, command.data, command.out, command.hardware, command.revision, command.trust_remote_code
+    )
+    print(f"recipe: {path}")
+    for what in unknown:
+        print(f"  not known: {what}")
+    hardware = f" --hardware {command.hardware}" if command.hardware else ""
+    first = f"draftsmith plan {path}{hardware}" if hardware else f"draftsmith probe {path} && draftsmith plan {path}"
+    print(f"next:   {first}\n        draftsmith run {path}")
+    return 0
+
+
+def execute(command: RecipeCommand | InspectCommand | InitCommand) -> int:
+    if isinstance(command, InitCommand):
+        return _init(command)
     if isinstance(command, InspectCommand):
         from draftsmith.publishing.inspect import inspect
 
@@ -329,8 +392,15 @@ def execute(command: RecipeCommand | InspectCommand) -> int:
 
 
 def main() -> int:
+    arguments = sys.argv[1:]
     try:
-        return execute(parse(sys.argv[1:]))
+        if arguments in ([], ["-h"], ["--help"], ["help"]):
+            print(overview())
+            return 0 if arguments else 2
+        if arguments in (["--version"], ["version"]):
+            print(f"draftsmith {version('draftsmith')}")
+            return 0
+        return execute(parse(arguments))
     except DraftsmithError as error:
         say(f"draftsmith: {error}", error=True)
     except KeyboardInterrupt:
@@ -341,7 +411,3 @@ def main() -> int:
         place = f" ({error.filename})" if error.filename else ""
         say(f"draftsmith: {error.strerror}{place}; mend it or give another --out; what is finished is kept", error=True)
     return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

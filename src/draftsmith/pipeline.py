@@ -16,13 +16,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from draftsmith import files
 from draftsmith.allocator import return_freed_memory
 from draftsmith.errors import DataError, TargetError
 from draftsmith.progress import say
 from draftsmith.recipe import BOOKKEEPING, DEFAULT_SHAPE, DraftShape, Recipe, dump_recipe
+
+if TYPE_CHECKING:
+    from draftsmith.serving.launch import Engine, Launch, Purpose
 
 FORMAT = 1  # raise when a stage's output changes meaning
 PACKAGES = ("draftsmith", "torch", "transformers", "safetensors", "pydantic", "numpy")
@@ -230,6 +233,46 @@ class Run:
                 return DraftShape(steps=steps, topk=topk, draft_tokens=tokens)
         return wish.shape
 
+    def serving(
+        self,
+        purpose: "Purpose" = "draft",
+        engine: "Engine | None" = None,
+        model: str | None = None,
+        draft: Path | None = None,
+    ) -> "Launch":
+        """What `serve` runs, and what report, card and `run` print.
+
+        `engine`: another one than serve.engine, without that one's program and extra flags; a tree becomes the chain of
+        as many steps where it drafts chains only. `model`, `draft`: other places of the target and the draft, for a
+        command that others run.
+        """
+        from draftsmith.serving.launch import launch
+        from draftsmith.targets.ends import resolve_model
+
+        serve = self.recipe.serve
+        other = engine is not None and engine != serve.engine
+        if other:
+            serve = serve.model_copy(update={"engine": engine, "program": "", "extra": ""})
+        if purpose == "draft":
+            shape = self.serving_shape(serve.engine)
+            if other and engine == "vllm" and shape.topk > 1:
+                shape = DraftShape(steps=shape.steps, topk=1, draft_tokens=shape.steps + 1)
+            serve = serve.model_copy(update={"shape": shape})
+            draft = draft or self.draft_for(serve.engine)
+        layers = self.captured_layers if purpose == "capture" else ()
+        recipe = self.recipe.model_copy(update={"serve": serve})
+        return launch(recipe, model or resolve_model(recipe.target.model), draft or Path(), purpose, layers)
+
+    @property
+    def serve_commands(self) -> dict[str, str]:
+        """The command of every engine that can serve the exported draft, the recipe's engine first."""
+        first = self.recipe.serve.engine
+        engines: list[Engine] = [first, "sglang" if first == "vllm" else "vllm"]
+        exported = self.path("export", "draft").exists()
+        return {
+            name: str(self.serving(engine=name)) for name in engines if exported or self.path("export", name).exists()
+        }
+
 
 def _source_files(run: Run) -> list[Path]:
     names = [s.name for s in (*run.recipe.prompts.sources, *run.recipe.prompts.evaluation)]
@@ -295,7 +338,7 @@ def _evaluate(run: Run, out: Path) -> None:
 def _report(run: Run, out: Path) -> None:
     from draftsmith.evaluation.report import write_report
 
-    write_report(run.directory, run.tokenizer)
+    write_report(run.directory, run.tokenizer, run.serve_commands)
 
 
 def _part(*names: str) -> Callable[[Run], Any]:

@@ -33,7 +33,7 @@ TIMED = {
 
 
 def start(recipe: Path, out: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "draftsmith.cli", "run", str(recipe), "--out", str(out)]
+    command = [sys.executable, "-m", "draftsmith", "run", str(recipe), "--out", str(out)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 

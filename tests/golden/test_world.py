@@ -39,7 +39,7 @@ def train(prepared, name, processes, *flags):
     command = [sys.executable, "-m"]
     if processes > 1:
         command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    command += ["draftsmith.cli", "train", str(prepared / "recipe.yaml"), "--out", str(out), *flags]
+    command += ["draftsmith", "train", str(prepared / "recipe.yaml"), "--out", str(out), *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,7 @@
 import pytest
 
 from draftsmith.decoding.speculate import Decoded, Step
-from draftsmith.evaluation.acceptance import bootstrap_tau, count, oracle_walk, summarise
+from draftsmith.evaluation.acceptance import bootstrap_tau, count, oracle_walk, paired_difference, summarise, tau_text
 from draftsmith.evaluation.evaluate import balanced, verdict_line
 from draftsmith.evaluation.lossless import first_difference
 from draftsmith.training.metrics import converged
@@ -39,12 +39,36 @@ def test_looping_text_is_left_out_but_reported():
 
 
 def test_interval_holds_the_value_and_shrinks_with_prompts():
-    few = bootstrap_tau([3, 9, 6, 2], [5, 6, 5, 5])
-    many = bootstrap_tau([3, 9, 6, 2] * 30, [5, 6, 5, 5] * 30)
+    few = bootstrap_tau([3, 9, 6, 2] * 3, [5, 6, 5, 5] * 3)
+    many = bootstrap_tau([3, 9, 6, 2] * 48, [5, 6, 5, 5] * 48)
     assert few["tau"] == many["tau"] == 1 + 20 / 21
     assert few["low"] < few["tau"] < few["high"]
     assert many["high"] - many["low"] < 0.3 * (few["high"] - few["low"])
     assert bootstrap_tau([0], [0])["tau"] is None
+
+
+def test_under_ten_prompts_no_interval_is_told():
+    nine = bootstrap_tau([3] * 9 + [0], [5] * 9 + [0])  # the tenth was too short to count
+    assert (nine["low"], nine["high"], nine["prompts"]) == (None, None, 9)
+    assert tau_text(nine) == "1.60"
+    assert tau_text(bootstrap_tau([3] * 10, [5] * 10)) == "1.60 [1.60, 1.60]"
+    assert tau_text(bootstrap_tau([], [])) == tau_text(None) == "-"
+
+
+def test_a_paired_difference_is_sharper_than_two_intervals():
+    """Prompts differ far more than the two drafts: only the pairs tell that the second is better."""
+    steps, easy = [20] * 40, [i % 4 for i in range(40)]
+    ours = [{"id": str(i), "accepted": 10 * e, "steps": s} for i, (e, s) in enumerate(zip(easy, steps, strict=True))]
+    others = [{**row, "accepted": row["accepted"] + 2} for row in reversed(ours)]
+    told = paired_difference(ours, others)
+    assert (told["difference"], told["prompts"]) == (pytest.approx(0.1), 40)
+    assert told["low"] == pytest.approx(0.1)
+    assert told["high"] == pytest.approx(0.1)
+    alone = bootstrap_tau([row["accepted"] for row in ours], steps)
+    assert alone["high"] - alone["low"] > 0.3
+    few = paired_difference(ours[:9], others)
+    assert (few["low"], few["prompts"]) == (None, 9)
+    assert paired_difference(ours, [{"id": "else", "accepted": 1, "steps": 1}])["difference"] is None
 
 
 def test_the_oracle_accepts_runs_of_first_choices():
@@ -73,15 +97,24 @@ def test_the_stop_rule():
     assert not converged([1.04, 1.041, 1.042, 1.045], patience=3)  # an untrained draft that has begun to learn
 
 
+PROOF = {"prompts": 9, "tokens_per_prompt": 64, "tokens": 512, "shapes": ["3/1/4", "3/1/4", "3/4/8"]}
+
+
 @pytest.mark.parametrize(
     ("dtype", "gaps", "verdict"),
     [
-        ("bf16", [0.0, 0.125], "lossless up to ties: 2 differences in bf16"),
+        ("bf16", [], "lossless: yes; identical greedy output on 9 prompts x 64 tokens in bf16, shapes 3/1/4, 3/4/8"),
+        ("bf16", [0.0, 0.125], "lossless: up to ties; 2 differences in greedy output on 9 prompts"),
         ("bf16", [0.125, 0.9], "lossless: NO; 2 differences"),
         ("bf16", [0.1, None], "lossless: NO; 2 differences"),  # one of the texts ended
-        ("fp32", [0.01], "lossless: NO; 1 differences"),
+        ("fp32", [None], "lossless: NO; 1 differences"),
+        ("fp32", [9e-4], "lossless: up to ties; 1 differences"),
+        ("fp32", [9e-4, 1.1e-3], "lossless: NO; 2 differences"),
     ],
 )
-def test_only_ties_in_a_rounding_dtype_are_excused(dtype, gaps, verdict):
+def test_only_ties_within_what_a_dtype_rounds_are_excused(dtype, gaps, verdict):
     differences = [{"shape": "3/1/4", "id": "p", "token": 3, "logit_gap": gap} for gap in gaps]
-    assert verdict_line({"identical": False, "dtype": dtype, "differences": differences}).startswith(verdict)
+    assert verdict_line({**PROOF, "dtype": dtype, "differences": differences}).startswith(verdict)
+    assert verdict_line({**PROOF, "dtype": dtype, "differences": differences, "tokens": 0}).startswith(
+        "lossless: not tested"
+    )

@@ -174,10 +174,14 @@ def test_what_was_not_measured_is_said(make):
 
 def test_a_difference_is_told_and_never_called_lossless(make):
     run = make()
-    proof = {**results()["lossless"], "identical": False, "differences": [{"id": "a"}, {"id": "b"}]}
+    proof = {
+        **results()["lossless"],
+        "identical": False,
+        "differences": [{"id": "a", "token": 1, "logit_gap": 0.7}] * 2,
+    }
     write_json(run.path("evaluate", "results.json"), results(lossless=proof))
     card = make_card(run, NOTHING)
-    assert "greedy output differs in 2 places" in card
+    assert "NOT lossless on draftsmith: 2 differences in greedy output on 51 prompts" in card
     assert "Lossless on" not in card
 
 

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from models import VOCAB, save_tiny_target, tiny_lm, tiny_recipe, tiny_target, tiny_tokenizer, write_prompts
+from models import VOCAB, WORDS, save_tiny_target, tiny_lm, tiny_recipe, tiny_target, tiny_tokenizer, write_prompts
 
 from draftsmith.data.loops import loop_onset
 from draftsmith.data.packing import epoch_packs, make_pack, schedule
@@ -197,6 +197,44 @@ def test_turns_are_regenerated_in_order(tmp_path):
     for start, end in row["spans"]:
         alone = dict(target.generate([row["ids"][:start]], shard_sampling(recipe.regenerate, 0), 24))[0]
         assert row["ids"][start:end] == alone.ids
+
+
+def asked_for(recipe, out, max_tokens):
+    """Files of a regeneration that was asked for that many tokens."""
+    target = LocalTarget(recipe.target.model, dtype="fp32", device="cpu", batch_size=recipe.regenerate.batch_size)
+    settings = recipe.regenerate.model_copy(update={"max_tokens": max_tokens})
+    recipe = recipe.model_copy(update={"regenerate": settings})
+    regenerate(recipe, target, ChatFormat(target.tokenizer, None), out.parent / "prompts.jsonl", out)
+    return {path.name: path.read_bytes() for path in sorted(out.glob("[0-9]*.jsonl"))}
+
+
+def written(files):
+    rows = [json.loads(line) for content in files.values() for line in content.splitlines()]
+    return sum(end - start for row in rows for start, end in row["spans"])
+
+
+@pytest.mark.parametrize("max_turns", [1, 3])
+def test_max_tokens_is_kept_within_a_batch_and_a_continued_run_ends_with_the_same_files(tmp_path, max_turns):
+    model = save_tiny_target(tmp_path / "m")
+    prompts = tmp_path / "asked.jsonl"
+    turns = [{"role": "user", "content": f"{WORDS[i % 9]} w{i}"} for i in range(90)]
+    rows = [{"id": f"p{i}", "messages": turns[i : i + max_turns]} for i in range(60)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"prompts.held_out": 1, "prompts.max_turns": max_turns, "regenerate.shard_prompts": 40}
+    recipe = tiny_recipe(model, str(prompts), **changes)
+    gather(recipe, tmp_path)
+    batch = recipe.regenerate.batch_size * recipe.regenerate.max_new_tokens
+    whole = asked_for(recipe, tmp_path / "whole", None)
+    few = asked_for(recipe, tmp_path / "few", 150)
+    assert 150 <= written(few) < 150 + batch
+    more = asked_for(recipe, tmp_path / "more", 300)
+    assert written(few) < written(more) < 300 + batch
+    assert written(more) < written(whole)
+    # an earlier run's end is not this one's: the shard it stopped in is written again
+    assert asked_for(recipe, tmp_path / "few", 300) == more
+    assert asked_for(recipe, tmp_path / "few", None) == whole
+    assert asked_for(recipe, tmp_path / "few", 150) == asked_for(recipe, tmp_path / "again", 150)
+    assert all(row["ids"][row["spans"][-1][1] :] == [] for row in map(json.loads, more["00000.jsonl"].splitlines()))
 
 
 def test_a_template_that_stops_at_once_is_an_error(tmp_path):

@@ -158,7 +158,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def report(run: Path) -> str:
-    return write_report(run, FakeTokenizer()).read_text()
+    return write_report(run, FakeTokenizer(), {"vllm": "vllm serve tiny --spec", "sglang": "sglang it"}).read_text()
 
 
 def test_the_figures_are_there(run: Path) -> None:
@@ -186,8 +186,8 @@ def test_the_figures_are_there(run: Path) -> None:
 def test_what_to_run_next_fits_the_run(run: Path) -> None:
     page = report(run)
     assert "--train.epochs 6" in page, "a preview trains longer"
-    assert "--speculative-num-steps 3 --speculative-eagle-topk 4 --speculative-num-draft-tokens 8" in page
-    assert "vllm serve tiny --speculative-config" in page
+    assert "<p>Serve on vLLM:</p>\n<pre>vllm serve tiny --spec</pre>" in page
+    assert "<p>Serve on SGLang:</p>\n<pre>sglang it</pre>" in page
 
 
 def test_text_of_the_run_is_escaped(run: Path) -> None:
@@ -232,13 +232,14 @@ def test_what_engines_measured_stands_beside_the_embedded_figures(run: Path) -> 
     served["settings"] |= {"engine": "vllm"}
     served["acceptance"] = [acceptance("3/1/4", 0.0, 1.87)]
     served["speed"] = [{**served["speed"][0], "batch": 4, "speedup": 1.19}]
-    served["lossless"] |= {"identical": False, "differences": [{}, {}], "dtype": "bf16"}
+    parted = {"shape": "3/1/4", "id": "far", "token": 3, "logit_gap": 0.8}
+    served["lossless"] |= {"identical": False, "differences": [parted, parted], "dtype": "bf16"}
     write(run / "evaluate-vllm" / "results.json", served)
     write(run / "evaluate-vllm.0123abcd" / "results.json", served)  # kept aside, of another recipe
     page = report(run)
     assert page.count("<th>vllm (bf16), 3/1/4, T=0</th><td>1.87 [") == 1
     assert "<th>vllm, 3/1/4</th><td>4</td><td>20.0</td><td>24.6</td><td>1.19\N{MULTIPLICATION SIGN}</td>" in page
-    assert "vllm: greedy output with and without the draft differs on 2 of 50 prompts" in page
+    assert "vllm: NOT lossless; 2 differences in greedy output on 50 prompts x 128 tokens in bf16" in page
 
 
 def test_a_difference_turns_the_verdict(run: Path) -> None:
@@ -250,6 +251,34 @@ def test_a_difference_turns_the_verdict(run: Path) -> None:
     assert '<div class="card bad"><span class="label">Lossless</span><b>NO</b>' in page
     assert "broken-prompt" in page
     assert "Do not serve this draft" in page
+
+
+@pytest.mark.parametrize(
+    ("difference", "cell"),
+    [
+        ({"plain": None, "drafted": None, "logit_gap": None}, "<td>-</td><td>-</td><td>one text ended</td>"),
+        ({"logit_gap": 0.125}, "<td>-</td><td>-</td><td>0.125</td>"),
+        ({"plain": 7, "drafted": 9, "logit_gap": 2e-4}, "<td>7</td><td>9</td><td>0.0002</td>"),
+    ],
+    ids=["a text that ended", "a served run", "a tie"],
+)
+def test_differences_of_every_kind_are_shown(run: Path, difference: dict, cell: str) -> None:
+    changed = results()
+    changed["lossless"] |= {
+        "identical": False,
+        "differences": [{"shape": "3/1/4", "id": "parted", "token": 3, **difference}],
+    }
+    write(run / "evaluate" / "results.json", changed)
+    page = report(run)
+    assert cell in page
+    assert ("<b>up to ties</b>" in page) == (difference["logit_gap"] == 2e-4)
+
+
+def test_a_server_of_others_without_losslessness_makes_a_page(run: Path) -> None:
+    write(run / "evaluate" / "results.json", {**results(), "lossless": None, "speed": []})
+    page = report(run)
+    assert "<b>not tested</b>" in page
+    assert "no output was compared with plain decoding" in page
 
 
 def test_stages_that_have_not_run_take_one_line_each(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -82,7 +82,7 @@ def test_the_command_takes_its_engine_with_it(engine, tmp_path, signal_number):
     recipe, pids = engine
     file = tmp_path / "recipe.yaml"
     file.write_text(f"name: x\ntarget: {{model: m}}\nserve: {{program: {recipe().serve.program}}}\n")
-    command = [sys.executable, "-m", "draftsmith.cli", "serve", str(file), "--purpose", "plain"]
+    command = [sys.executable, "-m", "draftsmith", "serve", str(file), "--purpose", "plain"]
     command += ["--serve.port", str(recipe().serve.port)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     for line in process.stderr:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 NUCLEUS = 1024  # tokens looked at first where top-p alone filters
 
 

@@ -4,7 +4,7 @@ tau = 1 + accepted draft tokens / verification steps: the bonus token counts, th
 the end of the completion cuts short are left out, and so is text after the onset of a loop (loops flatter tau).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from draftsmith.data.loops import loop_onset
 from draftsmith.decoding.speculate import Decoded
 
 RESAMPLES = 1000
+INTERVAL_PROMPTS = 10  # a percentile interval called 95 % covers the truth in 48 % of cases at 2 prompts, 85 % at 6
 
 
 @dataclass
@@ -54,21 +55,45 @@ def count(prompt_id: str, category: str, decoded: Decoded, depth: int) -> Prompt
 
 
 def bootstrap_tau(accepted: Sequence[int], steps: Sequence[int], seed: int = 0) -> dict[str, Any]:
-    """tau with a 95 % percentile interval over prompts (the unit that varies between users)."""
+    """tau with a 95 % percentile interval over prompts (the unit that varies between users); no interval under ten."""
     a, s = np.asarray(accepted, float), np.asarray(steps, float)
     if s.sum() == 0:
         return {"tau": None, "low": None, "high": None, "prompts": 0, "steps": 0}
-    draws = np.random.default_rng(seed).integers(0, len(a), (RESAMPLES, len(a)))
-    resampled_steps = s[draws].sum(1)
-    taus = 1 + a[draws].sum(1)[resampled_steps > 0] / resampled_steps[resampled_steps > 0]
-    low, high = np.percentile(taus, [2.5, 97.5])
-    return {
-        "tau": float(1 + a.sum() / s.sum()),
-        "low": float(low),
-        "high": float(high),
-        "prompts": int((s > 0).sum()),
-        "steps": int(s.sum()),
-    }
+    a, s = a[s > 0], s[s > 0]
+    low = high = None
+    if len(s) >= INTERVAL_PROMPTS:
+        draws = np.random.default_rng(seed).integers(0, len(a), (RESAMPLES, len(a)))
+        low, high = np.percentile(1 + a[draws].sum(1) / s[draws].sum(1), [2.5, 97.5]).tolist()
+    return {"tau": float(1 + a.sum() / s.sum()), "low": low, "high": high, "prompts": len(s), "steps": int(s.sum())}
+
+
+def paired_difference(
+    ours: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], seed: int = 0
+) -> dict[str, Any]:
+    """tau of `others` minus tau of `ours` on the prompts that both have, with a 95 % interval: every resample takes the
+    same prompts for both, so what makes a prompt easy for any draft cancels out. Rows as `PromptAcceptance` has them.
+    """
+    known = {row["id"]: row for row in others if row["steps"]}
+    pairs = [(row, known[row["id"]]) for row in ours if row["steps"] and row["id"] in known]
+    if not pairs:
+        return {"difference": None, "low": None, "high": None, "prompts": 0}
+    counts = np.array([[a["accepted"], a["steps"], b["accepted"], b["steps"]] for a, b in pairs], float)
+
+    def difference(sums: np.ndarray) -> np.ndarray:
+        return sums[..., 2] / sums[..., 3] - sums[..., 0] / sums[..., 1]
+
+    low = high = None
+    if len(pairs) >= INTERVAL_PROMPTS:
+        draws = np.random.default_rng(seed).integers(0, len(pairs), (RESAMPLES, len(pairs)))
+        low, high = np.percentile(difference(counts[draws].sum(1)), [2.5, 97.5]).tolist()
+    return {"difference": float(difference(counts.sum(0))), "low": low, "high": high, "prompts": len(pairs)}
+
+
+def tau_text(value: Mapping[str, Any] | None) -> str:
+    """`2.10 [2.02, 2.19]`; without the interval where there is none."""
+    if value is None or value["tau"] is None:
+        return "-"
+    return f"{value['tau']:.2f}" + ("" if value["low"] is None else f" [{value['low']:.2f}, {value['high']:.2f}]")
 
 
 def summarise(rows: Sequence[PromptAcceptance]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Stage 6: measure the exported draft by decoding with it; writes results.json.
 
-Schema of results.json (version 1); every tau comes as {tau, low, high, prompts, steps}:
+Schema of results.json (version 1); every tau comes as {tau, low, high, prompts, steps}, low and high null under ten
+prompts:
     schema, created_with      version of this schema; package versions, commit, hardware
     settings                  prompts used and available, max_new_tokens, target and its dtype
     acceptance[]              one entry per shape and temperature: shape, temperature, all, by_category,
@@ -14,7 +15,6 @@ Schema of results.json (version 1); every tau comes as {tau, low, high, prompts,
     partial                   true where fewer prompts were used than the set holds
 """
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
@@ -32,8 +32,8 @@ from draftsmith.decoding.speculate import Decoder, Eagle3Drafter
 from draftsmith.decoding.tree import Shape
 from draftsmith.drafts.checkpoint import Reading, load_draft
 from draftsmith.errors import CheckpointError, DataError
-from draftsmith.evaluation.acceptance import PromptAcceptance, bootstrap_tau, count, oracle_walk, summarise
-from draftsmith.evaluation.lossless import compare, greedy_identity
+from draftsmith.evaluation.acceptance import PromptAcceptance, bootstrap_tau, count, oracle_walk, summarise, tau_text
+from draftsmith.evaluation.lossless import compare, greedy_identity, lossless_verdict
 from draftsmith.evaluation.profile import accept_profile
 from draftsmith.files import read_json, read_jsonl, write_json
 from draftsmith.progress import Meter, say
@@ -43,7 +43,6 @@ from draftsmith.targets.ends import DTYPES
 from draftsmith.targets.local import LocalTarget
 
 SCHEMA = 1
-TIE = 0.5  # logits: what bf16 rounding moves at most between two ways to compute the same text
 SHORTEST_TIMED = 8  # tokens
 PROFILE_PROMPTS = 48
 
@@ -201,21 +200,9 @@ def lossless(recipe: Recipe, evaluation: Evaluation) -> dict[str, Any]:
 
 
 def verdict_line(result: dict[str, Any]) -> str:
-    if result["identical"]:
-        return (
-            f"lossless: yes; greedy output identical on {result['prompts']} prompts x {result['tokens_per_prompt']} "
-            f"tokens in {result['dtype']}, shapes {', '.join(result['shapes'])}"
-        )
-    first = result["differences"][0]
-    gaps = [difference["logit_gap"] for difference in result["differences"]]
-    widest = max(math.inf if gap is None else gap for gap in gaps)  # None: one of the texts ended
-    told = (
-        f"{len(result['differences'])} differences in {result['dtype']}, the first in {first['id']} at token "
-        f"{first['token']} (shape {first['shape']}); widest gap between the two tokens' logits {widest:.2g}"
-    )
-    if result["dtype"] != "fp32" and widest <= TIE:
-        return f"lossless up to ties: {told}; {result['dtype']} rounds that much, fp32 decides it"
-    return f"lossless: NO; {told}"
+    verdict = lossless_verdict(result)
+    word = {"yes": "yes", "ties": "up to ties", "no": "NO", "untested": "not tested"}[verdict.state]
+    return f"lossless: {word}; {verdict.detail}"
 
 
 def tau_line(entry: dict[str, Any]) -> str:
@@ -224,10 +211,8 @@ def tau_line(entry: dict[str, Any]) -> str:
     def short(value: dict[str, Any]) -> str:
         return "-" if value["tau"] is None else f"{value['tau']:.2f}"
 
-    whole = entry["all"]
-    interval = "" if whole["tau"] is None else f" [{whole['low']:.2f}, {whole['high']:.2f}]"
     categories = ", ".join(f"{name} {short(value)}" for name, value in entry["by_category"].items())
-    line = f"tau {short(whole)}{interval} at {entry['shape']}, T={entry['temperature']:g} ({categories})"
+    line = f"tau {tau_text(entry['all'])} at {entry['shape']}, T={entry['temperature']:g} ({categories})"
     if entry.get("share_of_oracle") is not None:
         line += f"; oracle {short(entry['oracle'])}, share {entry['share_of_oracle']:.0%}"
     return line

@@ -1,7 +1,8 @@
 """Proof that drafting changes nothing: greedy output token by token against plain decoding of the same engine."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
@@ -10,6 +11,41 @@ from draftsmith.decoding.speculate import Decoder
 from draftsmith.decoding.tree import Shape
 from draftsmith.progress import Meter
 from draftsmith.targets.local import LocalTarget
+
+# Logits that rounding moves at most between two ways to compute the same text; outputs that part within it are ties.
+TIE = {"fp32": 1e-3, "bf16": 0.5, "fp16": 0.1}
+
+
+@dataclass(frozen=True)
+class LosslessVerdict:
+    """`yes`: identical; `ties`: outputs part at ties alone; `no`; `untested`."""
+
+    state: Literal["yes", "ties", "no", "untested"]
+    detail: str
+
+
+def lossless_verdict(proof: Mapping[str, Any] | None) -> LosslessVerdict:
+    """What a `lossless` entry of results.json proves."""
+    if not proof or not proof["tokens"]:
+        return LosslessVerdict("untested", "no output was compared with plain decoding")
+    compared = (
+        f"greedy output on {proof['prompts']} prompts x {proof['tokens_per_prompt']} tokens in {proof['dtype']}, "
+        f"shapes {', '.join(dict.fromkeys(proof['shapes']))}"
+    )
+    differences = proof["differences"]
+    if not differences:
+        return LosslessVerdict("yes", f"identical {compared}")
+    first, gaps = differences[0], [d["logit_gap"] for d in differences]
+    ended = gaps.count(None)  # one of the texts ended there: no two tokens to compare
+    widest = max((gap for gap in gaps if gap is not None), default=None)
+    told = f"{len(differences)} differences in {compared}, the first in {first['id']} at token {first['token']}"
+    if widest is not None:
+        told += f"; widest gap between the two tokens' logits {widest:.2g}"
+    if ended:
+        return LosslessVerdict("no", f"{told}; {ended} where one text ended")
+    if widest is not None and widest <= TIE[proof["dtype"]]:
+        return LosslessVerdict("ties", f"{told}, which is within what {proof['dtype']} rounds")
+    return LosslessVerdict("no", told)
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
@@ -34,7 +70,7 @@ def compare(
     if at is None:
         return None
     if at == min(len(plain), len(drafted)):  # one of them stopped: no two tokens to compare
-        return {"id": name, "token": at, "plain": None, "drafted": None, "logit_gap": float("inf")}
+        return {"id": name, "token": at, "plain": None, "drafted": None, "logit_gap": None}
     gap = logit_gap(target, [*prompt, *plain[:at]], plain[at], drafted[at])
     return {"id": name, "token": at, "plain": plain[at], "drafted": drafted[at], "logit_gap": gap}
 

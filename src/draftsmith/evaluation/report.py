@@ -4,8 +4,8 @@ The sections' contents come from `report_sections.py`, their words from the temp
 line where a stage has not run.
 """
 
-import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from draftsmith.data.regenerate import read_completions
+from draftsmith.evaluation.acceptance import tau_text
+from draftsmith.evaluation.lossless import lossless_verdict
 from draftsmith.evaluation.report_sections import (
     View,
     answer_view,
@@ -27,11 +29,10 @@ from draftsmith.evaluation.report_sections import (
 )
 from draftsmith.files import read_json, read_jsonl, write_atomic
 from draftsmith.progress import short_duration
-from draftsmith.recipe import DraftShape, Recipe, dump_recipe, load_recipe
-from draftsmith.targets import embedded
+from draftsmith.recipe import Recipe, dump_recipe, load_recipe
 
 ANSWERS = 20
-ENGINES = {"sglang": ("draft", "sglang"), "vllm": ("draft", "vllm")}  # export directories that each engine can load
+ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,6 @@ def share(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:.{digits}%}"
 
 
-def tau_text(value: View) -> str:
-    return "-" if value["tau"] is None else f"{value['tau']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
-
-
 def plain(value: Any) -> str:
     """A value of a recipe or manifest on one line."""
     if isinstance(value, dict):
@@ -131,17 +128,18 @@ def headline_entry(results: View) -> View | None:
     return min(same or results["acceptance"], key=lambda entry: entry["temperature"], default=None)
 
 
+VERDICTS = {
+    "yes": ("good", "yes"),
+    "ties": ("good", "up to ties"),
+    "no": ("bad", "NO"),
+    "untested": ("unknown", "not tested"),
+}
+
+
 def verdict(results: View | None) -> View:
-    proof = (results or {}).get("lossless")
-    if not proof or not proof["tokens"]:
-        return {"state": "unknown", "word": "not tested", "detail": "no output was compared with plain decoding"}
-    compared = (
-        f"greedy output on {proof['prompts']} prompts x {proof['tokens_per_prompt']} tokens in {proof['dtype']}, "
-        f"shapes {', '.join(proof['shapes'])}"
-    )
-    if proof["identical"]:
-        return {"state": "good", "word": "yes", "detail": f"identical {compared}"}
-    return {"state": "bad", "word": "NO", "detail": f"{len(proof['differences'])} differences in {compared}"}
+    told = lossless_verdict((results or {}).get("lossless"))
+    state, word = VERDICTS[told.state]
+    return {"state": state, "word": word, "detail": told.detail}
 
 
 def headline(run: Run) -> View:
@@ -197,35 +195,6 @@ def recipe_rows(run: Run) -> list[tuple[str, str]]:
 # --- what to run next ---------------------------------------------------------------------------------------------
 
 
-def draft_directory(run: Run, engine: str) -> Path:
-    candidates = [run.directory / "export" / name for name in ENGINES[engine]]
-    return next((path for path in candidates if path.exists()), candidates[0])
-
-
-def engine_model(run: Run) -> str:
-    """What an engine can load: the embedded target's name means nothing to it, its converted directory does."""
-    return str(embedded.cache_dir() / embedded.NAME) if run.target == embedded.NAME else run.target
-
-
-def serve_commands(run: Run) -> list[tuple[str, str]]:
-    """The engines' command lines, with the shapes that were measured to be fastest."""
-    model = engine_model(run)
-    order = [entry["shape"] for entry in sorted((run.results or {}).get("speed", []), key=lambda e: -e["speedup"])]
-    shapes = list(run.recipe.evaluate.shapes) if run.recipe else []
-    shapes.sort(key=lambda shape: order.index(str(shape)) if str(shape) in order else len(order))
-    chain = next((s for s in shapes if s.topk == 1), DraftShape(steps=3, topk=1, draft_tokens=4))
-    best = shapes[0] if shapes else DraftShape(steps=3, topk=4, draft_tokens=8)
-    vllm, sglang = str(draft_directory(run, "vllm")), str(draft_directory(run, "sglang"))
-    speculation = json.dumps({"method": "eagle3", "model": vllm, "num_speculative_tokens": chain.steps})
-    launch = ["python", "-m", "sglang.launch_server", "--model-path", model, "--speculative-algorithm", "EAGLE3"]
-    launch += ["--speculative-draft-model-path", sglang, "--speculative-num-steps", str(best.steps)]
-    launch += ["--speculative-eagle-topk", str(best.topk), "--speculative-num-draft-tokens", str(best.draft_tokens)]
-    return [
-        ("Serve on vLLM", shlex.join(["vllm", "serve", model, "--speculative-config", speculation])),
-        ("Serve on SGLang", shlex.join(launch)),
-    ]
-
-
 def train_longer(run: Run) -> tuple[str, str | None]:
     words = "tau was still rising: train longer (or raise regenerate.max_tokens for more data)"
     if run.recipe is None or run.training is None:
@@ -239,8 +208,8 @@ def own_command(run: Run, stage: str) -> str:
     return shlex.join(["draftsmith", stage, str(run.directory / "recipe.yaml"), "--out", str(run.directory)])
 
 
-def next_steps(run: Run) -> list[tuple[str, str | None]]:
-    """(what, exact command), the most urgent first."""
+def next_steps(run: Run, serve: Mapping[str, str]) -> list[tuple[str, str | None]]:
+    """(what, exact command), the most urgent first; `serve`: the command of every engine that can serve the draft."""
     steps: list[tuple[str, str | None]] = []
     if verdict(run.results)["state"] == "bad":
         steps.append(("Do not serve this draft before the differences listed above are explained.", None))
@@ -253,8 +222,7 @@ def next_steps(run: Run) -> list[tuple[str, str | None]]:
     best = fastest(run.results) if run.results else None
     if best and best["speedup"] <= 1:
         steps.append(("Drafting does not pay on this machine; measure on the one that will serve.", None))
-    inspect = shlex.join(["draftsmith", "inspect", str(draft_directory(run, "vllm"))])
-    return [*steps, ("Check the exported draft", inspect), *serve_commands(run)]
+    return [*steps, *((f"Serve on {ENGINES[engine]}", command) for engine, command in serve.items())]
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
@@ -266,8 +234,8 @@ def environment() -> Environment:
     return made
 
 
-def write_report(run_dir: Path, tokenizer) -> Path:
-    """Write RUN/report.html; sections whose stage has not run say so."""
+def write_report(run_dir: Path, tokenizer, serve: Mapping[str, str]) -> Path:
+    """Write RUN/report.html; sections whose stage has not run say so. `serve`: see `next_steps`."""
     run = Run.read(run_dir)
     seed = run.recipe.seed if run.recipe else 0
     rows = sample_completions(read_completions(run_dir / "completions"), ANSWERS, seed)
@@ -288,7 +256,7 @@ def write_report(run_dir: Path, tokenizer) -> Path:
             evaluation=evaluation_view(run.results),
             engines=engines_view(run.engine_results),
             verdict=verdict(run.results),
-            next_steps=next_steps(run),
+            next_steps=next_steps(run, serve),
             created_with=run.created_with,
             stages=(run.manifest or {}).get("stages", {}),
         ),

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from draftsmith.data.regenerate import Completion
 from draftsmith.data.vocabulary import DraftVocabulary
+from draftsmith.evaluation.lossless import lossless_verdict
 from draftsmith.evaluation.plots import interval_plot, line_plot
 
 PROMPT_END_CHARACTERS = 400
@@ -214,13 +215,19 @@ def engines_view(results: Sequence[View]) -> View:
         "rows": rows,
         "categories": sorted({name for row in rows for name in row["by_category"]}),
         "speed": [{"engine": r["settings"]["engine"], **entry} for r in results for entry in r["speed"]],
-        "lossless": [{"engine": r["settings"]["engine"], **r["lossless"]} for r in results if r["lossless"]],
+        "lossless": [
+            {"engine": r["settings"]["engine"], "verdict": lossless_verdict(r["lossless"]), **r["lossless"]}
+            for r in results
+            if r["lossless"]
+        ],
     }
 
 
 def tau_plot(rows: Sequence[View], categories: Sequence[str]) -> Markup:
     def dot(value: View | None) -> tuple[float, float, float] | None:
-        return (value["tau"], value["low"], value["high"]) if value and value["tau"] is not None else None
+        if value is None or value["tau"] is None:
+            return None
+        return value["tau"], value["low"] or value["tau"], value["high"] or value["tau"]
 
     series = {row["setting"]: [dot(value) for value in row["taus"]] for row in rows}
     return interval_plot("tau by category, 95 % intervals over prompts", "tau", ["all", *categories], series)

@@ -272,12 +272,12 @@ class ServedEvaluation:
         for (name, _, prompt), one, other in zip(chosen, reference, made, strict=True):
             at = first_difference(one, other.ids)
             if at is not None:
-                gap = None
+                found = {"id": name, "token": at, "plain": None, "drafted": None, "logit_gap": None}
                 if at < min(len(one), len(other.ids)):
-                    here = [*prompt, *one[:at]]
-                    a, b = (drafted.logprobs([*here, token])[-1] for token in (one[at], other.ids[at]))
-                    gap = abs(a - b)
-                differences.append({"shape": str(shape), "id": name, "token": at, "logit_gap": gap})
+                    a, b = one[at], other.ids[at]
+                    of_a, of_b = (drafted.logprobs([*prompt, *one[:at], token])[-1] for token in (a, b))
+                    found |= {"plain": a, "drafted": b, "logit_gap": abs(of_a - of_b)}
+                differences.append({"shape": str(shape), **found})
         return {
             "dtype": self.recipe.target.dtype,
             "prompts": len(chosen),

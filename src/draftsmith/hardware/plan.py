@@ -131,7 +131,7 @@ def plan(
     told.put("data", "completions", written / mean, f"{written / mean:,.0f}")
     told.put("data", "completion tokens", written, f"{written:,.0f}")
     document = min(turns * (prompt + TEMPLATE_TOKENS + mean), train.max_document_tokens)
-    documents = max(0.0, conversations_used - train.held_out)
+    documents = conversations_used - min(train.held_out, conversations_used / 2)
     epoch = told.put("data", "document tokens", documents * document, f"{documents * document:,.0f}, prompts included")
     fill = max(0.5, 1 - PACK_WASTE * document / train.pack_tokens)
     accumulate = math.ceil(train.accumulate / trainers) * trainers  # packs are dealt out to all trainers

@@ -16,6 +16,19 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "model_type": "minimax_m2",
         "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
     },
+    "Qwen/Qwen3-8B": {
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+    },
 }
 SCHEMES = {"fp8": 8.0, "w8a8": 8.0, "mxfp4": 4.25, "nvfp4": 4.5, "w4a16": 4.25}  # bits, scales of groups included
 BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0}

@@ -12,10 +12,11 @@ from draftsmith import files
 from draftsmith.data.prompts import HUB
 from draftsmith.drafts.checkpoint import inspect_draft
 from draftsmith.errors import DataError, RecipeError
+from draftsmith.evaluation.lossless import lossless_verdict
 from draftsmith.progress import say
 from draftsmith.publishing.licences import UNSTATED, data_licences, hub_name, licence_of
-from draftsmith.recipe import DraftShape, Recipe
-from draftsmith.serving.launch import SGLANG_MODELS, Engine, launch
+from draftsmith.recipe import Recipe
+from draftsmith.serving.launch import SGLANG_MODELS, Engine
 
 if TYPE_CHECKING:
     from draftsmith.pipeline import Run
@@ -61,48 +62,27 @@ def _quality(engine: str, entry: dict[str, Any], categories: Sequence[str], resu
         "shape": entry["shape"],
         "temperature": f"{entry['temperature']:g}",
         "tau": short(whole),
-        "interval": "-" if whole["tau"] is None else f"{whole['low']:.2f} to {whole['high']:.2f}",
+        "interval": "-" if whole["low"] is None else f"{whole['low']:.2f} to {whole['high']:.2f}",
         "by_category": {name: short(entry["by_category"].get(name)) for name in categories},
         "depths": " / ".join("-" if share is None else f"{share:.2f}" for share in entry["acceptance_by_depth"]),
     }
 
 
 def _losslessness(found: dict[str, dict[str, Any]]) -> str:
-    lines = []
-    for name, results in found.items():
-        proof, engine = results["lossless"], ENGINES[name]
-        if proof is None:
-            continue
-        shapes = ", ".join(dict.fromkeys(proof["shapes"]))
-        asked = f"{proof['prompts']} prompts x {proof['tokens_per_prompt']} tokens in {proof['dtype']}, shapes {shapes}"
-        if proof["identical"]:
-            lines.append(f"Lossless on {engine}: greedy output identical with and without the draft on {asked}.")
-        else:
-            lines.append(
-                f"On {engine} greedy output differs in {len(proof['differences'])} places with the draft ({asked}); "
-                "in bf16 that happens at near ties of the target's own logits, in fp32 it should not."
-            )
+    words = {"yes": "Lossless", "ties": "Lossless up to ties", "no": "NOT lossless"}
+    verdicts = {ENGINES[name]: lossless_verdict(results["lossless"]) for name, results in found.items()}
+    lines = [f"{words[v.state]} on {engine}: {v.detail}." for engine, v in verdicts.items() if v.state != "untested"]
     return "\n\n".join(lines) or "Losslessness was not measured."
 
 
-def _command(run: "Run", engine: Engine, measured: Sequence[str]) -> str:
-    """What `serve` runs, with the hub's names instead of this machine's paths, at a shape that was measured there."""
-    target = base_model(run.recipe)
-    shape = run.serving_shape(engine)
-    if measured and str(shape) not in measured:
-        steps, topk, tokens = map(int, measured[0].split("/"))
-        shape = DraftShape(steps=steps, topk=topk, draft_tokens=tokens)
-    settings = run.recipe.serve.model_copy(
-        update={"engine": engine, "shape": shape, "program": "", "extra": "", "port": 8000, "host": "127.0.0.1"}
-    )
+def _command(run: "Run", engine: Engine) -> str:
+    """What `serve` runs, with the hub's names instead of this machine's paths."""
+    serve = run.recipe.serve.model_copy(update={"program": "", "extra": "", "port": 8000, "host": "127.0.0.1"})
+    public = type(run)(run.recipe.model_copy(update={"serve": serve}), run.directory, run.command)
     repo = run.recipe.card.repo or f"OWNER/{run.recipe.name}"
     both = run.path("export", "draft").exists()
     draft = Path(repo if both else f"{repo.split('/')[-1]}/{engine}")
-    if engine == "vllm" and settings.shape.topk != 1:
-        from draftsmith.recipe import DEFAULT_SHAPE
-
-        settings = settings.model_copy(update={"shape": DEFAULT_SHAPE})
-    launched = launch(run.recipe.model_copy(update={"serve": settings}), target, draft, "draft", ())
+    launched = public.serving(engine=engine, model=base_model(run.recipe), draft=draft)
     words = list(launched.command)
     if engine == "sglang":
         words[0] = "python"
@@ -149,11 +129,7 @@ def make_card(run: "Run", prediction: dict[str, Any]) -> str:
     engines: list[Engine] = [
         name for name in ("sglang", "vllm") if any(run.path("export", part).exists() for part in ("draft", name))
     ]
-    tried = {
-        name: [e["shape"] for e in found[f"evaluate-{name}"]["acceptance"]] if f"evaluate-{name}" in found else []
-        for name in engines
-    }
-    commands = {name: _command(run, name, shapes) for name, shapes in tried.items()}
+    commands = {name: _command(run, name) for name in engines}
     sampling = recipe.regenerate
     temperatures = [e["temperature"] for r in found.values() for e in r["acceptance"]]
     return (

@@ -9,6 +9,7 @@ from draftsmith import files
 from draftsmith.drafts.checkpoint import Reading, inspect_draft
 from draftsmith.drafts.eagle3 import Eagle3Config
 from draftsmith.errors import DataError, RecipeError, TargetError
+from draftsmith.evaluation.acceptance import paired_difference, tau_text
 from draftsmith.evaluation.evaluate import Evaluation, measured_once
 from draftsmith.evaluation.plots import interval_plot
 from draftsmith.hardware.accept_length import from_results
@@ -87,12 +88,8 @@ def describe(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         for entry in row["acceptance"]:
-            whole = entry["all"]
-            told = (
-                "  too short"
-                if whole["tau"] is None
-                else f"{whole['tau']:.2f} [{whole['low']:.2f}, {whole['high']:.2f}]"
-            )
+            told = "too short" if entry["all"]["tau"] is None else tau_text(entry["all"])
+            told += _against_first(entry["against_first"])
             depths = "/".join("-" if a is None else f"{a:.2f}" for a in entry["acceptance_by_depth"])
             by_category = ", ".join(
                 f"{name} {value['tau']:.2f}" for name, value in entry["by_category"].items() if value["tau"]
@@ -105,6 +102,23 @@ def describe(rows: list[dict[str, Any]]) -> str:
             f"covers {covered}, predicted {speeds}"
         )
     return "\n".join(lines)
+
+
+def _against_first(paired: dict[str, Any] | None) -> str:
+    """`, +0.12 [+0.05, +0.19] against the first`"""
+    if paired is None or paired["difference"] is None:
+        return ""
+    interval = "" if paired["low"] is None else f" [{paired['low']:+.2f}, {paired['high']:+.2f}]"
+    return f", {paired['difference']:+.2f}{interval} against the first on {paired['prompts']} prompts"
+
+
+def pair_up(rows: list[dict[str, Any]]) -> None:
+    """Give every entry its paired difference to the first draft's at the same shape."""
+    first = {entry["shape"]: entry["prompts"] for entry in rows[0]["acceptance"]}
+    for row in rows:
+        for entry in row["acceptance"]:
+            paired = row is not rows[0]
+            entry["against_first"] = paired_difference(first[entry["shape"]], entry["prompts"]) if paired else None
 
 
 def _labels(drafts: Sequence[str]) -> list[str]:
@@ -124,7 +138,9 @@ def plot(rows: list[dict[str, Any]]) -> str:
             for name, values in series.items():
                 value = entry["all"] if name == "all" else entry["by_category"].get(name)
                 told = value is not None and value["tau"] is not None
-                values.append((value["tau"], value["low"], value["high"]) if told else None)
+                values.append(
+                    (value["tau"], value["low"] or value["tau"], value["high"] or value["tau"]) if told else None
+                )
     return interval_plot("tau, 95 % intervals over prompts", "tau", names, series)
 
 
@@ -146,6 +162,7 @@ def compare(run: "Run", drafts: Sequence[Path], reading: Reading = "auto") -> li
     rows = [measure(run, directory, out, reading) for directory in directories]
     for row in rows:
         row["predicted"] = with_speed(run, row)
+    pair_up(rows)
     files.write_json(out / "compare.json", {"created_with": run.created_with, "drafts": rows})
     files.write_atomic(out / "compare.svg", str(plot(rows)))
     print(f"{describe(rows)}\n\ncompare: {out / 'compare.json'}, {out / 'compare.svg'}")
