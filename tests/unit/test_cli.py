@@ -75,7 +75,7 @@ TABLE = {
         "is no file",
     ),
     "unknown device": (lambda w, t: ["run", w / "recipe.yaml", "--device", "gpu"], "device: 'gpu' given"),
-    "no command": (lambda w, t: ["rnu", w / "recipe.yaml"], "flags: "),
+    "no command": (lambda w, t: ["rnu", w / "recipe.yaml"], "rnu: no such command; did you mean run?"),
     "missing prompts": (
         lambda w, t: ["run", edited(w, t, **{"prompts.sources": [{"name": "none.jsonl"}]})],
         "'none.jsonl' is no file; allowed are bundled",

@@ -114,7 +114,7 @@ def answer(
             chat.stop,
             int(digest(seed, turn), 16) % 2**63,
             settings.stop_loops,
-            None if max_tokens is None else max(0, max_tokens - written),
+            **({} if max_tokens is None else {"max_tokens": max(0, max_tokens - written)}),
         ):
             conversation = waiting.pop(index)
             written += len(generation.ids)

@@ -372,28 +372,19 @@ def _tune_served(run: "Run", engine: Literal["vllm", "sglang"], budget_s: float)
 # --- plan ------------------------------------------------------------------------------------------------------------
 
 
-def plan(
+def plan_of(
     run: "Run",
-    hardware: str | None,
-    trainer_gpus: int | None,
-    against: Path | None,
+    costs: MeasuredCosts | RooflineCosts,
+    trainer_gpus: int | None = None,
     completion_tokens: int | None = None,
     network_gbit: float | None = None,
 ) -> "Plan":
-    """Print the plan; with `against`, a finished run's figures beside it."""
+    """The plan of a run on the machine that the costs are of."""
     from draftsmith.hardware import plan as planning
     from draftsmith.hardware.probe import as_machine
     from draftsmith.training.trainer import draft_config
 
     recipe, wish = run.recipe, run.recipe.target
-    for flag, given in (
-        ("--trainer-gpus", trainer_gpus),
-        ("--completion-tokens", completion_tokens),
-        ("--network-gbit", network_gbit),
-    ):
-        if given is not None and given <= 0:
-            raise RecipeError(f"{flag}: {given:g} given; more than 0")
-    costs = costs_of(run, hardware, 0.0)
     config = target_config(wish.model, wish.revision, wish.trust_remote_code)
     if isinstance(costs, RooflineCosts):
         machine = costs.machine
@@ -406,8 +397,30 @@ def plan(
     text = config.get_text_config()
     draft = draft_config(recipe, text, text.num_hidden_layers, min(recipe.vocab.size, text.vocab_size))
     target = TargetSize.of(wish.model, config, wish.dtype)
-    told = planning.plan(recipe, costs, machine, target, draft, trainer_gpus, completion_tokens)
-    print(f"{recipe.name} on {costs.name}\n\n{planning.describe(told)}")
+    return planning.plan(recipe, costs, machine, target, draft, trainer_gpus, completion_tokens)
+
+
+def plan(
+    run: "Run",
+    hardware: str | None,
+    trainer_gpus: int | None,
+    against: Path | None,
+    completion_tokens: int | None = None,
+    network_gbit: float | None = None,
+) -> "Plan":
+    """Print the plan; with `against`, a finished run's figures beside it."""
+    from draftsmith.hardware import plan as planning
+
+    for flag, given in (
+        ("--trainer-gpus", trainer_gpus),
+        ("--completion-tokens", completion_tokens),
+        ("--network-gbit", network_gbit),
+    ):
+        if given is not None and given <= 0:
+            raise RecipeError(f"{flag}: {given:g} given; more than 0")
+    costs = costs_of(run, hardware, 0.0)
+    told = plan_of(run, costs, trainer_gpus, completion_tokens, network_gbit)
+    print(f"{run.recipe.name} on {costs.name}\n\n{planning.describe(told)}")
     if against is not None:
         rows = planning.against(told, against)
         if not rows:

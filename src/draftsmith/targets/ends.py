@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from draftsmith.errors import TargetError
 from draftsmith.files import digest
+from draftsmith.progress import say
 from draftsmith.targets import embedded
 from draftsmith.targets.base import TargetIdentity
 
@@ -32,6 +33,17 @@ def resolve_device(device: str) -> torch.device:
         return torch.device(device)
     except RuntimeError:
         raise TargetError(f"device: {device!r} given; allowed are auto, cpu, cuda and cuda:N") from None
+
+
+def tell_slow_products(device: torch.device, dtype: str) -> None:
+    """Many CPUs widen bf16 number by number: ten times slower than fp32, and nothing else would say why."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    if device.type == "cpu" and dtype == "bf16" and capabilities.get("architecture") == "x86_64" and not native:
+        say(
+            "target.dtype: this CPU has no bf16 products, so they take about ten times as long as fp32 ones; give "
+            "--target.dtype fp32 --train.dtype fp32"
+        )
 
 
 def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: bool = False):

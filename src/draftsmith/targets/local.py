@@ -14,7 +14,15 @@ from draftsmith.decoding.sampling import Sampling, sample
 from draftsmith.errors import TargetError
 from draftsmith.targets.base import Capture, Generation
 from draftsmith.targets.endings import loops, stop_length
-from draftsmith.targets.ends import DTYPES, ModelEnds, first_line, load_tokenizer, resolve_device, resolve_model
+from draftsmith.targets.ends import (
+    DTYPES,
+    ModelEnds,
+    first_line,
+    load_tokenizer,
+    resolve_device,
+    resolve_model,
+    tell_slow_products,
+)
 
 
 class LocalTarget(ModelEnds):
@@ -32,6 +40,7 @@ class LocalTarget(ModelEnds):
         from transformers import AutoModelForCausalLM
 
         self.device = resolve_device(device)
+        tell_slow_products(self.device, dtype)
         self.tokenizer = load_tokenizer(model, revision, trust_remote_code)
         try:
             lm = AutoModelForCausalLM.from_pretrained(

@@ -1,0 +1,243 @@
+"""From benchmarks/results/*.json to docs/results.md and the tables of README.md; nothing in those is typed by hand.
+
+python benchmarks/results.py collect runs/smollm2-135m-cpu   # a finished run -> benchmarks/results/NAME.json
+python benchmarks/results.py render                          # -> docs/results.md, README.md
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from draftsmith.cli import _quiet_libraries
+from draftsmith.evaluation.acceptance import INTERVAL_PROMPTS, tau_text
+from draftsmith.evaluation.lossless import lossless_verdict
+from draftsmith.files import read_json, write_atomic, write_json
+from draftsmith.hardware.commands import costs_of, plan_of
+from draftsmith.pipeline import Run
+from draftsmith.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+FIRST = "smollm2-135m-cpu"  # what README shows
+ENGINES = {"embedded": "draftsmith", "vllm": "vLLM", "sglang": "SGLang"}
+PROBE = "benchmarks/results/probe-epyc-2-avx2.json"
+CASES = (  # README's three ways to begin
+    ("a small model on this CPU", "smollm2-135m-cpu", PROBE),
+    ("Qwen3-8B on one 80 GB GPU", "qwen3-8b-eagle3", "h100-1"),
+    ("a served 230 B MoE", "minimax-m2.7-eagle3", "h200-nvlink-8"),
+)
+TITLES = {
+    "smollm2-135m-cpu": "SmolLM2-135M-Instruct, one draft on three engines",
+    "gemma3-270m-cpu": "Gemma-3-270m, the longer CPU recipe",
+    "gemma3-270m-vllm-bf16": "The same draft on vLLM, bf16",
+    "gemma3-270m-vllm-fp32": "The same draft on vLLM, fp32",
+    "gemma3-270m-sglang": "The same draft on SGLang",
+    "gemma3-270m-three-engines": "Gemma-3-270m, one draft of 1,200 steps on three engines",
+}
+
+
+def collect(directory: Path) -> Path:
+    """One file of everything that a run measured."""
+    found = {"embedded": directory / "evaluate", "vllm": directory / "evaluate-vllm"}
+    found["sglang"] = directory / "evaluate-sglang"
+    told = {name: read_json(path / "results.json") for name, path in found.items() if (path / "results.json").exists()}
+    told["training"] = read_json(directory / "train" / "summary.json")
+    told["completions"] = read_json(directory / "completions" / "summary.json")
+    told["stages"] = read_json(directory / "manifest.json")["stages"]
+    for result in told.values():
+        result.pop("profile", None)
+    path = RESULTS / f"{directory.name}.json"
+    write_json(path, told)
+    return path
+
+
+def measured(told: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(engine, results) of a file, whichever form it has."""
+    if "acceptance" in told:
+        yield ENGINES.get(told["settings"].get("engine", "embedded"), "?"), told
+    for name, inner in told.items():
+        if isinstance(inner, dict) and "acceptance" in inner:
+            yield ENGINES.get(name.split("_")[0], "draftsmith"), inner
+
+
+def honest(value: dict[str, Any]) -> str:
+    """Files of earlier commits hold intervals over fewer prompts than carry one."""
+    return tau_text(value if value["prompts"] >= INTERVAL_PROMPTS else {**value, "low": None})
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def acceptance_table(results: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    categories = sorted({c for _, r in results for e in r["acceptance"] for c in e["by_category"]})
+    rows = []
+    for engine, result in results:
+        for e in result["acceptance"]:
+            taus = [honest(e["by_category"][c]) if c in e["by_category"] else "-" for c in categories]
+            loops = [f"{e['tau_with_loops']:.2f}", f"{e['looping_share']:.0%}"]
+            oracle = f"{e['share_of_oracle']:.0%}" if e.get("share_of_oracle") else "-"
+            what = [engine, result["settings"]["dtype"], e["shape"], f"{e['temperature']:g}"]
+            rows.append([*what, str(e["all"]["prompts"]), honest(e["all"]), *taus, *loops, oracle])
+    head = ["engine", "dtype", "shape", "T", "prompts", "tau", *categories, "with loops", "looping", "of the oracle"]
+    return table(head, rows)
+
+
+def speed_table(results: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    rows = [
+        [
+            engine,
+            s["dtype"],
+            s["shape"],
+            str(s.get("batch", 1)),
+            str(s["prompts"]),
+            f"{s['plain_tokens_per_s']:.1f}",
+            f"{s['drafted_tokens_per_s']:.1f}",
+            f"{s['speedup']:.2f}x",
+        ]
+        for engine, result in results
+        for s in result["speed"]
+    ]
+    head = ["engine", "dtype", "shape", "batch", "prompts", "plain tokens/s", "drafted tokens/s", "median speed-up"]
+    return table(head, rows) if rows else []
+
+
+def provenance(created: dict[str, Any]) -> str:
+    hardware = created["hardware"]
+    machine = ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['cores']} cores"
+    return f"commit {created['commit']}, {machine}: `{created['command']}`"
+
+
+def section(name: str, told: dict[str, Any]) -> list[str]:
+    results = list(measured(told))
+    lines = [f"## {TITLES.get(name, name)}", ""]
+    trained = told.get("training")
+    if trained:
+        lines += [
+            f"{trained['parameters'] / 1e6:.1f} M parameters, {trained['steps']:,} steps over {trained['tokens']:,} "
+            f"tokens, status {trained['status']}.",
+            "",
+        ]
+    lines += [*acceptance_table(results), ""]
+    verdicts = [(engine, lossless_verdict(r["lossless"])) for engine, r in results if r.get("lossless")]
+    lines += [f"- losslessness on {engine}: {v.state}; {v.detail}" for engine, v in verdicts]
+    speeds = speed_table(results)
+    lines += ["", *speeds, ""] if speeds else [""]
+    lines += [f"- {engine}: {provenance(r['created_with'])}" for engine, r in results]
+    return [*lines, ""]
+
+
+def throughput() -> list[str]:
+    trained, written = read_json(RESULTS / "train-throughput.json"), read_json(RESULTS / "regenerate-throughput.json")
+    rows = [
+        [
+            r["system"],
+            r["version"],
+            r["dtype"],
+            str(r["batch"]),
+            f"{r['tokens_per_s']:.0f}",
+            f"{r['above_target_bytes'] / 1e9:.2f} GB",
+            f"{r['share_of_matmul_peak']:.0%}" if "share_of_matmul_peak" in r else "-",
+        ]
+        for run in (trained["runs"] if isinstance(trained["runs"], list) else [trained["runs"]])
+        for r in run["result"]["rows"]
+        if run["result"]["loss"] == "completions"
+    ]
+    head = ["system", "version", "dtype", "batch of 512", "tokens/s", "memory above the target", "of the matmul peak"]
+    result, cpu = written["result"], trained["hardware"]["cpu"]
+    return [
+        "## Training throughput beside the peers",
+        "",
+        f"Gemma-3-270m, draft vocabulary 8,192, TTT 7, {cpu}, 2 cores, commit {trained['commit']}.",
+        "",
+        *table(head, rows),
+        "",
+        f"Regeneration at batch {result['batch']}: {result['draftsmith']:.0f} completion tokens/s, `transformers`' own "
+        f"`generate` {result['transformers']:.0f} (`{written['command']}`).",
+        "",
+    ]
+
+
+def predictions() -> list[str]:
+    told = read_json(RESULTS / "prediction-validation.json")["summary"]
+    plans = read_json(RESULTS / "plan-validation.json")["runs"]
+    rows = [
+        [name, str(s["settings"]), f"{s['mean_absolute_error']:.1%}", f"{s['rank_correlation']:.2f}"]
+        for name, s in told.items()
+    ]
+    ratios = [abs(r["ratio"] - 1) for run in plans for r in run["rows"]]
+    return [
+        "## Predictions against measurements",
+        "",
+        *table(["engine", "settings", "mean absolute error", "rank correlation"], rows),
+        "",
+        f"`plan` on {len(plans)} runs, {len(ratios)} figures: the worst is {max(ratios):.0%} off.",
+        "",
+    ]
+
+
+def document() -> str:
+    names = [FIRST, *(n for n in TITLES if n != FIRST)]
+    parts = ["# Results", "", "Made by `python benchmarks/results.py render` from `benchmarks/results/`.", ""]
+    parts += [
+        "tau = 1 + accepted draft tokens / verification steps; the bonus token counts, the prefill token does not, "
+        "text after the onset of a loop is left out (beside it: with loops, and their share of the text). A shape is "
+        "steps/top-k/draft tokens; top-k 1 is a chain. Brackets are 95 % intervals over prompts, from ten on.",
+        "",
+    ]
+    for name in names:
+        if (RESULTS / f"{name}.json").exists():
+            parts += section(name, read_json(RESULTS / f"{name}.json"))
+    return "\n".join([*parts, *throughput(), *predictions()]).rstrip() + "\n"
+
+
+def first_table() -> str:
+    told = dict(measured(read_json(RESULTS / f"{FIRST}.json")))
+    rows = []
+    for engine, result in told.items():
+        speeds = {s["shape"]: s for s in result["speed"] if s.get("batch", 1) == 1}
+        for e in result["acceptance"]:
+            taus = [f"{e['by_category'][c]['tau']:.2f}" for c in ("chat", "code", "math")]
+            speed = speeds.get(e["shape"]) if e["temperature"] == 0 else None
+            gain = "-"
+            if speed:
+                gain = f"{speed['plain_tokens_per_s']:.1f} → {speed['drafted_tokens_per_s']:.1f} tokens/s"
+            what = [engine, e["shape"], f"{e['temperature']:g}", str(e["all"]["prompts"])]
+            rows.append([*what, tau_text(e["all"]), " / ".join(taus), gain])
+    head = ["engine", "shape", "T", "prompts", "tau [95 %]", "chat / code / math", "batch 1, plain → drafted"]
+    return "\n".join(table(head, rows))
+
+
+def cases_table() -> str:
+    rows = []
+    for what, name, machine in CASES:
+        recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
+        run = Run(recipe, ROOT / "runs" / "none", [])
+        here = machine if "/" not in machine else str(ROOT / machine)
+        told = plan_of(run, costs_of(run, here, 0.0))
+        text = {what: line for section in told.sections.values() for what, line in section}
+        memory = f"{text['target'].split(':')[0]} (target), {text['trainer'].split(':')[0]} (trainer)"
+        rows.append([what, f"[{name}](recipes/{name}.yaml)", text["all"], memory, text["disk in all"].split(",")[0]])
+    return "\n".join(table(["case", "recipe", "time", "memory", "disk"], rows))
+
+
+def between(text: str, mark: str, content: str) -> str:
+    pattern = rf"(<!-- {mark} -->\n).*?(\n<!-- end {mark} -->)"
+    assert re.search(pattern, text, re.DOTALL), f"README.md has no {mark}"
+    return re.sub(pattern, lambda m: m[1] + content + m[2], text, flags=re.DOTALL)
+
+
+def readme() -> str:
+    text = (ROOT / "README.md").read_text()
+    return between(between(text, "results", first_table()), "cases", cases_table())
+
+
+if __name__ == "__main__":
+    _quiet_libraries()
+    if sys.argv[1:2] == ["collect"]:
+        print(collect(Path(sys.argv[2])))
+    else:
+        write_atomic(ROOT / "docs" / "results.md", document())
+        write_atomic(ROOT / "README.md", readme())
