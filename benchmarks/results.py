@@ -15,8 +15,8 @@ from draftsmith.evaluation.acceptance import INTERVAL_PROMPTS, tau_text
 from draftsmith.evaluation.lossless import lossless_verdict
 from draftsmith.files import read_json, write_atomic, write_json
 from draftsmith.hardware.commands import costs_of, plan_of
-from draftsmith.pipeline import Run
 from draftsmith.recipe import load_recipe
+from draftsmith.run import Run
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -13,8 +13,9 @@ from draftsmith import files
 from draftsmith.cli import _quiet_libraries
 from draftsmith.hardware import plan as planning
 from draftsmith.hardware.commands import plan
-from draftsmith.pipeline import Run, command_line
+from draftsmith.pipeline import command_line
 from draftsmith.recipe import load_recipe
+from draftsmith.run import Run
 
 OUT = Path(__file__).parent / "results" / "plan-validation.json"
 

@@ -28,9 +28,9 @@ from draftsmith.hardware.accept_length import MeasuredProfile
 from draftsmith.hardware.commands import parse_shape
 from draftsmith.hardware.cost_model import MeasuredCosts, predict
 from draftsmith.hardware.probe import REFERENCE, Server, probe_embedded, probe_server
-from draftsmith.pipeline import Run
 from draftsmith.progress import Meter
 from draftsmith.recipe import DraftShape
+from draftsmith.run import Run
 
 OUT = Path(__file__).parent / "results" / "prediction-validation.json"
 EMBEDDED = ("1/1/2", "2/1/3", "3/1/4", "5/1/6", "7/1/8", "2/2/4", "3/4/8", "5/4/8", "3/4/16", "5/4/32", "5/8/64")

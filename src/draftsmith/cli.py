@@ -18,7 +18,7 @@ from draftsmith.progress import say
 from draftsmith.recipe import Recipe, TargetRecipe, load_recipe
 
 if TYPE_CHECKING:
-    from draftsmith.pipeline import Run
+    from draftsmith.run import Run
 
 StageName = Literal["run", "prompts", "regenerate", "vocab", "train", "export", "evaluate", "report", "card"]
 PLACEHOLDER = Recipe(name="from the recipe", target=TargetRecipe(model="from the recipe"))
@@ -361,7 +361,8 @@ def execute(command: RecipeCommand | InspectCommand | InitCommand) -> int:
 
         return 0 if inspect(command.directory) else 1
     from draftsmith.hardware import commands as hardware
-    from draftsmith.pipeline import Run, command_line
+    from draftsmith.pipeline import command_line
+    from draftsmith.run import Run
 
     directory = command.out or Path("runs") / command.overrides.name
     with contextlib.closing(Run(command.overrides, directory, command_line())) as run:
@@ -411,3 +412,7 @@ def main() -> int:
         place = f" ({error.filename})" if error.filename else ""
         say(f"draftsmith: {error.strerror}{place}; mend it or give another --out; what is finished is kept", error=True)
     return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,7 +14,7 @@ import yaml
 
 from draftsmith.errors import RecipeError, TargetError
 from draftsmith.files import write_atomic
-from draftsmith.hardware.commands import target_config
+from draftsmith.hardware.configs import target_config
 from draftsmith.hardware.cost_model import RooflineCosts
 from draftsmith.hardware.plan import Plan, plan, size
 from draftsmith.hardware.presets import CPU, Machine, preset
@@ -22,7 +22,7 @@ from draftsmith.hardware.sizes import DraftSize, TargetSize
 from draftsmith.publishing.licences import licence_of
 from draftsmith.recipe import Recipe, parse_recipe
 from draftsmith.targets.ends import default_taps, load_tokenizer, resolve_model
-from draftsmith.training.trainer import draft_config
+from draftsmith.training.shape import draft_config, shape_note
 
 ROOM = 0.9  # of a device's memory
 GPU_FLOPS_S = 5e13  # more than any CPU's
@@ -209,6 +209,8 @@ def render(values: dict[str, Any], facts: Facts, told: Plan, machine: Machine) -
         lines.append(line)
     taps = values["draft"].get("taps") or list(default_taps(layers))
     lines.append(f"# draft: taps {taps} and the target's own widths; draft.* changes them")
+    if note := shape_note(parse_recipe(values, "init"), text):
+        lines[-1] = f"# draft: taps {taps}; {note.removeprefix('draft: ')}"
     if facts.licence:
         lines.append(f"# card: the draft inherits the target's licence, {facts.licence}")
     needed = (

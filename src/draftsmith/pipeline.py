@@ -5,64 +5,23 @@ the last finished run: a digest of the code's format version, the stage's part o
 inputs. An unchanged key skips the stage; another key moves the old directory aside, so that nothing produced is lost.
 """
 
-import os
-import platform
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from draftsmith import files
 from draftsmith.allocator import return_freed_memory
-from draftsmith.errors import DataError, TargetError
+from draftsmith.errors import DataError
 from draftsmith.progress import say
-from draftsmith.recipe import BOOKKEEPING, DEFAULT_SHAPE, DraftShape, Recipe, dump_recipe
+from draftsmith.recipe import BOOKKEEPING, dump_recipe
+from draftsmith.run import Run, commit
 
-if TYPE_CHECKING:
-    from draftsmith.serving.launch import Engine, Launch, Purpose
-
-FORMAT = 1  # raise when a stage's output changes meaning
-PACKAGES = ("draftsmith", "torch", "transformers", "safetensors", "pydantic", "numpy")
-
-
-def commit() -> str | None:
-    """Commit of the checkout that this package runs from, with `+dirty` where files differ."""
-    here = Path(__file__).parent
-
-    def git(*command: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(here), *command], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    head = git("rev-parse", "--short=12", "HEAD")
-    return f"{head}+dirty" if head and git("status", "--porcelain", "--untracked-files=no") else head
-
-
-def hardware() -> dict[str, Any]:
-    import torch
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    cpu = (
-        next(
-            (
-                line.split(":", 1)[1].strip()
-                for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")
-            ),
-            platform.processor(),
-        )
-        if Path("/proc/cpuinfo").exists()
-        else platform.processor()
-    )
-    return {"cpu": cpu, "cores": os.cpu_count(), "gpus": gpus, "system": platform.platform()}
+FORMAT = 2  # raise when a stage's output changes meaning
 
 
 def _peak_memory() -> int:
@@ -82,201 +41,10 @@ class Stage:
     resume_key: Callable[["Run"], Any] | None = None
 
 
-class Run:
-    """A run directory and the recipe that fills it."""
-
-    def __init__(self, recipe: Recipe, directory: Path, command: list[str]):
-        self.recipe, self.directory, self.command = recipe, directory, command
-
-    @cached_property
-    def world(self):
-        from draftsmith.training.world import World
-
-        return World()
-
-    @cached_property
-    def target(self):
-        """The target: in this process, or servers that answer for it."""
-        wish, device = self.recipe.target, self.world.device(self.recipe.device)
-        if wish.engine != "transformers":
-            from draftsmith.targets.servers import ServedTarget
-
-            served = ServedTarget(wish, self.recipe.server, device)
-            known = self.path("completions", "server.json")
-            if known.exists():  # who wrote the completions is who they are trained with
-                served.fingerprint.extend(files.read_json(known)["fingerprint"])
-            return served
-        from draftsmith.targets.local import LocalTarget
-
-        return LocalTarget(
-            wish.model,
-            wish.revision,
-            wish.dtype,
-            device,
-            wish.trust_remote_code,
-            self.recipe.regenerate.batch_size,
-        )
-
-    def close(self) -> None:
-        """Let go of other processes and servers, if there are any."""
-        self.world.leave()
-        target = self.__dict__.get("target")  # only if it was ever made
-        if target is not None and self.recipe.target.engine != "transformers":
-            target.close()
-
-    @cached_property
-    def tokenizer(self):
-        from draftsmith.targets.ends import load_tokenizer
-
-        wish = self.recipe.target
-        return load_tokenizer(wish.model, wish.revision, wish.trust_remote_code)
-
-    @property
-    def special_tokens(self) -> set[int]:
-        return set(self.tokenizer.all_special_ids) | set(self.target.eos_ids)
-
-    def check_draft(self, engine: Literal["vllm", "sglang"]) -> bool:
-        from draftsmith.data.vocabulary import DraftVocabulary
-        from draftsmith.publishing.check import check
-
-        vocabulary = DraftVocabulary.load(self.path("vocab", "vocab.safetensors"))
-        return check(self.recipe, engine, self.draft_for(engine), self.path("train"), vocabulary, self.directory)
-
-    @property
-    def judge(self) -> Literal["embedded", "vllm", "sglang"]:
-        """The engine that `evaluate` decodes with."""
-        wish, own = self.recipe.evaluate.engine, self.recipe.target.engine
-        if wish == "auto" and own != "transformers":
-            return own
-        if self.recipe.evaluate.url is not None and wish in ("auto", "embedded"):
-            raise TargetError("evaluate.url: given, but the embedded engine decodes; give --evaluate.engine too")
-        if wish == "auto":
-            return "embedded"
-        if wish == "embedded" and own != "transformers":
-            raise TargetError(
-                f"evaluate.engine: embedded needs the target in this process; where it fits, give --target.engine "
-                f"transformers, else leave evaluate.engine out and {own} decodes"
-            )
-        return wish
-
-    @property
-    def captured_layers(self) -> tuple[int, ...]:
-        """What a capturing server has to keep: the taps, and the last layer's output for the teacher."""
-        from transformers import AutoConfig
-
-        from draftsmith.targets.ends import default_taps, resolve_model
-
-        wish = self.recipe.target
-        config = AutoConfig.from_pretrained(
-            resolve_model(wish.model), revision=wish.revision, trust_remote_code=wish.trust_remote_code
-        )
-        layers = config.get_text_config().num_hidden_layers
-        return (*(self.recipe.draft.taps or default_taps(layers)), layers)
-
-    @cached_property
-    def created_with(self) -> dict[str, Any]:
-        return {
-            "command": " ".join(self.command),
-            "commit": commit(),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-            "seed": self.recipe.seed,
-            "hardware": hardware(),
-        }
-
-    # Where things lie.
-    def path(self, *parts: str) -> Path:
-        return self.directory.joinpath(*parts)
-
-    @property
-    def completion_files(self) -> list[Path]:
-        return sorted(self.path("completions").glob("[0-9]*.jsonl"))
-
-    @property
-    def draft_directory(self) -> Path:
-        """The exported draft; where every engine has its own directory, the embedded engine reads any of them."""
-        exported = [self.path("export", name) for name in ("draft", "sglang", "vllm")]
-        return next((path for path in exported if path.exists()), exported[0])
-
-    def draft_for(self, engine: str) -> Path:
-        both, own = self.path("export", "draft"), self.path("export", engine)
-        if self.path("export", "vllm").exists() and engine == "sglang" and not own.exists():
-            raise DataError("draft.taps: SGLang cannot capture tap 0, so this draft serves on vLLM alone")
-        if not both.exists() and not own.exists():
-            raise DataError(f"serve: no draft in {self.path('export')}; run: draftsmith run RECIPE")
-        return both if both.exists() else own
-
-    @property
-    def draft_digest(self) -> str | None:
-        """Content of the exported draft."""
-        weights = self.draft_directory / "model.safetensors"
-        return files.digest(weights) if weights.exists() else None
-
-    def serving_shape(self, engine: str) -> DraftShape:
-        """The recipe's shape; where it is the default, what `tune` found fastest on that engine, or on the embedded
-        one."""
-        wish = self.recipe.serve
-        if not wish.tuned or wish.shape != DEFAULT_SHAPE:
-            return wish.shape
-        for name in (engine, "embedded"):
-            path = self.path(f"tune-{name}.json")
-            if path.exists():
-                told, here = files.read_json(path), hardware()
-                if told["draft"] != self.draft_digest or any(told["hardware"][k] != here[k] for k in ("cpu", "gpus")):
-                    say(f"{path}: of another draft or machine, so left out; run: draftsmith tune RECIPE")
-                    continue
-                best = told["chain" if engine == "vllm" else "shape"]
-                if best is None:
-                    say(f"{path}: nothing beat plain decoding there; the draft is served as the recipe says")
-                    return wish.shape
-                steps, topk, tokens = map(int, best.split("/"))
-                say(f"shape {best}, measured by tune ({path}); --serve.no-tuned keeps {wish.shape}")
-                return DraftShape(steps=steps, topk=topk, draft_tokens=tokens)
-        return wish.shape
-
-    def serving(
-        self,
-        purpose: "Purpose" = "draft",
-        engine: "Engine | None" = None,
-        model: str | None = None,
-        draft: Path | None = None,
-    ) -> "Launch":
-        """What `serve` runs, and what report, card and `run` print.
-
-        `engine`: another one than serve.engine, without that one's program and extra flags; a tree becomes the chain of
-        as many steps where it drafts chains only. `model`, `draft`: other places of the target and the draft, for a
-        command that others run.
-        """
-        from draftsmith.serving.launch import launch
-        from draftsmith.targets.ends import resolve_model
-
-        serve = self.recipe.serve
-        other = engine is not None and engine != serve.engine
-        if other:
-            serve = serve.model_copy(update={"engine": engine, "program": "", "extra": ""})
-        if purpose == "draft":
-            shape = self.serving_shape(serve.engine)
-            if other and engine == "vllm" and shape.topk > 1:
-                shape = DraftShape(steps=shape.steps, topk=1, draft_tokens=shape.steps + 1)
-            serve = serve.model_copy(update={"shape": shape})
-            draft = draft or self.draft_for(serve.engine)
-        layers = self.captured_layers if purpose == "capture" else ()
-        recipe = self.recipe.model_copy(update={"serve": serve})
-        return launch(recipe, model or resolve_model(recipe.target.model), draft or Path(), purpose, layers)
-
-    @property
-    def serve_commands(self) -> dict[str, str]:
-        """The command of every engine that can serve the exported draft, the recipe's engine first."""
-        first = self.recipe.serve.engine
-        engines: list[Engine] = [first, "sglang" if first == "vllm" else "vllm"]
-        exported = self.path("export", "draft").exists()
-        return {
-            name: str(self.serving(engine=name)) for name in engines if exported or self.path("export", name).exists()
-        }
-
-
 def _source_files(run: Run) -> list[Path]:
-    names = [s.name for s in (*run.recipe.prompts.sources, *run.recipe.prompts.evaluation)]
-    return [Path(name) for name in names if Path(name).is_file()]
+    from draftsmith.data.sources import data_files
+
+    return [path for s in (*run.recipe.prompts.sources, *run.recipe.prompts.evaluation) for path in data_files(s)]
 
 
 def _prompts(run: Run, out: Path) -> None:
@@ -289,7 +57,7 @@ def _regenerate(run: Run, out: Path) -> None:
     from draftsmith.data.regenerate import regenerate
     from draftsmith.data.templates import ChatFormat
 
-    chat = ChatFormat(run.tokenizer, run.recipe.target.template)
+    chat = ChatFormat.of(run.recipe, run.target)
     prompts = run.path("prompts", "prompts.jsonl")
     if run.recipe.target.engine == "transformers":
         regenerate(run.recipe, run.target, chat, prompts, out)
@@ -325,6 +93,10 @@ def _export(run: Run, out: Path) -> None:
 
 def _evaluate(run: Run, out: Path) -> None:
     prompts, engine = run.path("prompts", "evaluation.jsonl"), run.judge
+    library = run.target.library if engine == "embedded" else None
+    if library is not None and not library.can_cut_back and run.recipe.evaluate.engine == "auto":
+        engine = run.recipe.serve.engine
+        say(f"evaluate: this target's cache cannot be cut back in this process, so {engine} verifies its drafts")
     if engine == "embedded":
         from draftsmith.evaluation.evaluate import evaluate
 
@@ -384,6 +156,7 @@ STAGES = (
         lambda run: [
             run.path("train", "summary.json"),
             *sorted(run.path("train").glob("checkpoint-*/draft.safetensors")),
+            *run.path("train").glob("best/draft.safetensors"),
         ],
         _export,
     ),

@@ -60,6 +60,16 @@ class TargetRecipe(Model):
     """Run Python code that comes with the model. Off unless you trust its author."""
     template: Template | None = None
     """Prompt format; leave out to use the tokenizer's own chat template."""
+    template_options: dict[str, bool | int | float | str] = {}
+    """Options of the tokenizer's chat template, as it will be served: enable_thinking, reasoning_effort, a date ..."""
+
+    @model_validator(mode="after")
+    def _one_template(self) -> "TargetRecipe":
+        if self.template is not None and self.template_options:
+            raise ValueError(
+                "target.template_options: given beside target.template, which takes none; leave one of them out"
+            )
+        return self
 
 
 class ServerRecipe(Model):
@@ -85,12 +95,34 @@ class ServerRecipe(Model):
     """Environment variable that holds the servers' key, if they want one."""
 
 
+Column = Literal[
+    "prompt",
+    "messages",
+    "conversations",
+    "turns",
+    "instruction",
+    "input",
+    "question",
+    "problem",
+    "system",
+    "tools",
+    "id",
+    "category",
+    "source",
+]
+
+
 class Source(Model):
     """One source of prompts."""
 
     name: str
-    """`bundled` (495 prompts), `bundled-train` (6,000), `bundled-dev` (180), a path to .jsonl, .jsonl.gz or .parquet,
-    or a hub data set: ultrachat, opencodeinstruct, codealpaca, gsm8k, hendrycks-math."""
+    """`bundled` (495 prompts), `bundled-train` (6,000), `bundled-dev` (180); ultrachat, opencodeinstruct, codealpaca,
+    gsm8k or hendrycks-math; a path to .json, .jsonl, .csv, .tsv, .parquet, .arrow or .txt, plain or packed (.gz, .bz2,
+    .xz, .zst); a folder of such files; or any data set on the hub as owner/name[:config][:split]."""
+    columns: dict[Column, str] = {}
+    """Where rows have keys that are not known: ours to theirs, such as {prompt: my_question, system: my_persona}.
+    Known without it are prompt, messages, conversations, turns, instruction with input, question and problem, beside
+    them system, tools, id, category and source."""
     category: str | None = None
     """Category of rows that carry none."""
     limit: Positive | None = None
@@ -107,9 +139,10 @@ class PromptsRecipe(Model):
     held_out: Positive = 8
     """Prompts per category split off when `evaluation` is empty."""
     max_turns: Positive = 1
-    """User turns kept of a conversation."""
+    """User turns kept of a conversation. A turn that a draft cannot learn from (an image, a tool's answer) ends it
+    earlier; what is left out is counted by reason."""
     skip_bad: bool = False
-    """Count malformed lines and go on instead of stopping at the first."""
+    """Count malformed rows and go on instead of stopping at the first."""
 
 
 class RegenerateRecipe(Model):
@@ -231,7 +264,8 @@ class TrainRecipe(Model):
     keep_checkpoints: Positive = 2
     """Checkpoints kept on disk."""
     patience: Positive = 4
-    """Converged once tau - 1 rose by less than 1 % over this many evaluations."""
+    """Converged where tau - 1 rose by less than 1 % over the second half of the steps; told after more evaluations than
+    this."""
 
 
 # Keys of `train` that only say what is watched and kept, and where: changing them continues a training.

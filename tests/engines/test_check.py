@@ -1,24 +1,32 @@
 """`export --check` and `evaluate` on real engines: what they serve is what was trained, and damage shows."""
 
 import contextlib
+import json
+import os
 import shutil
+import subprocess
+from dataclasses import replace
 
 import pytest
-from engine import engine_program, free_port, save_target
-from models import tiny_recipe, write_prompts
+from engine import engine_environment, engine_program, engine_python, free_port, save_target
+from models import tiny_draft, tiny_recipe, tiny_target, write_prompts
 from safetensors.torch import load_file, save_file
 
 from draftsmith.data.vocabulary import DraftVocabulary
-from draftsmith.files import read_json, read_jsonl, write_jsonl
-from draftsmith.pipeline import Run, run_pipeline
+from draftsmith.drafts.checkpoint import write_draft
+from draftsmith.drafts.config_file import IDS
+from draftsmith.files import read_json, read_jsonl, write_json, write_jsonl
+from draftsmith.pipeline import run_pipeline
 from draftsmith.publishing.check import check, judge
+from draftsmith.publishing.export import named_taps
+from draftsmith.run import Run
 
 pytestmark = pytest.mark.engines
 SHAPES = {"vllm": (3, 1, 4), "sglang": (3, 4, 8)}
 EXTRA = {"vllm": "--enforce-eager --max-num-seqs 8", "sglang": "--log-level warning"}
 
 
-# The default taps make one directory for both engines; others make one for each.
+# The default taps are named to no engine, others to each in its own way; one directory serves both.
 DRAFTS = {"default": {"draft.taps": [2, 4, 5]}, "own-taps": {"draft.taps": [1, 3, 6], "draft.fc_norm": True}}
 
 
@@ -63,6 +71,40 @@ def trained(request, tmp_path_factory):
     return recipe, out / "run"
 
 
+def key_of(engine):
+    """The key that holds the engine's ids in config.json."""
+    return "eagle_config" if engine == "sglang" else IDS
+
+
+VLLM_READS = """
+import json, sys
+from types import SimpleNamespace as Told
+
+from transformers import AutoConfig
+from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import get_eagle3_aux_layers_from_config
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+told = Told(draft_model_config=Told(hf_config=AutoConfig.from_pretrained(sys.argv[1])))
+of_v1 = GPUModelRunner._get_eagle3_aux_layers_from_config(Told(speculative_config=told))
+print(json.dumps([get_eagle3_aux_layers_from_config(told), of_v1]))
+"""
+
+
+@pytest.mark.parametrize("taps", [(1, 3, 4), (0, 2, 5), (2, 3, 3)])
+def test_both_runners_of_vllm_read_our_taps(tmp_path, taps):
+    """Its GPU runner (V2), which no CPU starts, is asked by its own function."""
+    draft, ids = tiny_draft(tiny_target())
+    draft.config = replace(draft.config, taps=taps)
+    named = named_taps(taps, 6)
+    write_draft(tmp_path / "draft", draft, ids, named, {"target": {"num_layers": 6}})
+    python = engine_python("vllm")
+    environment = {**os.environ, **engine_environment(python)}
+    command = [str(python), "-c", VLLM_READS, str(tmp_path / "draft")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [named, named]
+
+
 @pytest.mark.parametrize("engine", SHAPES)
 def test_an_engine_serves_what_was_trained_and_damage_shows(trained, engine, tmp_path, capsys):
     recipe, directory = trained
@@ -72,13 +114,18 @@ def test_an_engine_serves_what_was_trained_and_damage_shows(trained, engine, tmp
         exported = run.draft_for(engine)
     assert check(recipe(engine), engine, exported, *arguments)
     assert "greedy tokens identical on 6 of 6 prompts" in capsys.readouterr().err
-    if exported.name != "draft":
-        other = "vllm" if engine == "sglang" else "sglang"
-        verdict = judge(recipe(engine), engine, exported.with_name(other), *arguments)  # the other's layer ids
-        assert "it reads the directory differently" in verdict.problems[0]
-        return
     damaged = tmp_path / "draft"
     shutil.copytree(exported, damaged)
+    config = read_json(damaged / "config.json")
+    if IDS in config:
+        holder = config["eagle_config"] if engine == "sglang" else config
+        holder[IDS] = [i + 1 for i in holder[IDS]]
+        write_json(damaged / "config.json", config)
+        assert not check(recipe(engine), engine, damaged, *arguments)
+        assert f"trained with {read_json(exported / 'config.json')[key_of(engine)]}" in capsys.readouterr().err
+        verdict = judge(recipe(engine), engine, damaged, *arguments)
+        assert "it reads the directory differently" in verdict.problems[0]
+        return
     tensors = load_file(damaged / "model.safetensors")
     tensors["fc.weight"] = tensors["fc.weight"].roll(128, 1)  # the taps in another order
     save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
@@ -91,8 +138,8 @@ def test_an_engine_serves_what_was_trained_and_damage_shows(trained, engine, tmp
 @pytest.mark.parametrize("engine", SHAPES)
 def test_an_engine_measures_what_the_embedded_one_measures(trained, engine):
     recipe, directory = trained
-    if not (directory / "export" / "draft").exists():
-        pytest.skip("measured once, on the directory that both engines read")
+    if IDS in read_json(directory / "export" / "draft" / "config.json"):
+        pytest.skip("measured once, on the default taps")
     for judging in ("embedded", engine):
         with contextlib.closing(Run(recipe(engine, **{"evaluate.engine": judging}), directory, ["test"])) as run:
             run_pipeline(run, "evaluate")

@@ -16,7 +16,8 @@ from draftsmith.decoding.sampling import Sampling
 from draftsmith.errors import TargetError
 from draftsmith.files import read_json, read_jsonl, write_json
 from draftsmith.hardware.probe import probe_server
-from draftsmith.pipeline import Run, run_pipeline
+from draftsmith.pipeline import run_pipeline
+from draftsmith.run import Run
 from draftsmith.serving.launch import launch, running
 from draftsmith.targets.local import LocalTarget
 from draftsmith.targets.servers import ServedTarget

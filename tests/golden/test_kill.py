@@ -20,7 +20,7 @@ MOMENTS = (
     "vocab/coverage.json",
     "train/metrics.jsonl",
     "train/checkpoint-000006/state.json",
-    "export/sglang/model.safetensors",
+    "export/draft/model.safetensors",
     "evaluate/stage.json",
 )
 TIMED = {

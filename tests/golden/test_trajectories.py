@@ -159,3 +159,50 @@ def test_checkpoints_know_where_they_came_from(data, tmp_path):
     assert state["vocabulary"] == data[2].name
     assert state["status"] in ("preview", "converged")
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+
+
+def test_the_best_draft_is_kept_and_exported_not_the_newest(data, tmp_path, monkeypatch):
+    """Accept length passes its peak while the loss still falls."""
+    from draftsmith.drafts.checkpoint import load_draft
+    from draftsmith.publishing.export import export
+    from draftsmith.training import trainer as module
+
+    peaks = iter([1.5, 2.4, 2.4, 1.9, 1.8, 1.7, 1.6, 1.5, 1.4, 1.3])
+    real = module.evaluate_heldout
+    monkeypatch.setattr(module, "evaluate_heldout", lambda *a: {**real(*a), "tau_3": next(peaks)})
+    at_step = {}
+    running = trainer(
+        data, tmp_path, **{"train.evaluate_every": 2, "train.checkpoint_every": 100, "train.max_steps": 8}
+    )
+    keep = running._evaluate
+
+    def evaluate(capture):
+        keep(capture)
+        at_step[running.step] = {n: p.detach().clone() for n, p in running.draft.named_parameters()}
+
+    running._evaluate = evaluate
+    summary = running.train()
+    assert sorted(at_step) == [2, 4, 6, 8]
+    assert summary["best"] == {"step": 4, "tau_held_out": 2.4}
+    assert summary["tau_held_out"] == 1.9
+    best = load_file(tmp_path / "best" / "draft.safetensors")
+    assert all(torch.equal(best[name], at_step[4][name]) for name in best)
+    exported = export(tmp_path, data[2], tmp_path / "export", {"version": "0", "commit": None})
+    draft, _ = load_draft(exported, torch.float32, 6)
+    assert torch.equal(draft.fc.weight, at_step[4]["fc.weight"].bfloat16().float())
+    assert not torch.equal(draft.fc.weight, at_step[8]["fc.weight"].bfloat16().float())
+    # killed between the two renames: the weights that were set aside are still the best
+    (tmp_path / "best").rename(tmp_path / ".old-best")
+    export(tmp_path, data[2], tmp_path / "again", {"version": "0", "commit": None})
+    assert (tmp_path / "again" / "draft" / "model.safetensors").read_bytes() == (
+        tmp_path / "export" / "draft" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_run_that_gained_in_its_second_half_has_not_converged():
+    from draftsmith.training.metrics import converged
+
+    rising = [1.0, 1.5, 1.8, 2.0, 2.1, 2.15, 2.17, 2.18, 2.18, 2.18]  # the end of a cosine is flat
+    assert not converged(rising, patience=4)
+    assert converged([1.0, 1.9, 2.1, 2.16, 2.18, 2.18, 2.185, 2.18, 2.18, 2.185], patience=4)
+    assert not converged([2.18, 2.18, 2.18], patience=4)  # too few to say

@@ -11,7 +11,8 @@ import yaml
 from models import save_tiny_target, tiny_recipe, write_prompts
 
 from draftsmith.files import read_json, write_json
-from draftsmith.pipeline import Run, run_pipeline
+from draftsmith.pipeline import run_pipeline
+from draftsmith.run import Run
 
 
 @pytest.fixture(scope="module")

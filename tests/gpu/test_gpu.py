@@ -60,7 +60,8 @@ def test_decoding_is_lossless(shape):
 def test_a_whole_run(tmp_path):
     from models import save_tiny_target
 
-    from draftsmith.pipeline import Run, run_pipeline
+    from draftsmith.pipeline import run_pipeline
+    from draftsmith.run import Run
 
     model = save_tiny_target(tmp_path / "model")
     changes = {"device": "cuda", "target.dtype": "bf16", "train.dtype": "bf16"}

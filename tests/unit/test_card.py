@@ -8,10 +8,10 @@ from models import tiny_draft, tiny_target
 
 from draftsmith.drafts.checkpoint import write_draft
 from draftsmith.errors import DataError
-from draftsmith.files import write_json
-from draftsmith.pipeline import Run
+from draftsmith.files import read_json, write_json
 from draftsmith.publishing.card import make_card, write_card
 from draftsmith.recipe import parse_recipe
+from draftsmith.run import Run
 
 NOTHING = {"sentence": "", "rows": []}
 
@@ -70,9 +70,9 @@ def results(**changes):
 
 @pytest.fixture
 def make(tmp_path):
-    """Makes a finished run of a target, with one directory for both engines or one for each."""
+    """Makes a finished run of a target."""
 
-    def made(target="Qwen/Qwen3-8B", directories=("draft",), **card):
+    def made(target="Qwen/Qwen3-8B", **card):
         draft, ids = tiny_draft(tiny_target())
         provenance = {
             "version": "0.1.0",
@@ -80,8 +80,7 @@ def make(tmp_path):
             "target": {"model": target, "dtype": "bf16", "num_layers": 6},
             "status": "preview",
         }
-        for name in directories:
-            write_draft(tmp_path / "export" / name, draft, ids, [1, 3, 4], provenance)
+        write_draft(tmp_path / "export" / "draft", draft, ids, [1, 3, 4], provenance)
         prompts = {"prompts": 18385, "by_source": {"gsm8k": 7473, "ours": 10912}}
         write_json(tmp_path / "prompts" / "summary.json", prompts)
         write_json(tmp_path / "completions" / "summary.json", {"completions": 3059, "completion_tokens": 291375})
@@ -238,13 +237,22 @@ def test_the_commands_name_the_hub_and_no_path_of_this_machine(make):
     assert "site-packages" not in use
 
 
-def test_engines_with_their_own_directories_are_told_apart(make):
-    run = make(directories=("sglang", "vllm"))
-    card = make_card(run, NOTHING)
-    assert "--speculative-draft-model-path small/sglang \\" in card
-    assert '"model": "small/vllm"' in card
-    assert "each has its own directory here" in card
-    assert write_card(run, NOTHING) == run.path("export", "README.md")
+def test_a_draft_of_tap_0_is_for_vllm_alone(make):
+    run = make()
+    assert run.draft_engines == ("vllm", "sglang")
+    config = read_json(run.draft_directory / "config.json")
+    ids = {"eagle_aux_hidden_state_layer_ids": [0, 3, 4], "eagle_config": {"use_aux_hidden_state": True}}
+    write_json(
+        run.draft_directory / "config.json",
+        {**config, **ids, "draftsmith": {**config["draftsmith"], "taps": [0, 3, 4]}},
+    )
+    use = make_card(run, NOTHING).split("## Use")[1].split("## How")[0]
+    assert '"model": "me/small"' in use
+    assert "SGLang" not in use
+    assert set(run.serve_commands) == {"vllm"}
+    with pytest.raises(DataError, match="SGLang cannot capture tap 0"):
+        run.draft_for("sglang")
+    assert write_card(run, NOTHING) == run.path("export", "draft", "README.md")
 
 
 def test_an_unmeasured_draft_gets_no_card(make):

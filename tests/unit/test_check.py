@@ -19,14 +19,14 @@ from draftsmith.training.checkpoints import save_checkpoint
 
 @pytest.fixture
 def exported(tmp_path):
-    """(directory of an engine, checkpoints, vocabulary)"""
+    """(engines' directory, checkpoints, vocabulary)"""
     target = tiny_target()
     draft, ids = tiny_draft(target)
     vocabulary = DraftVocabulary(ids, target.identity.vocab_size)
     identity = {"model": "t", "dtype": "fp32", "num_layers": 6, "max_position_embeddings": 256}
     state = {"step": 1, "vocabulary": vocabulary.name, "draft": draft.config.to_dict(), "target": identity}
     save_checkpoint(tmp_path / "train", draft, [], {**state, "status": "preview"}, 1)
-    (directory, _) = export(tmp_path / "train", vocabulary, tmp_path / "export", {"version": "test", "commit": None})
+    directory = export(tmp_path / "train", vocabulary, tmp_path / "export", {"version": "test", "commit": None})
     return directory, tmp_path / "train", vocabulary
 
 
@@ -62,6 +62,9 @@ def swapped_norms(held, _):
 DAMAGES = {
     "fc.weight is missing": tensors(lambda held, _: held.pop("fc.weight")),
     "eagle_config is {": config(eagle_config={"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}),
+    "eagle_aux_hidden_state_layer_ids is [2, 4, 5], trained with [1, 3, 4]": config(
+        eagle_aux_hidden_state_layer_ids=[2, 4, 5]
+    ),
     "midlayer.input_layernorm.weight is not the trained one": tensors(swapped_norms),
     "d2t holds target ids where engines read offsets": tensors(lambda held, v: held.update(d2t=v.ids_D.clone())),
     "d2t is not the trained one": tensors(lambda held, _: held["d2t"].__setitem__(3, held["d2t"][3] + 1)),

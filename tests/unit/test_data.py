@@ -15,7 +15,7 @@ from models import VOCAB, WORDS, save_tiny_target, tiny_lm, tiny_recipe, tiny_ta
 from draftsmith.data.loops import loop_onset
 from draftsmith.data.packing import epoch_packs, make_pack, schedule
 from draftsmith.data.prompts import BUNDLED, HUB, gather, messages_of, normalised, read_source
-from draftsmith.data.regenerate import answer, open_conversations, read_completions, regenerate, shard_sampling
+from draftsmith.data.regenerate import read_completions, regenerate
 from draftsmith.data.templates import ChatFormat
 from draftsmith.data.vocabulary import DraftVocabulary, choose, coverage_table
 from draftsmith.errors import CheckpointError, DataError
@@ -123,16 +123,6 @@ def test_the_bundled_set_is_large_varied_and_clean():
     assert overlap < 0.7
 
 
-def test_chat_template_turns_are_joined_by_ids():
-    chat = ChatFormat(tiny_tokenizer(), None)
-    tokenizer = chat.tokenizer
-    assert tokenizer.decode(chat.first_turn("the a", "of to")) == "<system> of to <end> <user> the a <end> <assistant>"
-    open_end = chat.next_turn(tokenizer("is it").input_ids, "you that")
-    assert tokenizer.decode(open_end) == "<end> <user> you that <end> <assistant>"
-    closed = chat.next_turn(tokenizer("is it <end>").input_ids, "you that")
-    assert tokenizer.decode(closed) == "<user> you that <end> <assistant>"  # the end token is not doubled
-
-
 def test_a_tokenizer_without_template_asks_for_one():
     with pytest.raises(DataError, match=r"target\.template"):
         ChatFormat(tiny_tokenizer(chat_template=None), None)
@@ -177,26 +167,6 @@ def test_an_interrupted_regeneration_ends_with_the_same_files(regenerated, tmp_p
     assert names == sorted(p.name for p in again.glob("0*.jsonl"))
     for name in [*names, "summary.json"]:
         assert (again / name).read_bytes() == (out / name).read_bytes()
-
-
-def test_turns_are_regenerated_in_order(tmp_path):
-    target = tiny_target(batch_size=2)
-    target.tokenizer = tiny_tokenizer()
-    target.eos_ids = frozenset(range(20))  # ends early, so that later turns happen
-    chat = ChatFormat(target.tokenizer, None)
-    users = ["the a", "of to in", "is it"]
-    prompt = {"id": "m", "category": "chat", "source": "s", "messages": [{"role": "user", "content": u} for u in users]}
-    recipe = tiny_recipe("m", "p", **{"regenerate.temperature": 0.0})
-    opened = open_conversations([prompt], chat, recipe.regenerate.max_prompt_tokens)
-    answers = answer(opened, target, chat, recipe.regenerate, shard_sampling(recipe.regenerate, 0), 0)
-    rows = [row for _, row in answers if row]
-    (row,) = rows
-    assert len(row["spans"]) == 3
-    text = target.tokenizer.decode(row["ids"])
-    assert [text.index(u) for u in users] == sorted(text.index(u) for u in users)
-    for start, end in row["spans"]:
-        alone = dict(target.generate([row["ids"][:start]], shard_sampling(recipe.regenerate, 0), 24))[0]
-        assert row["ids"][start:end] == alone.ids
 
 
 def asked_for(recipe, out, max_tokens):

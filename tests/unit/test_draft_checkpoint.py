@@ -1,6 +1,7 @@
 """Export, strict reading, and the damages that engines would serve in silence."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.drafts.checkpoint import inspect_draft, load_draft, write_draft
+from draftsmith.drafts.config_file import IDS
 from draftsmith.errors import CheckpointError
-from draftsmith.publishing.export import engine_taps
+from draftsmith.publishing.export import named_taps
 from draftsmith.publishing.inspect import describe
 
 
@@ -50,15 +52,62 @@ def test_the_files_are_as_the_engines_read_them(exported):
     assert "embed_tokens.weight" not in tensors
     assert config["architectures"] == ["LlamaForCausalLMEagle3"]
     assert config["draft_vocab_size"] == len(ids)
-    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]
+    assert config["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]  # vLLM: layer inputs
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 2, 3]  # SGLang: layer outputs
+    assert config["num_aux_hidden_states"] == 3
     assert config["rope_parameters"]["rope_theta"] == config["rope_theta"] == draft.config.rope_theta
     assert config["tie_word_embeddings"] is False
 
 
-def test_taps_are_translated_per_engine():
-    assert engine_taps((2, 31, 59), 62) == {"draft": None}
-    assert engine_taps((2, 9, 16), 18) == {"sglang": [1, 8, 15], "vllm": [2, 9, 16]}
-    assert engine_taps((0, 9, 16), 18) == {"vllm": [0, 9, 16]}
+def test_taps_that_no_engine_takes_by_itself_are_named():
+    assert named_taps((2, 31, 59), 62) is None
+    assert named_taps((2, 9, 15), 18) is None
+    assert named_taps((2, 9, 16), 18) == [2, 9, 16]
+    assert named_taps((0, 9, 15), 18) == [0, 9, 15]
+    assert named_taps((2, 9), 18) == [2, 9]
+
+
+@pytest.mark.parametrize(
+    ("taps", "ids"),
+    [
+        ((2, 3, 4), {}),  # of 7 layers: the default
+        ((1, 3, 5), {"top": [1, 3, 5], "nested": [0, 2, 4]}),
+        ((0, 3, 5), {"top": [0, 3, 5]}),  # which SGLang's ids cannot say
+    ],
+)
+def test_a_directory_names_its_taps_to_each_engine(tmp_path, taps, ids):
+    draft, rows = tiny_draft(tiny_target())
+    draft.config = replace(draft.config, taps=taps)
+    target = {"model": "tiny", "dtype": "fp32", "num_layers": 7}
+    write_draft(tmp_path, draft, rows, named_taps(taps, 7), {"target": target})
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.get(IDS) == ids.get("top")
+    assert config["eagle_config"].get(IDS) == ids.get("nested")
+    assert load_draft(tmp_path)[0].config.taps == taps
+    for reading in ("auto", "sglang", "vllm"):
+        assert load_draft(tmp_path, layers=7, reading=reading)[0].config.taps == taps
+
+
+@pytest.mark.parametrize(
+    ("top", "nested", "message"),
+    [
+        ([2, 4, 5], [0, 2, 3], "vLLM would capture taps [2, 4, 5] (eagle_aux_hidden_state_layer_ids"),
+        ([1, 3, 4], [1, 3, 4], "SGLang would capture taps [2, 4, 5] (eagle_config.eagle_aux_hidden"),
+        ([4, 3, 1], [0, 2, 3], "vLLM would capture taps [4, 3, 1]"),
+        (None, [0, 2, 3], "vLLM would capture taps its default [2, 3, 3]"),
+        ([1, 3, 4], None, "SGLang would capture taps its default [2, 3, 3]"),
+        (None, None, "vLLM would capture taps its default [2, 3, 3]"),
+    ],
+)
+def test_ids_that_an_engine_would_read_otherwise_are_named(exported, top, nested, message):
+    directory, _, _ = exported
+    config = json.loads((directory / "config.json").read_text())
+    config[IDS], config["eagle_config"][IDS] = top, nested
+    (directory / "config.json").write_text(json.dumps(config))
+    (problem, *others) = problems(directory)
+    assert problem.startswith(message)
+    assert problem.endswith("trained with [1, 3, 4]")
+    assert len(others) == (top is None and nested is None)  # then of both engines
 
 
 def damage_tensors(**changes):
@@ -116,7 +165,7 @@ def absolute_d2t(tensors, config):
         (damage_config(max_position_embeddings=2048), "max_position_embeddings 2048 is short"),
         (damage_config(tie_word_embeddings=True), "tie_word_embeddings is true"),
         (damage_config(norm_before_residual=True), "norm_before_residual is not supported"),
-        (damage_config(eagle_aux_hidden_state_layer_ids=[1, 2, 3]), "at the top level is ignored by SGLang"),
+        (damage_config(eagle_aux_hidden_state_layer_ids=[1, 2, 3]), "vLLM would capture taps [1, 2, 3]"),
         (damage_config(fc_norm=False), "fc_norm.0.weight [32] is unknown"),
         (damage_config(hidden_size=None), "hidden_size is missing"),
     ],
@@ -150,10 +199,13 @@ def test_other_spellings_are_read(exported):
     ("ids", "reading", "taps"),
     [
         ({}, "auto", (2, 8, 13)),  # the engines' default for 16 layers
-        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 7, 12]}}, "auto", (2, 8, 13)),
-        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 7, 12]}}, "vllm", (1, 7, 12)),
-        ({"eagle_aux_hidden_state_layer_ids": [2, 8, 13]}, "auto", (2, 8, 13)),
-        ({"eagle_aux_hidden_state_layer_ids": [2, 8, 13]}, "sglang", (3, 9, 14)),
+        ({"eagle_config": {IDS: [1, 7, 12]}}, "auto", (2, 8, 13)),
+        ({"eagle_config": {IDS: [1, 7, 12]}}, "vllm", (1, 7, 12)),
+        ({IDS: [2, 8, 13]}, "auto", (2, 8, 13)),
+        ({IDS: [2, 8, 13]}, "sglang", (3, 9, 14)),
+        ({IDS: [2, 8, 13], "eagle_config": {IDS: [1, 7, 12]}}, "auto", (2, 8, 13)),  # both say the same
+        ({IDS: [2, 8, 13], "eagle_config": {IDS: [2, 8, 13]}}, "vllm", (2, 8, 13)),
+        ({IDS: [2, 8, 13], "eagle_config": {IDS: [2, 8, 13]}}, "sglang", (3, 9, 14)),
     ],
 )
 def test_drafts_of_others_are_read_by_their_own_convention(exported, ids, reading, taps):
@@ -167,6 +219,17 @@ def test_drafts_of_others_are_read_by_their_own_convention(exported, ids, readin
         load_draft(directory, torch.float32)
     draft, _ = load_draft(directory, torch.float32, 16, reading)
     assert draft.config.taps == taps
+
+
+def test_two_keys_that_differ_have_to_be_chosen_from(exported):
+    directory, _, _ = exported
+    config = json.loads((directory / "config.json").read_text())
+    del config["draftsmith"]
+    config["eagle_config"][IDS] = config[IDS]
+    (directory / "config.json").write_text(json.dumps(config))
+    assert problems(directory) == ["vLLM would capture taps [1, 3, 4], SGLang [2, 4, 5]"]
+    with pytest.raises(CheckpointError, match="say whose are right with --taps vllm or --taps sglang"):
+        load_draft(directory, layers=6, reading="auto")
 
 
 def test_pickled_weights_are_not_loaded(tmp_path):

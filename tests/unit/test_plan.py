@@ -8,13 +8,15 @@ from transformers import AutoConfig
 from draftsmith.drafts.eagle3 import Eagle3Config
 from draftsmith.errors import DraftsmithError
 from draftsmith.files import read_json, write_json
-from draftsmith.hardware.commands import draft_size, roofline
+from draftsmith.hardware import counting
+from draftsmith.hardware.commands import draft_size, plan_of, roofline
 from draftsmith.hardware.cost_model import RooflineCosts
 from draftsmith.hardware.plan import against, describe, describe_against, plan
 from draftsmith.hardware.presets import Machine, preset
 from draftsmith.hardware.sizes import DraftSize, TargetSize, target_config
-from draftsmith.recipe import load_recipe
-from draftsmith.training.trainer import draft_config
+from draftsmith.recipe import load_recipe, parse_recipe
+from draftsmith.run import Run
+from draftsmith.training.shape import draft_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 GEMMA = AutoConfig.for_model(  # of gemma3-270m, which need not be installed to plan for it
@@ -116,3 +118,28 @@ def test_the_preset_of_this_machine_is_near_its_probe():
 def test_an_unknown_machine_is_refused():
     with pytest.raises(DraftsmithError, match="--hardware: 'h300' given; one of here, h100-nvlink-8"):
         preset("h300")
+
+
+def test_a_target_of_experts_alone_is_planned_for(tmp_path, capsys):
+    """Its config has no intermediate_size at all."""
+    AutoConfig.for_model("qwen3_5_moe").save_pretrained(tmp_path)
+    values = {"name": "x", "target": {"engine": "vllm", "model": str(tmp_path)}, "server": {"urls": ["http://h:1"]}}
+    run = Run(parse_recipe(values, "test"), tmp_path / "run", ["test"])
+    told = plan_of(run, roofline(run.recipe, preset("h100-1")))
+    assert told.numbers["target weights"] == pytest.approx(2 * 34.7e9, rel=0.01)
+    assert "intermediate_size 6144 of a dense draft" in capsys.readouterr().err
+
+
+def test_what_could_not_be_counted_is_said(monkeypatch):
+    monkeypatch.setattr(counting, "_build", lambda config: None)
+    monkeypatch.setattr(counting, "_KNOWN", {})
+    assert "transformers cannot build minimax_m2 here" in describe(planned())
+
+
+def test_capturing_layers_of_an_unknown_target_are_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "of_tomorrow"}')
+    recipe = parse_recipe({"name": "x", "target": {"model": str(tmp_path)}}, "test")
+    with pytest.raises(DraftsmithError, match="is of type of_tomorrow"):
+        _ = Run(recipe, tmp_path / "run", ["test"]).captured_layers
+    reference = Run(load_recipe(RECIPES / "minimax-m2.7-eagle3.yaml"), tmp_path / "run", ["test"])
+    assert reference.captured_layers == (2, 31, 59, 62)

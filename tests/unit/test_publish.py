@@ -64,16 +64,15 @@ def hub(monkeypatch):
 def make(tmp_path):
     """Makes an export directory with a card and some files that have no business on the hub."""
 
-    def made(*names):
+    def made():
         draft, ids = tiny_draft(tiny_target())
         target = {"model": "tiny", "dtype": "fp32", "num_layers": 6}
         root = tmp_path / "export"
-        for name in names:
-            write_draft(root / name, draft, ids, [1, 3, 4], {"version": "0", "commit": None, "target": target})
-            (root / name / "optimizer.pt").write_bytes(b"pickle")
-            (root / name / ".env").write_text("HF_TOKEN=other")
+        write_draft(root / "draft", draft, ids, [1, 3, 4], {"version": "0", "commit": None, "target": target})
+        (root / "draft" / "optimizer.pt").write_bytes(b"pickle")
+        (root / "draft" / ".env").write_text("HF_TOKEN=other")
+        (root / "draft" / "README.md").write_text("# card\n")
         (root / "stage.json").write_text("{}")
-        ((root / "draft") if "draft" in names else root).joinpath("README.md").write_text("# card\n")
         return root
 
     return made
@@ -89,14 +88,14 @@ def committed(hub):
 
 def test_a_dry_run_lists_the_files_and_asks_nobody(make, hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
-    first, *lines = publish(make("draft"), "me/draft", really=False).splitlines()
+    first, *lines = publish(make(), "me/draft", really=False).splitlines()
     assert first == "would upload to me/draft (private, if it is new; give --really to do it):"
     assert [line.split()[-1] for line in lines] == ["README.md", "config.json", "model.safetensors"]
     assert hub.seen == []
 
 
 def test_exactly_the_draft_and_its_card_are_committed(make, hub):
-    export = make("draft")
+    export = make()
     told = publish(export, "me/draft", really=True)
     assert told.startswith(f"uploaded to {hub.url}/me/draft/commit/")
     sent = committed(hub)
@@ -106,16 +105,10 @@ def test_exactly_the_draft_and_its_card_are_committed(make, hub):
     assert TOKEN not in told
 
 
-def test_two_engines_directories_go_into_one_repository(make, hub):
-    publish(make("sglang", "vllm"), "me/draft", really=True)
-    weights = {f"{engine}/{name}" for engine in ("sglang", "vllm") for name in ("config.json", "model.safetensors")}
-    assert set(committed(hub)) == {"README.md", *weights}
-
-
 def test_without_a_token_nothing_is_asked(make, hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(PublishError, match="HF_TOKEN is not set"):
-        publish(make("draft"), "me/draft", really=True)
+        publish(make(), "me/draft", really=True)
     assert hub.seen == []
 
 
@@ -123,14 +116,14 @@ def test_without_a_token_nothing_is_asked(make, hub, monkeypatch):
 def test_a_hub_that_refuses_is_one_line_without_the_token(make, hub, status):
     hub.status = status
     with pytest.raises(PublishError, match="me/draft was not uploaded: ") as refused:
-        publish(make("draft"), "me/draft", really=True)
+        publish(make(), "me/draft", really=True)
     assert "\n" not in str(refused.value)
     assert TOKEN not in str(refused.value)
     assert not [path for path, _, _ in hub.seen if "/commit/" in path]
 
 
 def test_a_damaged_draft_never_leaves(make, hub):
-    export = make("draft")
+    export = make()
     config = export / "draft" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "draft_vocab_size": 7}))
     with pytest.raises(CheckpointError, match="see: draftsmith inspect"):
@@ -139,7 +132,7 @@ def test_a_damaged_draft_never_leaves(make, hub):
 
 
 def test_a_draft_without_a_card_never_leaves(make, hub):
-    export = make("draft")
+    export = make()
     (export / "draft" / "README.md").unlink()
     with pytest.raises(DataError, match="run: draftsmith card RECIPE"):
         publish(export, "me/draft", really=True)
@@ -149,7 +142,7 @@ def test_a_draft_without_a_card_never_leaves(make, hub):
 @pytest.mark.parametrize("repo", ["draft", "a/b/c", "../x", "me/", "me/draft\n"])
 def test_a_repository_is_owner_and_name(make, hub, repo):
     with pytest.raises(RecipeError, match="write owner/name"):
-        publish(make("draft"), repo, really=True)
+        publish(make(), repo, really=True)
     assert hub.seen == []
 
 

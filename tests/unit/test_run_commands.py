@@ -86,7 +86,6 @@ def test_tune_measures_and_serve_takes_it(monkeypatch, capsys, world):
 
 def test_compare_sets_drafts_side_by_side(monkeypatch, capsys, world):
     own = world / "run" / "export" / "draft"
-    own = own if own.exists() else world / "run" / "export" / "sglang"
     shutil.copytree(own, world / "other", dirs_exist_ok=True)
     code, told = run(monkeypatch, capsys, world, "compare", "--drafts", world / "other")
     assert code == 0, told.err
@@ -162,8 +161,7 @@ def test_a_file_that_is_no_probe_is_refused(monkeypatch, capsys, world, tmp_path
 
 
 def card_of(world):
-    both = world / "run" / "export" / "draft" / "README.md"
-    return (both if both.exists() else world / "run" / "export" / "README.md").read_text()
+    return (world / "run" / "export" / "draft" / "README.md").read_text()
 
 
 def values_in(value):

@@ -18,7 +18,8 @@ from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.errors import DraftsmithError, TargetError
 from draftsmith.files import read_json, read_jsonl, write_jsonl
-from draftsmith.pipeline import Run, run_pipeline
+from draftsmith.pipeline import run_pipeline
+from draftsmith.run import Run
 from draftsmith.targets.endings import first_stop
 from draftsmith.targets.local import LocalTarget, load_tokenizer
 from draftsmith.targets.servers import ServedTarget

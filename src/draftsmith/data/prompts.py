@@ -1,249 +1,262 @@
-"""Stage 1: prompts from hub data sets, local files and the bundled set, in one form.
+"""Stage 1: prompts from hub data sets, files, folders and the bundled sets, in one form.
 
-A prompt is {"id", "category", "source", "messages"}: the user turns (and a system turn) that the target will answer.
+A prompt is {"id", "category", "source", "messages"}: the user turns (and a system turn) that the target will answer;
+and "tools", where the row offers some.
 """
 
-import gzip
+import hashlib
 import itertools
+import os
 import random
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from importlib.resources import files
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import orjson
 
+from draftsmith.data.rows import IDS, NothingToAsk, label, map_columns, read_row
+from draftsmith.data.rows import messages_of as messages_of
+from draftsmith.data.sources import BUNDLED as BUNDLED
+from draftsmith.data.sources import HUB as HUB
+from draftsmith.data.sources import hub_source, read_rows
 from draftsmith.errors import DataError
-from draftsmith.files import digest, write_json, write_jsonl
+from draftsmith.files import digest, write_json
 from draftsmith.progress import Meter, say
 from draftsmith.recipe import Recipe, Source
 
 Prompt = dict[str, Any]
-_SETS = Path(str(files("draftsmith.data"))) / "bundled"
-BUNDLED = {  # licences: bundled/LICENCES.md
-    "bundled": _SETS / "small.jsonl.gz",
-    "bundled-train": _SETS / "train.jsonl.gz",
-    "bundled-dev": _SETS / "dev.jsonl.gz",
-}
+_T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class HubSource:
-    """A data set on the hub and the mapping of its columns to one row in a form that `messages_of` reads."""
+@dataclass
+class Tally:
+    """What became of the rows that were read."""
 
-    path: str
-    split: str
-    category: str
-    to_row: Callable[[dict], dict]
-    configs: tuple[str | None, ...] = (None,)
+    bad: int = 0
+    """Malformed rows that were skipped."""
+    empty: int = 0
+    """Well-formed rows with nothing to ask."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Rows that lost something, or all, by reason."""
+    first_bad: str = ""
+    keys: dict[str, None] = field(default_factory=dict)
+    """Keys of the rows that gave no prompt."""
 
+    def add(self, other: "Tally") -> None:
+        self.bad += other.bad
+        self.empty += other.empty
+        self.left_out += other.left_out
 
-HUB: dict[str, HubSource] = {
-    "ultrachat": HubSource(
-        "HuggingFaceH4/ultrachat_200k", "train_sft", "chat", lambda row: {"messages": row["messages"]}
-    ),
-    "opencodeinstruct": HubSource("nvidia/OpenCodeInstruct", "train", "code", lambda row: {"prompt": row["input"]}),
-    "codealpaca": HubSource(
-        "sahil2801/CodeAlpaca-20k",
-        "train",
-        "code",
-        lambda row: {"prompt": "\n\n".join(part for part in (row["instruction"], row["input"]) if part)},
-    ),
-    "gsm8k": HubSource("openai/gsm8k", "train", "math", lambda row: {"prompt": row["question"]}, ("main",)),
-    "hendrycks-math": HubSource(
-        "EleutherAI/hendrycks_math",
-        "train",
-        "math",
-        lambda row: {"prompt": row["problem"]},
-        (
-            "algebra",
-            "counting_and_probability",
-            "geometry",
-            "intermediate_algebra",
-            "number_theory",
-            "prealgebra",
-            "precalculus",
-        ),
-    ),
-}
-
-_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+    def __str__(self) -> str:
+        return ", ".join(f"{reason}: {count:,}" for reason, count in self.left_out.most_common())
 
 
-def _list(value: Any) -> list:
-    if not isinstance(value, list):
-        raise DataError("its turns are no list")
-    return value
-
-
-def _turn(message: Any, role: str, content: str) -> tuple[Any, Any]:
-    return (message.get(role), message.get(content)) if isinstance(message, dict) else (None, None)
-
-
-def messages_of(row: Any, max_turns: int) -> list[dict[str, str]]:
-    """The turns to answer, from a row in ShareGPT, `messages` or plain `prompt` form; raises `DataError`."""
-    if not isinstance(row, dict):
-        raise DataError("not an object")
-    if "messages" in row:
-        turns = [_turn(m, "role", "content") for m in _list(row["messages"])]
-    elif "conversations" in row:
-        turns = [_turn(m, "from", "value") for m in _list(row["conversations"])]
-        turns = [(_SHAREGPT_ROLES.get(str(role)), content) for role, content in turns]
-    elif "prompt" in row:
-        turns = [("user", row["prompt"])]
-    else:
-        raise DataError(f"has none of the keys prompt, messages, conversations (found: {', '.join(row) or 'none'})")
-    kept: list[dict[str, str]] = []
-    users = 0
-    for role, content in turns:
-        if role not in ("system", "user", "assistant") or not isinstance(content, str):
-            raise DataError("a turn lacks a known role or a text")
-        if role == "user" and content.strip() and users < max_turns:
-            users += 1
-            kept.append({"role": "user", "content": content.strip()})
-        elif role == "system" and not kept and content.strip():
-            kept.append({"role": "system", "content": content.strip()})
-    if not users:
-        raise DataError("has no user text")
-    return kept
-
-
-def _raw_rows(source: Source, seed: int) -> Iterator[tuple[str, Any]]:
-    """(where it came from, row); a row that is not JSON comes as the error."""
-    if source.name in HUB:
-        yield from _hub_rows(source, seed)
-        return
-    path = BUNDLED.get(source.name) or Path(source.name)
-    if not path.is_file():
-        raise DataError(
-            f"prompts.sources: {source.name!r} is no file; allowed are a .jsonl, .jsonl.gz or .parquet path, "
-            f"or one of {', '.join([*BUNDLED, *HUB])}"
-        )
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as parquet
-
-        try:
-            table = parquet.read_table(path)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not Parquet: {str(error).splitlines()[0]}") from None
-        for number, row in enumerate(table.to_pylist(), 1):
-            yield f"{path} row {number}", row
-        return
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield f"{path}:{number}", orjson.loads(line)
-                except orjson.JSONDecodeError as error:
-                    yield f"{path}:{number}", error
-
-
-def _hub_rows(source: Source, seed: int) -> Iterator[tuple[str, Any]]:
-    """Streamed and shuffled through a buffer, so a limited source is read only as far as needed; a data set of several
-    parts gives an equal share of each."""
-    from datasets import load_dataset
-
-    hub = HUB[source.name]
-    for config in hub.configs:
-        try:
-            rows = load_dataset(hub.path, config, split=hub.split, streaming=True).shuffle(
-                seed=seed, buffer_size=10_000
-            )
-            share = -(-source.limit // len(hub.configs)) if source.limit else None
-            for number, row in enumerate(itertools.islice(rows, share), 1):
-                yield f"{hub.path} row {number}", {"category": hub.category, **hub.to_row(row)}
-        except (OSError, ValueError, RuntimeError) as error:
-            raise DataError(
-                f"prompts.sources: cannot read {hub.path} from the hub: {str(error).splitlines()[0]}"
-            ) from None
-
-
-def read_source(source: Source, max_turns: int, skip_bad: bool, seed: int) -> tuple[list[Prompt], int]:
-    """(prompts of one source, number of bad rows skipped)."""
-    prompts: list[Prompt] = []
-    bad = 0
-    total = source.limit if source.name in HUB else None  # of a file every row is read
-    with Meter(f"prompts {source.name}", total, "rows") as meter:
-        for where, row in _raw_rows(source, seed):
+def prompts_of(source: Source, max_turns: int, skip_bad: bool, seed: int, tally: Tally) -> Iterator[Prompt]:
+    """The prompts of one source as they are read; of a file all of them, whatever `limit` says."""
+    hub = hub_source(source)
+    columns: Any = source.columns or (hub.columns if hub else {})
+    category = source.category or (hub.category if hub else "other")
+    stem = hub.path.rpartition("/")[2] if hub and source.name not in HUB else Path(source.name).stem
+    limit = source.limit if hub else None
+    unseen: dict[str, str] = dict(columns)
+    found: dict[str, None] = {}
+    count = 0
+    with Meter(f"prompts {source.name}", limit, "rows") as meter:
+        for where, row in read_rows(source, seed):
             meter.advance()
             try:
                 if isinstance(row, Exception):
                     raise DataError(f"not JSON: {row}")
-                messages = messages_of(row, max_turns)
+                if unseen and isinstance(row, dict):
+                    unseen = {ours: theirs for ours, theirs in unseen.items() if theirs not in row}
+                    found.update(dict.fromkeys(row) if unseen else {})
+                row = map_columns(row, columns)
+                conversation = read_row(row, max_turns)
+            except NothingToAsk as error:
+                tally.empty += 1
+                tally.left_out.update(error.reasons)
+                tally.keys.update(dict.fromkeys(row))
+                continue
             except DataError as error:
                 if not skip_bad:
                     raise DataError(f"{where}: {error}; mend the line or pass --prompts.skip-bad") from None
-                bad += 1
+                tally.bad += 1
+                tally.first_bad = tally.first_bad or f"{where}: {error}"
                 continue
-            prompts.append(
-                {
-                    "id": str(row.get("id") or f"{Path(source.name).stem}-{digest(messages)[:10]}"),
-                    "category": str(row.get("category") or source.category or "other"),
-                    "source": str(row.get("source") or Path(source.name).stem),
-                    "messages": messages,
-                }
-            )
-    if not prompts:
-        raise DataError(f"prompts.sources: {source.name} holds no prompts ({bad} bad rows); give another source")
-    if source.limit and len(prompts) > source.limit:
-        prompts = random.Random(f"{seed}-{source.name}").sample(prompts, source.limit)
-    return prompts, bad
+            tally.left_out.update(conversation.left_out)
+            count += 1
+            yield {
+                "id": label(row, *IDS) or f"{stem}-{digest(conversation.messages)[:10]}",
+                "category": label(row, "category") or category,
+                "source": label(row, "source") or stem,
+                "messages": conversation.messages,
+                **({"tools": conversation.tools} if conversation.tools else {}),
+            }
+            if count == limit:
+                break
+    for ours, theirs in unseen.items() if found else ():
+        raise DataError(
+            f"prompts.sources: {source.name}: columns: {ours}: {theirs!r} is no column; found are {', '.join(found)}"
+        )
+    if not count:
+        reasons = [f"{tally.bad:,} bad rows"]
+        reasons += [f"the first {tally.first_bad}"] if tally.first_bad else []
+        reasons += [f"{tally.empty:,} rows without a prompt ({tally})"] if tally.empty else []
+        reasons += [f"keys found: {', '.join(tally.keys)}"] if tally.keys else []
+        raise DataError(
+            f"prompts.sources: {source.name} holds no prompts ({'; '.join(reasons)}); give another source, or name "
+            "its columns with columns"
+        )
+
+
+def _chosen(items: Iterable[_T], source: Source, seed: int) -> list[_T]:
+    """At most `limit` of them."""
+    items = list(items)
+    if source.limit and len(items) > source.limit:
+        return random.Random(f"{seed}-{source.name}").sample(items, source.limit)
+    return items
+
+
+def read_source(source: Source, max_turns: int, skip_bad: bool, seed: int) -> tuple[list[Prompt], int]:
+    """(prompts of one source, number of bad rows skipped)."""
+    tally = Tally()
+    return _chosen(prompts_of(source, max_turns, skip_bad, seed, tally), source, seed), tally.bad
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+|[^\w\s]", text.casefold()))
 
 
 def normalised(prompt: Prompt) -> str:
-    """What makes two prompts the same: the words of the first user turn."""
-    first = next(m["content"] for m in prompt["messages"] if m["role"] == "user")
-    return " ".join(re.findall(r"\w+|[^\w\s]", first.casefold()))
+    """The words of the first user turn: what an evaluation prompt is known by."""
+    return _words(next(m["content"] for m in prompt["messages"] if m["role"] == "user"))
+
+
+def _fingerprint(*parts: Any) -> bytes:
+    return hashlib.blake2b(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS), digest_size=16).digest()
+
+
+class Held(NamedTuple):
+    """A prompt in few bytes: a million of them have to fit into memory."""
+
+    id: str
+    category: str
+    source: str
+    opening: bytes
+    """Of the words of the first user turn."""
+    whole: bytes
+    """Of the words of all turns, the system prompt and the tools: two prompts with the same are duplicates."""
+    row: bytes
+    """The prompt as JSON."""
+
+    @classmethod
+    def of(cls, prompt: Prompt) -> "Held":
+        turns = [(message["role"], _words(message["content"])) for message in prompt["messages"]]
+        return cls(
+            prompt["id"],
+            sys.intern(prompt["category"]),
+            sys.intern(prompt["source"]),
+            _fingerprint(next(words for role, words in turns if role == "user")),
+            _fingerprint(turns, prompt.get("tools")),
+            # copied, because what orjson returns keeps the far larger block that it was written into
+            bytes(memoryview(orjson.dumps(prompt))),
+        )
+
+    def renamed(self, name: str) -> "Held":
+        return self._replace(id=name, row=orjson.dumps({**orjson.loads(self.row), "id": name}))
+
+
+def _distinct(prompts: list[Held]) -> list[Held]:
+    """The first of every set of duplicates, in order."""
+    seen: set[bytes] = set()
+    return [p for p in prompts if not (p.whole in seen or seen.add(p.whole))]  # type: ignore[func-returns-value]
+
+
+def _with_own_ids(prompts: list[Held]) -> list[Held]:
+    """Where an id names several prompts, each gets its source before it, and a digest behind it where that is not
+    enough; an id of its own is never changed."""
+    ids = Counter(prompt.id for prompt in prompts)
+    names = Counter(f"{prompt.source}-{prompt.id}" for prompt in prompts if ids[prompt.id] > 1)
+
+    def own(prompt: Held) -> Held:
+        if ids[prompt.id] == 1:
+            return prompt
+        name = f"{prompt.source}-{prompt.id}"
+        return prompt.renamed(name if names[name] + ids[name] == 1 else f"{name}-{prompt.whole.hex()}")
+
+    return [own(prompt) for prompt in prompts]
+
+
+def _split_off(prompts: list[Held], per_category: int) -> tuple[list[Held], list[Held]]:
+    """(held out, kept). Conversations that begin as others do are held out last: that beginning is trained on."""
+    openings = Counter(prompt.opening for prompt in prompts)
+    alone = (prompt for prompt in prompts if openings[prompt.opening] == 1)
+    alike = (prompt for prompt in prompts if openings[prompt.opening] > 1)
+    taken: Counter[str] = Counter()
+    held_out: dict[bytes, Held] = {}
+    for prompt in itertools.chain(alone, alike):
+        if taken[prompt.category] < per_category:
+            taken[prompt.category] += 1
+            held_out[prompt.whole] = prompt
+    return list(held_out.values()), [prompt for prompt in prompts if prompt.whole not in held_out]
+
+
+def _write(path: Path, prompts: list[Held]) -> None:
+    """As `files.write_jsonl` does, row by row, so that a million rows are never held twice."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.writelines(prompt.row + b"\n" for prompt in prompts)
+    os.replace(temporary, path)
 
 
 def gather(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Stage `prompts`: writes prompts.jsonl, evaluation.jsonl and summary.json; returns the summary."""
-    settings = recipe.prompts
+    settings, tally = recipe.prompts, Tally()
 
-    def read(sources: tuple[Source, ...]) -> tuple[list[Prompt], int]:
-        batches = [read_source(source, settings.max_turns, settings.skip_bad, recipe.seed) for source in sources]
-        return [prompt for prompts, _ in batches for prompt in prompts], sum(bad for _, bad in batches)
+    def read(sources: tuple[Source, ...]) -> list[Held]:
+        held: list[Held] = []
+        for source in sources:
+            prompts = prompts_of(source, settings.max_turns, settings.skip_bad, recipe.seed, part := Tally())
+            held += _chosen(map(Held.of, prompts), source, recipe.seed)
+            tally.add(part)
+        return held
 
-    prompts, bad = read(settings.sources)
-    evaluation, bad_evaluation = read(settings.evaluation)
-    shuffler = random.Random(f"{recipe.seed}-prompts")
-    shuffler.shuffle(prompts)  # any beginning of the file is a fair sample of the mix
-    unique = list({normalised(prompt): prompt for prompt in reversed(prompts)}.values())[::-1]
-    duplicates = len(prompts) - len(unique)
-    if evaluation:
-        evaluated = {normalised(prompt) for prompt in evaluation}
-        kept = [prompt for prompt in unique if normalised(prompt) not in evaluated]
+    prompts = read(settings.sources)
+    evaluation = read(settings.evaluation)
+    random.Random(f"{recipe.seed}-prompts").shuffle(prompts)  # any beginning of the file is a fair sample of the mix
+    unique, judged = _distinct(prompts), _distinct(evaluation)
+    duplicates = len(prompts) - len(unique) + len(evaluation) - len(judged)
+    if judged:
+        asked = {prompt.opening for prompt in judged}
+        kept = [prompt for prompt in unique if prompt.opening not in asked]
     else:
-        taken: Counter[str] = Counter()
-        kept = []
-        for prompt in unique:
-            held_out = taken[prompt["category"]] < settings.held_out
-            (evaluation if held_out else kept).append(prompt)
-            taken[prompt["category"]] += held_out
+        judged, kept = _split_off(unique, settings.held_out)
     if not kept:
         raise DataError("prompts.sources: no training prompts are left after de-duplication and decontamination")
-    ids = Counter(prompt["id"] for prompt in kept)
-    clash = next((name for name, count in ids.items() if count > 1), None)
-    if clash:
-        raise DataError(f"prompts.sources: the id {clash!r} names two different prompts; make ids unique")
     summary = {
         "prompts": len(kept),
-        "evaluation_prompts": len(evaluation),
+        "evaluation_prompts": len(judged),
         "duplicates_dropped": duplicates,
         "contaminated_dropped": len(unique) - len(kept) if settings.evaluation else 0,
-        "bad_rows_skipped": bad + bad_evaluation,
-        "by_category": dict(Counter(prompt["category"] for prompt in kept)),
-        "by_source": dict(Counter(prompt["source"] for prompt in kept)),
+        "bad_rows_skipped": tally.bad,
+        "rows_without_prompt": tally.empty,
+        "left_out": dict(tally.left_out.most_common()),
+        "by_category": dict(Counter(prompt.category for prompt in kept)),
+        "by_source": dict(Counter(prompt.source for prompt in kept)),
     }
-    write_jsonl(out / "prompts.jsonl", kept)
-    write_jsonl(out / "evaluation.jsonl", evaluation)
+    _write(out / "prompts.jsonl", _with_own_ids(kept))
+    _write(out / "evaluation.jsonl", _with_own_ids(judged))
     write_json(out / "summary.json", summary)
     say(
         f"prompts: {summary['prompts']} to train on, {summary['evaluation_prompts']} to evaluate; dropped "
         f"{duplicates} duplicates, {summary['contaminated_dropped']} that occur in the evaluation set, "
-        f"{summary['bad_rows_skipped']} bad rows"
+        f"{tally.bad} bad rows, {tally.empty} rows without a prompt"
     )
+    if tally.left_out:
+        say(f"prompts: left out, in rows: {tally}")
     return summary

@@ -1,7 +1,8 @@
 """Stage 2: the target answers the prompts; its token ids are kept as they were generated.
 
-A completion is {"id", "category", "source", "ids", "spans", "finish_reason", "sampling"}: `ids` is the whole
-conversation, `spans` are the half-open ranges that the target wrote and that carry the loss.
+A completion is {"id", "category", "source", "ids", "spans", "finish_reason", "sampling", "document"}: `ids` is a
+conversation, `spans` are the half-open ranges that the target wrote and that carry the loss. A conversation whose turns
+are not prefixes of each other has several: `document` counts them, the first one has the prompt's id.
 """
 
 import time
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from draftsmith.data.templates import ChatFormat
+from draftsmith.data.templates import ChatFormat, Rendered
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.errors import DataError
 from draftsmith.files import digest, read_jsonl, write_json, write_jsonl
@@ -43,50 +44,98 @@ def shard_sampling(settings: RegenerateRecipe, shard: int) -> Sampling:
 
 @dataclass
 class Conversation:
-    """A prompt being answered: ids so far, where the target wrote, user turns still to come."""
+    """A prompt being answered: ids so far, where the target wrote, user turns still to come.
+
+    Where the history that is rendered for the next turn does not go on from what stands (reasoning dropped, another end
+    token, text that is tokenised otherwise), a new document begins; `documents` are those that ended.
+    """
 
     prompt: dict[str, Any]
     users: list[str]
     ids: list[int]
     spans: list[list[int]] = field(default_factory=list)
     finish_reason: str = ""
+    documents: list[tuple[list[int], list[list[int]]]] = field(default_factory=list)
 
     def extend(self, generation: Generation, chat: ChatFormat, max_prompt_tokens: int) -> bool:
         """Add an answer; True if another user turn follows it."""
-        start = len(self.ids)
-        self.ids = self.ids + generation.ids
+        asked, start = self.ids, len(self.ids)
+        self.ids = [*asked, *generation.ids]
         self.finish_reason = generation.finish_reason
         if generation.ids:
             self.spans.append([start, len(self.ids)])
         if not self.users or generation.finish_reason not in ("eos", "stop"):
             return False
-        after = chat.next_turn(generation.ids, self.users.pop(0))
-        if len(self.ids) + len(after) > max_prompt_tokens:
+        assert isinstance(asked, Rendered)
+        try:
+            following = chat.next_turn(asked, generation, self.users.pop(0))
+        except DataError:  # the template refuses this turn: what was answered before it stands
             return False
-        self.ids = self.ids + after
+        if len(following) > max_prompt_tokens:
+            return False
+        if following[: len(self.ids)] != self.ids:
+            self._end_document()
+        self.ids = following
         return True
 
-    def completion(self, sampling: Sampling) -> Completion:
-        """The row as it stands; a user turn that nobody answered is left out."""
-        return {
-            **{key: self.prompt[key] for key in ("id", "category", "source")},
-            "ids": self.ids[: self.spans[-1][1]] if self.spans else self.ids,
-            "spans": self.spans,
-            "finish_reason": self.finish_reason,
-            "sampling": [sampling.temperature, sampling.top_p, sampling.top_k],
-        }
+    def _end_document(self) -> None:
+        if self.spans:
+            self.documents.append((self.ids[: self.spans[-1][1]], self.spans))
+        self.spans = []
+
+    def rows(self, sampling: Sampling) -> list[Completion]:
+        """One row for each document; a user turn that nobody answered is left out."""
+        documents = list(self.documents)
+        if self.spans or not documents:
+            documents.append((self.ids[: self.spans[-1][1]] if self.spans else list(self.ids), self.spans))
+        name = self.prompt["id"]
+        return [
+            {
+                "id": f"{name}#{number}" if number else name,
+                **{key: self.prompt[key] for key in ("category", "source")},
+                "ids": ids,
+                "spans": spans,
+                "finish_reason": self.finish_reason if number == len(documents) - 1 else "eos",
+                "sampling": [sampling.temperature, sampling.top_p, sampling.top_k],
+                "document": number,
+            }
+            for number, (ids, spans) in enumerate(documents)
+        ]
 
 
-def open_conversations(prompts: list[dict[str, Any]], chat: ChatFormat, max_prompt_tokens: int) -> list[Conversation]:
-    """The prompts that fit, as ids up to their first answer."""
+def open_conversations(
+    prompts: list[dict[str, Any]],
+    chat: ChatFormat,
+    max_prompt_tokens: int,
+    skip_bad: bool = False,
+    left_out: Counter[str] | None = None,
+) -> list[Conversation]:
+    """The prompts that fit, as ids up to their first answer; `left_out` counts the others by reason.
+
+    A prompt that the chat template refuses is a `DataError` that names it, or counted with `skip_bad`.
+    """
     opened = []
+    left_out = Counter() if left_out is None else left_out
     for prompt in prompts:
         users = [m["content"] for m in prompt["messages"] if m["role"] == "user"]
         system = next((m["content"] for m in prompt["messages"] if m["role"] == "system"), None)
-        ids = chat.first_turn(users[0], system)
-        if len(ids) <= max_prompt_tokens:
-            opened.append(Conversation(prompt, users[1:], ids))
+        try:
+            ids = chat.first_turn(users[0], system, prompt.get("tools"))
+        except DataError as error:
+            if not skip_bad:
+                raise DataError(f"prompt {prompt['id']!r}: {error}; mend it or pass --prompts.skip-bad") from None
+            left_out["refused by the chat template"] += 1
+            continue
+        if len(ids) > max_prompt_tokens:
+            left_out["longer than regenerate.max_prompt_tokens"] += 1
+            continue
+        opened.append(Conversation(prompt, users[1:], ids))
     return opened
+
+
+def longest_prompt(settings: RegenerateRecipe, context: int | None) -> int:
+    """Tokens that a prompt may have: one of the context is left for the answer."""
+    return min(settings.max_prompt_tokens, context - 1) if context else settings.max_prompt_tokens
 
 
 def answer(
@@ -98,7 +147,7 @@ def answer(
     seed: int,
     max_tokens: int | None = None,
 ) -> Iterator[tuple[int, Completion | None]]:
-    """Let the target write every turn; yields (tokens written, the completion if that was its last turn).
+    """Let the target write every turn; yields (tokens written, a finished row if there is one).
 
     Once `max_tokens` are written no turn is begun: what is being written is finished, a conversation that waits for its
     next answer ends with the last one, and one without any answer yields nothing.
@@ -108,7 +157,7 @@ def answer(
         following = []
         waiting = dict(enumerate(conversations))
         for index, generation in target.generate(
-            [conversation.ids for conversation in conversations],
+            [list(conversation.ids) for conversation in conversations],
             sampling,
             settings.max_new_tokens,
             chat.stop,
@@ -118,12 +167,14 @@ def answer(
         ):
             conversation = waiting.pop(index)
             written += len(generation.ids)
+            yield len(generation.ids), None
             if conversation.extend(generation, chat, settings.max_prompt_tokens):
                 following.append(conversation)
-                yield len(generation.ids), None
             else:
-                yield len(generation.ids), conversation.completion(sampling)
-        yield from ((0, conversation.completion(sampling)) for conversation in waiting.values() if conversation.spans)
+                yield from ((0, row) for row in conversation.rows(sampling))
+        for conversation in waiting.values():
+            if conversation.spans or conversation.documents:
+                yield from ((0, row) for row in conversation.rows(sampling))
         conversations = following
         turn += 1
 
@@ -132,7 +183,8 @@ class Tally:
     """What a regeneration made: becomes summary.json and, for what this process wrote itself, timing.json."""
 
     def __init__(self) -> None:
-        self.tokens = self.written = self.too_long = 0
+        self.tokens = self.written = 0
+        self.left_out: Counter[str] = Counter()
         self.started = time.monotonic()
         self._empty = 0
         self._finish_reasons = dict.fromkeys(("eos", "stop", "length", "loop"), 0)
@@ -157,7 +209,8 @@ class Tally:
             "completions": sum(self._finish_reasons.values()),
             "finish_reasons": self._finish_reasons,
             "empty": self._empty,
-            "prompts_too_long": self.too_long,
+            "prompts_too_long": self.left_out["longer than regenerate.max_prompt_tokens"],
+            "prompts_refused": self.left_out["refused by the chat template"],
             "tokens_by_category": dict(sorted(self._by_category.items())),
         }
         write_json(out / "summary.json", summary)
@@ -172,7 +225,7 @@ class Tally:
         say(
             f"regenerate: {self.tokens:,} completion tokens in {summary['completions']:,} completions "
             f"({', '.join(f'{n} {r}' for r, n in self._finish_reasons.items() if n)}; {self._empty} empty, "
-            f"{self.too_long} prompts too long)"
+            f"{summary['prompts_too_long']} prompts too long, {summary['prompts_refused']} refused by the template)"
         )
         return summary
 
@@ -189,6 +242,7 @@ def regenerate(recipe: Recipe, target: Target, chat: ChatFormat, prompts_file: P
     out.mkdir(parents=True, exist_ok=True)
     shards = [prompts[i : i + settings.shard_prompts] for i in range(0, len(prompts), settings.shard_prompts)]
     total, tally = settings.max_tokens, Tally()
+    longest = longest_prompt(settings, getattr(target.identity, "max_position_embeddings", None))
     with Meter("regenerate", total or len(prompts), "tokens" if total else "prompts") as meter:
         for number, shard in enumerate(shards):
             path = out / f"{number:05d}.jsonl"
@@ -200,10 +254,10 @@ def regenerate(recipe: Recipe, target: Target, chat: ChatFormat, prompts_file: P
                 continue
             if unused.exists():
                 unused.replace(path)
-            opened = open_conversations(shard, chat, settings.max_prompt_tokens)
+            opened = open_conversations(shard, chat, longest, recipe.prompts.skip_bad, tally.left_out)
             rows = list(read_jsonl(path)) if path.exists() else []
             tokens = sum(len(loss_tokens(row)) for row in rows)
-            if len(rows) == len(opened) and (left is None or tokens < left):
+            if sum(row["document"] == 0 for row in rows) == len(opened) and (left is None or tokens < left):
                 meter.resume(meter.done + (tokens if total else len(shard)))
             else:
                 sampling, seed = shard_sampling(settings, number), int(digest(recipe.seed, number), 16)
@@ -212,10 +266,10 @@ def regenerate(recipe: Recipe, target: Target, chat: ChatFormat, prompts_file: P
                     tally.written += new_tokens
                     if row:
                         rows.append(row)
-                    meter.advance(new_tokens if total else int(row is not None), new_tokens)
+                    answered = row is not None and row["document"] == 0
+                    meter.advance(new_tokens if total else int(answered), new_tokens)
                 rows.sort(key=lambda row: row["id"])
                 write_jsonl(path, rows)
-            tally.too_long += len(shard) - len(opened)
             for row in rows:
                 tally.add(row)
     return tally.finish(out)

@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from draftsmith.data.regenerate import Completion, Conversation, Tally, loss_tokens, open_conversations
+from draftsmith.data.regenerate import Completion, Conversation, Tally, longest_prompt, loss_tokens, open_conversations
 from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.files import digest, read_jsonl, write_json, write_jsonl
@@ -44,6 +44,7 @@ class ServedRegeneration:
         out.mkdir(parents=True, exist_ok=True)
         self.prompts = list(read_jsonl(prompts_file))
         self.total = self.settings.max_tokens
+        self.longest = longest_prompt(self.settings, target.identity.max_position_embeddings)
         self.tally = Tally()
         self.meter = Meter("regenerate", self.total or len(self.prompts), "tokens" if self.total else "prompts")
 
@@ -57,7 +58,7 @@ class ServedRegeneration:
             for row in held_rows(path):
                 done.add(row["id"])
                 self.tally.add(row)
-                self.meter.resume(self.meter.done + (len(loss_tokens(row)) if self.total else 1))
+                self.meter.resume(self.meter.done + (len(loss_tokens(row)) if self.total else row["document"] == 0))
         self.waiting = iter([(i, p) for i, p in enumerate(self.prompts) if p["id"] not in done])
         known = self.out / "server.json"
         with self.meter:
@@ -76,21 +77,23 @@ class ServedRegeneration:
         for place, prompt in self.waiting:
             if self.total and self.tally.tokens >= self.total:
                 return
-            opened = open_conversations([prompt], self.chat, self.settings.max_prompt_tokens)
+            opened = open_conversations(
+                [prompt], self.chat, self.longest, self.recipe.prompts.skip_bad, self.tally.left_out
+            )
             if not opened:
-                self.tally.too_long += 1
                 continue
-            row = await self._converse(opened[0])
-            self.tally.add(row)
-            with self.path(place).open("ab") as file:
-                file.write(orjson.dumps(row) + b"\n")
+            rows = await self._converse(opened[0])
+            for row in rows:
+                self.tally.add(row)
+            with self.path(place).open("ab") as file:  # in one write, the first row last: it says that all are there
+                file.write(b"".join(orjson.dumps(row) + b"\n" for row in reversed(rows)))
 
-    async def _converse(self, conversation: Conversation) -> Completion:
+    async def _converse(self, conversation: Conversation) -> list[Completion]:
         name = conversation.prompt["id"]
         sampling = prompt_sampling(self.settings, self.recipe.seed, name)
         for turn in itertools.count():
             generation = await self.target.complete(
-                conversation.ids,
+                list(conversation.ids),
                 sampling,
                 self.settings.max_new_tokens,
                 self.chat.stop,
@@ -103,4 +106,4 @@ class ServedRegeneration:
                 break
         if not self.total:
             self.meter.advance(1)
-        return conversation.completion(sampling)
+        return conversation.rows(sampling)

@@ -1,64 +1,157 @@
-"""Conversations to token ids, turn by turn, with nothing ever tokenised twice."""
+"""Conversations to token ids, turn by turn, as a server's chat endpoint would be asked for each turn.
 
-from jinja2 import TemplateError
+What the target wrote is kept as the ids that it generated. The history before the next answer is rendered anew by the
+chat template, which is what a server does: reasoning of past turns disappears where the template drops it, and a past
+turn ends with the template's own token, whatever ended the generation.
+"""
+
+import contextlib
+import ctypes
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from draftsmith.errors import DataError
-from draftsmith.recipe import Template
+from draftsmith.recipe import Recipe, Template
+from draftsmith.targets.base import Generation
 
-_MARK = "\u241edraftsmith-turn\u241e"
+# What ends a model's reasoning; clients send back what follows it. DeepSeek-R1, Qwen3, MiniMax-M2, GLM and others;
+# Mistral's Magistral; gpt-oss' final channel; Seed-OSS.
+REASONING_ENDS = ("</think>", "[/THINK]", "<|channel|>final<|message|>", "</seed:think>")
+RENDER_S = 10.0  # a template that takes longer is broken or hostile
+RENDER_CHARACTERS = 50_000_000
+
+Message = dict[str, Any]
+
+
+class TemplateTimeout(BaseException):
+    """Raised inside a template that does not come to an end; no `except Exception` of its own can swallow it."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises `TemplateTimeout` in this thread once the time is over; works for Python code in any thread."""
+    thread, guard, over = threading.get_ident(), threading.Lock(), False
+
+    def interrupt() -> None:
+        with guard:
+            if not over:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TemplateTimeout))
+
+    timer = threading.Timer(seconds, interrupt)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        with guard:
+            over = True
+        timer.cancel()
+
+
+class Rendered(list[int]):
+    """Ids of a conversation up to where the next answer begins, and the messages that they render."""
+
+    def __init__(self, ids: Sequence[int], messages: Sequence[Message], tools: list[Any] | None = None):
+        super().__init__(ids)
+        self.messages, self.tools = list(messages), tools
 
 
 class ChatFormat:
-    """Renders the ids that stand before each assistant turn.
+    """Renders the ids that stand before each answer.
 
-    With a recipe template the texts are the recipe's; otherwise they come from the tokenizer's own chat template.
+    With a recipe template the texts are the recipe's; otherwise they come from the tokenizer's own chat template, which
+    is given `options` (`target.template_options`) and a prompt's tools. `rows`: of the target's embedding.
     """
 
-    def __init__(self, tokenizer, template: Template | None):
+    def __init__(
+        self,
+        tokenizer,
+        template: Template | None,
+        options: Mapping[str, Any] | None = None,
+        rows: int | None = None,
+    ):
         if template is None and not tokenizer.chat_template:
             raise DataError(
                 "target.template: the tokenizer has no chat template; give one, for example "
                 '{user: "User: {content}\\n", assistant: "Assistant:", stop: ["\\nUser:"]}'
             )
-        self.tokenizer = tokenizer
-        self.template = template
+        self.tokenizer, self.template, self.options, self.rows = tokenizer, template, dict(options or {}), rows
         self.stop: tuple[str, ...] = template.stop if template else ()
 
-    def first_turn(self, user: str, system: str | None = None) -> list[int]:
-        """Ids up to where the first assistant turn begins."""
+    @classmethod
+    def of(cls, recipe: Recipe, target: Any) -> "ChatFormat":
+        """The format of a run: its target's tokenizer, and what the recipe says of the template."""
+        return cls(target.tokenizer, recipe.target.template, recipe.target.template_options, target.identity.vocab_size)
+
+    def first_turn(self, user: str, system: str | None = None, tools: list[Any] | None = None) -> Rendered:
+        """Ids up to where the first answer begins; raises `DataError` where the template refuses the conversation."""
+        messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": user}]
         if self.template:
             system_text = f"{system}\n\n" if system else ""
-            text = (
-                self.template.prefix
-                + system_text
-                + self.template.user.replace("{content}", user)
-                + self.template.assistant
-            )
-            return self.tokenizer(text).input_ids
-        return self.tokenizer(self._render(self._messages(user, system)), add_special_tokens=False).input_ids
+            turn = self.template.user.replace("{content}", user) + self.template.assistant
+            return self._known(self.tokenizer(self.template.prefix + system_text + turn).input_ids, messages)
+        return self._render(messages, tools)
 
-    def next_turn(self, previous_ids: list[int], user: str) -> list[int]:
-        """Ids between the end of an assistant turn and the start of the next one.
-
-        The end-of-turn token is left out if the completion already produced it.
-        """
-        if self.template:
+    def next_turn(self, asked: Rendered, answer: Generation, user: str) -> Rendered:
+        """Ids before the next answer, after `answer` to what was `asked` and the user's reply to it."""
+        messages = [*asked.messages, self._as_message(answer), {"role": "user", "content": user}]
+        if self.template:  # texts joined by hand: nothing is tokenised twice
             text = self.template.close + self.template.user.replace("{content}", user) + self.template.assistant
-        else:
-            rendered = self._render(
-                [*self._messages(".", None), {"role": "assistant", "content": _MARK}, {"role": "user", "content": user}]
-            )
-            if _MARK not in rendered:
-                raise DataError("target.template: the chat template drops assistant turns; use prompts.max_turns: 1")
-            text = rendered.split(_MARK, 1)[1]
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        return ids[1:] if previous_ids and ids and ids[0] == previous_ids[-1] else ids
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids
+            return self._known([*asked, *answer.ids, *ids], messages)
+        return self._render(messages, asked.tools)
 
-    def _messages(self, user: str, system: str | None) -> list[dict[str, str]]:
-        return ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": user}]
+    def _as_message(self, answer: Generation) -> Message:
+        """The answer as a client sends it back: without its end token, the reasoning apart."""
+        ids = answer.ids[:-1] if answer.finish_reason == "eos" else answer.ids
+        start = self._after_reasoning(ids)
+        message = {"role": "assistant", "content": self.tokenizer.decode(ids[start:], skip_special_tokens=True)}
+        if start:
+            message["content"] = message["content"].strip()
+            reasoning = self.tokenizer.decode(ids[:start], skip_special_tokens=False)
+            for mark in ("<think>", "[THINK]", *REASONING_ENDS):
+                reasoning = reasoning.replace(mark, "")
+            message["reasoning_content"] = reasoning.strip()
+        return message
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    def _after_reasoning(self, ids: Sequence[int]) -> int:
+        """Index of the first token after the last end of reasoning; 0 where there is none."""
+        whole = self.tokenizer.decode(ids, skip_special_tokens=False)
+        found = [mark for mark in REASONING_ENDS if mark in whole]
+        if not found:
+            return 0
+        count = sum(whole.count(mark) for mark in found)
+        low, high = 0, len(ids)  # the shortest beginning that holds every mark
+        while low < high:
+            middle = (low + high) // 2
+            text = self.tokenizer.decode(ids[:middle], skip_special_tokens=False)
+            low, high = (low, middle) if sum(text.count(mark) for mark in found) >= count else (middle + 1, high)
+        return low
+
+    def _render(self, messages: Sequence[Message], tools: list[Any] | None) -> Rendered:
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:  # such as "system role not supported"
-            raise DataError(f"target.template: the tokenizer's chat template refuses a conversation: {error}") from None
+            with time_limit(RENDER_S):
+                text = self.tokenizer.apply_chat_template(
+                    messages, tools=tools, tokenize=False, add_generation_prompt=True, **self.options
+                )
+        except TemplateTimeout:
+            raise DataError(
+                f"target.template: the tokenizer's chat template did not end within {RENDER_S:g} s"
+            ) from None
+        except Exception as error:  # a template is a program from outside: it raises what it likes
+            told = " ".join(str(error).split())[:200]
+            raise DataError(
+                f"target.template: the tokenizer's chat template refuses a conversation: {type(error).__name__}: {told}"
+            ) from None
+        if len(text) > RENDER_CHARACTERS:
+            raise DataError(f"target.template: the chat template makes {len(text):,} characters of one prompt")
+        return self._known(self.tokenizer(text, add_special_tokens=False).input_ids, messages, tools)
+
+    def _known(self, ids: list[int], messages: Sequence[Message], tools: list[Any] | None = None) -> Rendered:
+        """Some tokenizers have tokens (images) for which the model has no row: a text that holds one is refused."""
+        beyond = next((i for i in ids if self.rows is not None and i >= self.rows), None)
+        if beyond is not None:
+            token = self.tokenizer.convert_ids_to_tokens(beyond)
+            raise DataError(f"the text holds the token {token} ({beyond}), and the target has {self.rows} rows")
+        return Rendered(ids, messages, tools)

@@ -8,12 +8,11 @@ Shapes: W verified tokens, K taps, H hidden, V vocabulary.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from draftsmith.decoding.cache import StaticCache
 from draftsmith.decoding.sampling import Sampling, probabilities
 from draftsmith.decoding.tree import DraftTree, Shape, grow_tree
 from draftsmith.decoding.verify import Verdict, verify_greedy, verify_sampling
@@ -26,6 +25,9 @@ class VerifyingTarget(Protocol):
     device: torch.device
     eos_ids: frozenset[int]
 
+    @property
+    def context(self) -> int: ...
+    def new_cache(self, capacity: int) -> Any: ...
     def prefill(
         self, cache, rows: list[int], prompts: list[list[int]], taps: Sequence[int]
     ) -> tuple[Tensor, Tensor]: ...
@@ -137,7 +139,7 @@ class Decoder:
 
     def __init__(self, target: VerifyingTarget, drafter: Drafter | None = None, capacity: int = 1024):
         self.target, self.drafter = target, drafter
-        self._cache = StaticCache(1, capacity)  # buffers are kept between sequences
+        self._cache = target.new_cache(capacity)  # buffers are kept between sequences
         self._taps = tuple(drafter.taps) if drafter else ()
 
     @torch.inference_mode()
@@ -152,6 +154,7 @@ class Decoder:
     ) -> Decoded:
         """Decode until an end token, `max_new_tokens`, or `ends(ids)`, which returns the length to cut to."""
         target, drafter = self.target, self.drafter
+        max_new_tokens = min(max_new_tokens, target.context - len(prompt))  # no text runs past the context
         generator = torch.Generator().manual_seed(seed)
         result = Decoded()
         taps, last = target.prefill(self._cache, [0], [prompt], self._taps)

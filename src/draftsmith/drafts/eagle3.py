@@ -5,16 +5,18 @@ Draft position t sees the feature of token t and the embedding of token t + 1 an
 Parameter names are those of the checkpoint file. Embeddings are the target's and no part of the draft.
 
 Shapes: ... any leading dimensions, W query tokens, L cached positions, K taps, H hidden, V target vocabulary,
-D draft vocabulary.
+D draft vocabulary. Taps are as wide as the target, which is H unless `target_hidden_size` says otherwise.
 """
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from draftsmith.drafts.layers import Attention, RMSNorm, SwiGLU, rope_table, rotate
+from draftsmith.drafts.layers import Attention, RMSNorm, SwiGLU, rope_frequencies, rope_table, rotate
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,18 @@ class Eagle3Config:
     rms_norm_eps: float = 1e-6
     norm_before_fc: bool = False
     fc_norm: bool = False
+    target_hidden_size: int | None = None
+    """Width of the taps where it is not the draft's own."""
+    rope_scaling: dict[str, Any] | None = None
+    """As in config.json, with `rope_type` linear, llama3 or yarn."""
+
+    @property
+    def tap_size(self) -> int:
+        return self.target_hidden_size or self.hidden_size
 
     def to_dict(self) -> dict:
-        return {**asdict(self), "taps": list(self.taps)}
+        told = {name: value for name, value in asdict(self).items() if value is not None}
+        return {**told, "taps": list(self.taps)}
 
     @classmethod
     def from_dict(cls, values: dict) -> "Eagle3Config":
@@ -78,12 +89,12 @@ class Eagle3Draft(nn.Module):
     def __init__(self, config: Eagle3Config):
         super().__init__()
         self.config = config
-        size, taps = config.hidden_size, len(config.taps)
+        size, taps, tap_size = config.hidden_size, len(config.taps), config.tap_size
         if config.norm_before_fc:
-            self.input_norm = RMSNorm(taps * size, config.rms_norm_eps)
+            self.input_norm = RMSNorm(taps * tap_size, config.rms_norm_eps)
         if config.fc_norm:
-            self.fc_norm = nn.ModuleList([RMSNorm(size, config.rms_norm_eps) for _ in range(taps)])
-        self.fc = nn.Linear(taps * size, size, bias=False)
+            self.fc_norm = nn.ModuleList([RMSNorm(tap_size, config.rms_norm_eps) for _ in range(taps)])
+        self.fc = nn.Linear(taps * tap_size, size, bias=False)
         self.midlayer = DraftLayer(config)
         self.norm = RMSNorm(size, config.rms_norm_eps)
         self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
@@ -106,6 +117,17 @@ class Eagle3Draft(nn.Module):
         self.lm_head.weight.copy_(head_rows_DH)
         deviation = (head_rows_DH.float() * norm_gain_H.float()).square().sum(1).mean().sqrt()
         self.norm.weight.copy_(norm_gain_H / deviation)
+
+    @cached_property
+    def _rope(self) -> tuple[Tensor, float]:
+        config = self.config
+        return rope_frequencies(
+            config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings or 2048
+        )
+
+    def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [..., 1, head_dim] at positions [...]."""
+        return rope_table(positions, *self._rope, dtype)
 
     def fuse(self, taps: Tensor) -> Tensor:
         """Features [..., H] from the target's taps [..., K, H]."""
@@ -134,7 +156,7 @@ class Eagle3Draft(nn.Module):
         """
         layer, attn = self.midlayer, self.midlayer.self_attn
         x = torch.cat([layer.input_layernorm(embeds_WH), layer.hidden_norm(features_WH)], dim=-1)
-        table = rope_table(positions_W, attn.head_dim, self.config.rope_theta, x.dtype)
+        table = self.rope(positions_W, x.dtype)
         query = rotate(attn.q_proj(x).unflatten(-1, (attn.num_heads, -1)), table)
         key = rotate(attn.k_proj(x).unflatten(-1, (attn.num_kv_heads, -1)), table)
         value = attn.v_proj(x).unflatten(-1, (attn.num_kv_heads, -1))

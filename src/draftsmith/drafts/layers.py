@@ -3,6 +3,8 @@
 Shapes: ... any leading dimensions, N heads, D head dimension, H hidden.
 """
 
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,12 +45,38 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
 
 
-def rope_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_frequencies(head_dim: int, theta: float, scaling: dict | None, context: int) -> tuple[Tensor, float]:
+    """(angle per position [D/2] in fp64, gain of cos and sin).
+
+    `scaling` is a config.json's `rope_scaling` with its `rope_type`, computed by the functions that transformers' own
+    models use; `context` is max_position_embeddings, which they take for the original context where none is named.
+    """
+    if not scaling:
+        return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim), 1.0
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    logger = logging.getLogger("transformers.modeling_rope_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of contexts that a draft need not have
+    config = LlamaConfig(
+        hidden_size=head_dim,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=head_dim,
+        max_position_embeddings=context,
+        rope_parameters={**scaling, "rope_theta": theta},
+    )
+    frequencies, gain = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config)
+    logger.setLevel(level)
+    return frequencies.double(), gain
+
+
+def rope_table(positions: Tensor, frequencies: Tensor, gain: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [..., 1, D] for integer positions [...] (half-split layout, as Llama in transformers)."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim)
-    angle = positions[..., None].double() * frequency
+    angle = positions[..., None].double() * frequencies.to(positions.device)
     angle = torch.cat([angle, angle], dim=-1)[..., None, :]
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    return (angle.cos() * gain).to(dtype), (angle.sin() * gain).to(dtype)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from draftsmith.data.packing import Pack
 from draftsmith.drafts.chain_attention import ChainAttention
 from draftsmith.drafts.eagle3 import Eagle3Draft
-from draftsmith.drafts.layers import rope_table, rotate
+from draftsmith.drafts.layers import rotate
 
 
 def ttt_outputs(draft: Eagle3Draft, pack: Pack, taps_TKH: Tensor, embeds_TH: Tensor, steps: int) -> list[Tensor]:
@@ -41,7 +41,7 @@ def ttt_outputs(draft: Eagle3Draft, pack: Pack, taps_TKH: Tensor, embeds_TH: Ten
     features_TH = draft.fuse(taps_TKH)
     kv = F.linear(layer.hidden_norm(features_TH), from_feature[query_size:]) + embed_qkv[following_T, query_size:]
     key0, value0 = keys_and_values(kv)
-    key0 = rotate(key0, rope_table(positions_T, attn.head_dim, config.rope_theta, dtype))
+    key0 = rotate(key0, draft.rope(positions_T, dtype))
 
     feature = features_TH[chains_R]
     own_keys: list[Tensor] = []
@@ -49,7 +49,7 @@ def ttt_outputs(draft: Eagle3Draft, pack: Pack, taps_TKH: Tensor, embeds_TH: Ten
     outputs: list[Tensor] = []
     for step in range(steps):
         beside = (chains_R + 1 + step).clamp(max=last)
-        table = rope_table(positions_T[chains_R] + step, attn.head_dim, config.rope_theta, dtype)
+        table = draft.rope(positions_T[chains_R] + step, dtype)
         normed = layer.hidden_norm(feature)
         if step:
             query, kv = (F.linear(normed, from_feature) + embed_qkv[beside]).tensor_split([query_size], dim=-1)

@@ -25,13 +25,13 @@ from typing import Any
 import torch
 
 from draftsmith.data.loops import loop_onset
-from draftsmith.data.regenerate import open_conversations
+from draftsmith.data.regenerate import longest_prompt, open_conversations
 from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.speculate import Decoder, Eagle3Drafter
 from draftsmith.decoding.tree import Shape
-from draftsmith.drafts.checkpoint import Reading, load_draft
-from draftsmith.errors import CheckpointError, DataError
+from draftsmith.drafts.checkpoint import Reading, load_draft, own_embedding
+from draftsmith.errors import CheckpointError, DataError, TargetError
 from draftsmith.evaluation.acceptance import PromptAcceptance, bootstrap_tau, count, oracle_walk, summarise, tau_text
 from draftsmith.evaluation.lossless import compare, greedy_identity, lossless_verdict
 from draftsmith.evaluation.profile import accept_profile
@@ -61,13 +61,21 @@ def balanced(prompts: list[dict], limit: int | None) -> list[dict]:
 def drafter_for(target: LocalTarget, directory: Path, dtype: str, reading: Reading | None = None) -> Eagle3Drafter:
     """`reading`: how to take the taps of a draft that others made (drafts/checkpoint.py)."""
     draft, ids = load_draft(directory, DTYPES[dtype], target.identity.num_layers, reading)
-    if draft.config.hidden_size != target.identity.hidden_size or draft.config.vocab_size != target.identity.vocab_size:
+    if draft.config.tap_size != target.identity.hidden_size or draft.config.vocab_size != target.identity.vocab_size:
         raise CheckpointError(
-            f"{directory}: made for hidden size {draft.config.hidden_size} and {draft.config.vocab_size} tokens, but "
+            f"{directory}: made for hidden size {draft.config.tap_size} and {draft.config.vocab_size} tokens, but "
             f"{target.identity.model} has {target.identity.hidden_size} and {target.identity.vocab_size}"
         )
     target.check_taps(draft.config.taps)
-    return Eagle3Drafter(draft.to(target.device), ids, target.embedding_rows())
+    embedding = own_embedding(directory)
+    if embedding is None:
+        embedding = target.embedding_rows()
+    if embedding.shape[1] != draft.config.hidden_size:
+        raise CheckpointError(
+            f"{directory}: the draft reads embeddings {draft.config.hidden_size} wide, but those of "
+            f"{target.identity.model} are {embedding.shape[1]} wide; it needs an embed_tokens.weight of its own"
+        )
+    return Eagle3Drafter(draft.to(target.device), ids, embedding)
 
 
 class Evaluation:
@@ -75,20 +83,37 @@ class Evaluation:
         self, recipe: Recipe, target: LocalTarget, directory: Path, prompts_file: Path, reading: Reading | None = None
     ):
         self.recipe, self.settings, self.target, self.directory = recipe, recipe.evaluate, target, directory
-        chat = ChatFormat(target.tokenizer, recipe.target.template)
+        chat = ChatFormat.of(recipe, target)
         available = list(read_jsonl(prompts_file))
         chosen = balanced(available, self.settings.prompts)
         self.available = len(available)
-        opened = open_conversations(chosen, chat, recipe.regenerate.max_prompt_tokens)
+        longest = longest_prompt(recipe.regenerate, target.context)
+        opened = open_conversations(chosen, chat, longest, recipe.prompts.skip_bad)
         self.prompts = [(c.prompt["id"], c.prompt["category"], c.ids) for c in opened]
         if not opened:
             raise DataError("evaluate: no evaluation prompt is shorter than regenerate.max_prompt_tokens; raise it")
         self.stop = chat.stop
         self.ends = partial(stop_length, target.tokenizer, stop=chat.stop) if chat.stop else None
         self.shapes = [Shape(s.steps, s.topk, s.draft_tokens) for s in self.settings.shapes]
+        if target.library is not None:
+            self._only_what_the_library_verifies(target.library.can_cut_back)
         self.plain = Decoder(target)
         self.drafter = drafter_for(target, directory, recipe.target.dtype, reading)
         self.speculative = Decoder(target, self.drafter)
+
+    def _only_what_the_library_verifies(self, chains: bool) -> None:
+        """Chains where a rejected token can be forgotten, else nothing."""
+        if not chains:
+            raise TargetError(
+                f"evaluate.engine: {self.target.identity.architecture} keeps a state that cannot be cut back, so only "
+                "an engine verifies its drafts; give --evaluate.engine vllm or sglang"
+            )
+        left_out = [str(shape) for shape in self.shapes if shape.topk > 1]
+        self.shapes = [shape for shape in self.shapes if shape.topk == 1]
+        if left_out:
+            say(f"evaluate: {', '.join(left_out)} left out; transformers' own forward verifies chains only")
+        if not self.shapes:
+            raise TargetError("evaluate.shapes: none that can be verified here; add steps: 3, topk: 1, draft_tokens: 4")
 
     def answers(self) -> list[list[int]]:
         """Greedy answers of the target alone to the prompts that `profile` reads."""
@@ -100,7 +125,8 @@ class Evaluation:
         prompts = [ids for _, _, ids in self.prompts[:PROFILE_PROMPTS]]
         ids_D = torch.tensor(self.drafter.ids)
         length = self.settings.max_new_tokens
-        return accept_profile(self.target, self.drafter.draft, ids_D, prompts, length, self.stop)
+        drafter = self.drafter
+        return accept_profile(self.target, drafter.draft, ids_D, prompts, length, self.stop, drafter.embedding_VH)
 
     def acceptance(self, shape: Shape, temperature: float) -> dict[str, Any]:
         settings = self.settings

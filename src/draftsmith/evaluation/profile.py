@@ -32,16 +32,21 @@ def token_ranks(logits_RD: Tensor, ids_D: Tensor, wanted_R: Tensor, ranks: int) 
 
 @torch.inference_mode()
 def rank_walks(
-    target: Target, draft: Eagle3Draft, ids_D: Tensor, texts: Sequence[tuple[list[int], list[int]]]
+    target: Target,
+    draft: Eagle3Draft,
+    ids_D: Tensor,
+    texts: Sequence[tuple[list[int], list[int]]],
+    embedding_VH: Tensor | None = None,
 ) -> list[list[str]]:
     """For every text, and every position in it that can draft, the ranks of the tokens that came: a digit per depth.
 
     texts: (prompt ids, ids that the target continued it with). Position s of a text is a root with token s + 1 known;
-    its string is shorter than DEPTH where the text ends.
+    its string is shorter than DEPTH where the text ends. `embedding_VH`: the draft's, where it is not the target's.
     """
     walks: list[list[str]] = []
     device = draft.fc.weight.device
-    embedding, ids_D = target.embedding_rows(), ids_D.to(device)
+    embedding = target.embedding_rows() if embedding_VH is None else embedding_VH
+    ids_D = ids_D.to(device)
     with Meter("accept profile", len(texts), "prompts") as meter:
         for start in range(0, len(texts), PACK_PROMPTS):
             chosen = texts[start : start + PACK_PROMPTS]
@@ -85,6 +90,7 @@ def accept_profile(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     stop: tuple[str, ...] = (),
+    embedding_VH: Tensor | None = None,
 ) -> dict[str, Any] | None:
     """results.json's `profile`: {prompts, positions, table, walks}, see `rank_table` and `rank_walks`.
 
@@ -95,7 +101,7 @@ def accept_profile(
     for index, prompt in enumerate(prompts):
         ids = answers[index].ids
         texts.append((prompt, ids[: loop_onset(ids)]))
-    walks = rank_walks(target, draft, ids_D, texts)
+    walks = rank_walks(target, draft, ids_D, texts, embedding_VH)
     if not walks:
         return None
     return {

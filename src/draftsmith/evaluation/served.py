@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.data.loops import loop_onset
-from draftsmith.data.regenerate import open_conversations
+from draftsmith.data.regenerate import longest_prompt, open_conversations
 from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.speculate import Decoded, Step
@@ -149,9 +149,10 @@ class ServedEvaluation:
         return results
 
     def open_prompts(self, target: ServedTarget) -> list[Prompt]:
-        self.chat = ChatFormat(target.tokenizer, self.recipe.target.template)
+        self.chat = ChatFormat.of(self.recipe, target)
         chosen = balanced(self.available, self.settings.prompts)
-        opened = open_conversations(chosen, self.chat, self.recipe.regenerate.max_prompt_tokens)
+        longest = longest_prompt(self.recipe.regenerate, target.identity.max_position_embeddings)
+        opened = open_conversations(chosen, self.chat, longest, self.recipe.prompts.skip_bad)
         if not opened:
             raise DataError("evaluate: no evaluation prompt is shorter than regenerate.max_prompt_tokens; raise it")
         return [(c.prompt["id"], c.prompt["category"], c.ids) for c in opened]

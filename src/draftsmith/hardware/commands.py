@@ -14,11 +14,12 @@ from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.tree import Shape
 from draftsmith.errors import DataError, RecipeError
 from draftsmith.hardware.accept_length import AcceptLength, from_results, published
+from draftsmith.hardware.configs import target_config
 from draftsmith.hardware.cost_model import Costs, MeasuredCosts, RooflineCosts
 from draftsmith.hardware.plan import size
 from draftsmith.hardware.predict import advice, candidate_shapes, describe, heat_map, table, to_dict, where_it_pays
 from draftsmith.hardware.presets import CPU, PRESETS, Machine, preset
-from draftsmith.hardware.sizes import DraftSize, TargetSize, target_config
+from draftsmith.hardware.sizes import DraftSize, TargetSize
 from draftsmith.progress import say
 from draftsmith.recipe import DraftShape, Recipe
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from draftsmith.decoding.speculate import Eagle3Drafter
     from draftsmith.hardware.plan import Plan
     from draftsmith.hardware.tune import Tried
-    from draftsmith.pipeline import Run
+    from draftsmith.run import Run
     from draftsmith.targets.servers import ServedTarget
 
 PROBE_PROMPTS = 24
@@ -62,7 +63,8 @@ def _prompts(run: "Run", count: int) -> list[list[int]]:
             gather(run.recipe.model_copy(update={"prompts": PromptsRecipe()}), Path(scratch))
             held_out = Path(scratch) / "evaluation.jsonl"
         chosen = balanced(list(files.read_jsonl(held_out)), count)
-    chat = ChatFormat(run.tokenizer, run.recipe.target.template)
+    wish = run.recipe.target
+    chat = ChatFormat(run.tokenizer, wish.template, wish.template_options)
     return [c.ids for c in open_conversations(chosen, chat, run.recipe.regenerate.max_prompt_tokens)]
 
 
@@ -74,7 +76,7 @@ def _any_drafter(run: "Run") -> "Eagle3Drafter":
     from draftsmith.drafts.eagle3 import Eagle3Draft
     from draftsmith.evaluation.evaluate import drafter_for
     from draftsmith.targets.ends import DTYPES
-    from draftsmith.training.trainer import draft_config
+    from draftsmith.training.shape import draft_config
 
     recipe, target = run.recipe, run.target
     if (run.draft_directory / "model.safetensors").exists():
@@ -127,7 +129,7 @@ def probe(run: "Run", url: str | None, draft_url: str | None) -> dict[str, Any]:
 
 
 def draft_size(recipe: Recipe, config: Any) -> DraftSize:
-    from draftsmith.training.trainer import draft_config
+    from draftsmith.training.shape import draft_config
 
     text = config.get_text_config()
     rows = min(recipe.vocab.size, text.vocab_size)
@@ -382,7 +384,7 @@ def plan_of(
     """The plan of a run on the machine that the costs are of."""
     from draftsmith.hardware import plan as planning
     from draftsmith.hardware.probe import as_machine
-    from draftsmith.training.trainer import draft_config
+    from draftsmith.training.shape import draft_config, shape_note
 
     recipe, wish = run.recipe, run.recipe.target
     config = target_config(wish.model, wish.revision, wish.trust_remote_code)
@@ -396,6 +398,8 @@ def plan_of(
         machine = replace(machine, network_bytes_s=network_gbit * 1e9 / 8)
     text = config.get_text_config()
     draft = draft_config(recipe, text, text.num_hidden_layers, min(recipe.vocab.size, text.vocab_size))
+    if note := shape_note(recipe, text):
+        say(note)
     target = TargetSize.of(wish.model, config, wish.dtype)
     return planning.plan(recipe, costs, machine, target, draft, trainer_gpus, completion_tokens)
 

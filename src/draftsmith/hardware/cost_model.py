@@ -225,9 +225,9 @@ class RooflineCosts:
 
     def forward_s(self, tokens: int, batch: int, context: int) -> float:
         every, target = tokens * batch, self.target
-        cache = batch * context * target.kv_bytes_per_token
+        cache = batch * target.cache_bytes(context)
         reading = target.read_bytes(every, self.correlation) + cache
-        launches = target.layers * self.machine.launch_s * (MOE_LAUNCHES if target.experts else 1)
+        launches = (target.layers + (MOE_LAUNCHES - 1) * target.sparse_layers) * self.machine.launch_s
         collectives = 2 * target.layers * self.all_reduce_s(every, target.hidden)
         return self._seconds(reading, 2 * target.active_parameters * every) + launches + collectives
 

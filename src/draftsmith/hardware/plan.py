@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith import files
-from draftsmith.data.prompts import read_source
+from draftsmith.data.prompts import Tally, prompts_of
+from draftsmith.data.sources import hub_source
 from draftsmith.drafts.eagle3 import Eagle3Config
+from draftsmith.errors import RecipeError
 from draftsmith.evaluation.evaluate import PROFILE_PROMPTS
 from draftsmith.hardware.cost_model import FLOPS_SHARE, Costs
 from draftsmith.hardware.presets import Machine
@@ -29,7 +31,7 @@ HUB_SETS = {
     "hendrycks-math": (7_500, 1, 80),
 }
 CHARACTERS_PER_TOKEN = 4.0
-PROMPT_TOKENS = 60  # of a prompt whose file is not read
+HUB_SAMPLE = 200  # prompts read of a hub set that is not among them
 TEMPLATE_TOKENS = 12
 COMPLETION_SHARE = 0.43  # mean completion of max_new_tokens; runs of gemma3-270m-cpu: 95 of 224
 PACK_WASTE = 0.68  # room lost in a pack, in mean documents: 0.104 of 1024 tokens there, 0.121 of 512 in the quick run
@@ -79,11 +81,16 @@ def _source(source: Source, max_turns: int) -> tuple[int, float, float]:
     if source.name in HUB_SETS:
         known, turns, length = HUB_SETS[source.name]
         return min(known, source.limit or known), float(min(turns, max_turns)), float(length)
-    conversations, _ = read_source(source.model_copy(update={"limit": None}), max_turns, skip_bad=True, seed=0)
-    users = [len(m["content"]) for c in conversations for m in c["messages"] if m["role"] == "user"]
-    count = min(len(conversations), source.limit or len(conversations))
-    tokens = max(8.0, sum(users) / len(users) / CHARACTERS_PER_TOKEN)
-    return count, len(users) / len(conversations), tokens
+    on_hub = hub_source(source) is not None
+    if on_hub and source.limit is None:
+        raise RecipeError(f"prompts.sources: the size of {source.name} is not known here; give it a limit to plan with")
+    sample = source.model_copy(update={"limit": HUB_SAMPLE if on_hub else None})
+    conversations = users = characters = 0
+    for prompt in prompts_of(sample, max_turns, True, 0, Tally()):
+        texts = [m["content"] for m in prompt["messages"] if m["role"] == "user"]
+        conversations, users, characters = conversations + 1, users + len(texts), characters + sum(map(len, texts))
+    count = source.limit if on_hub and source.limit else min(conversations, source.limit or conversations)
+    return count, users / conversations, max(8.0, characters / users / CHARACTERS_PER_TOKEN)
 
 
 def plan(
@@ -165,7 +172,7 @@ def plan(
     # --- memory
     batch = recipe.server.concurrency if served else regenerate.batch_size
     length = prompt + TEMPLATE_TOKENS + mean / 2
-    cache = batch * length * target.kv_bytes_per_token
+    cache = batch * target.cache_bytes(length)
     each = (target.bytes + cache) / machine.gpus
     fits = each < 0.9 * machine.memory_bytes
     enough = 2 ** math.ceil(math.log2((target.bytes + cache) / (0.9 * machine.memory_bytes)))  # tensor parallel
@@ -200,8 +207,8 @@ def plan(
         full = regenerate.shard_prompts / batch * mean
         occupancy = REFILL * full / (full + (regenerate.max_new_tokens - mean) / 2)
     rate = replicas * batch * occupancy / costs.decode_s(batch, round(length))
-    body = target.active_parameters - target.vocab * target.hidden
-    reading_s = 2 * body / (machine.flops_s * FLOPS_SHARE * machine.gpus)  # a token of a prompt, in large batches
+    # a token of a prompt, in large batches
+    reading_s = 2 * target.active_body / (machine.flops_s * FLOPS_SHARE * machine.gpus)
     regenerate_s = written / rate + (written / mean) * prompt * reading_s / replicas
     told.put(
         "hours",
@@ -314,6 +321,8 @@ def plan(
         told.assumptions.append("no GPU run of draftsmith stands behind these hours yet: take them as the least")
     if target.experts:
         told.assumptions.append("experts are chosen independently: a batch of many tokens reads all of them")
+    if target.assumption:
+        told.assumptions.append(target.assumption)
     return told
 
 

@@ -3,135 +3,95 @@
 Everything comes from the model's config.json; no weight is loaded, so a 230 B target is sized on a laptop.
 """
 
+import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from draftsmith.drafts.eagle3 import Eagle3Config
-from draftsmith.errors import TargetError
+from draftsmith.hardware.configs import EXPERTS_PER_TOKEN, first_of, layer_types, target_config, value_of
+from draftsmith.hardware.counting import Mass, count
+from draftsmith.hardware.quantisation import BYTES, Quantisation
 
-# Models that can be planned for without a network; the rest of each is what `transformers` ships for its type.
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "MiniMaxAI/MiniMax-M2.7": {
-        "model_type": "minimax_m2",
-        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-    },
-    "Qwen/Qwen3-8B": {
-        "model_type": "qwen3",
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "rope_theta": 1000000.0,
-        "tie_word_embeddings": False,
-    },
-}
-SCHEMES = {"fp8": 8.0, "w8a8": 8.0, "mxfp4": 4.25, "nvfp4": 4.5, "w4a16": 4.25}  # bits, scales of groups included
-BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0}
-
-
-def target_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The target's configuration; of a directory, the embedded target, the table above or the hub."""
-    from transformers import AutoConfig
-
-    from draftsmith.targets.ends import first_line, resolve_model
-
-    place = resolve_model(model)
-    if not Path(place).is_dir() and model in PUBLISHED:
-        published = dict(PUBLISHED[model])
-        return AutoConfig.for_model(published.pop("model_type"), **published)
-    try:
-        return AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise TargetError(f"target.model: no config.json of {model!r}: {first_line(error)}") from None
-
-
-def bytes_per_weight(config: Any, dtype: str) -> float:
-    """Bytes of one weight of the layers: the quantisation's where the model has one, else the dtype's."""
-    quantisation = getattr(config, "quantization_config", None) or {}
-    if not isinstance(quantisation, dict):
-        quantisation = quantisation.to_dict()
-    # compressed-tensors and ModelOpt describe groups of layers; the first that has weights stands for all
-    groups = [g for g in (quantisation.get("config_groups") or {}).values() if g.get("weights")]
-    scheme = str(quantisation.get("quant_algo") or quantisation.get("quant_method", "")).lower()
-    bits = quantisation.get("bits") or (groups[0]["weights"].get("num_bits") if groups else None)
-    bits = bits or next((b for name, b in SCHEMES.items() if scheme.startswith(name)), None)
-    return bits / 8 if bits else BYTES[dtype]
+__all__ = ["BYTES", "DraftSize", "TargetSize", "target_config"]
+STATE_BYTES = 4.0  # engines keep the states of linear attention and Mamba layers in fp32
 
 
 @dataclass(frozen=True)
 class TargetSize:
-    """A decoder-only transformer. Parameters are counts; `attention`, `mlp` and `expert` are per layer."""
+    """A decoder-only transformer. `Mass` is parameters and bytes of all layers together."""
 
     name: str
     layers: int
     hidden: int
     vocab: int
-    attention: float
-    mlp: float  # every token goes through it: the dense MLP, shared experts and the router
-    expert: float  # one routed expert; 0 for a dense model
-    experts: int
+    embedding: Mass  # looked up
+    head: Mass
+    body: Mass  # of the layers, what every token passes: attention, dense MLPs, shared experts, routers
+    routed: Mass  # all routed experts; nothing for a dense model
+    experts: int  # of a sparse layer
     experts_per_token: int
-    kv_bytes_per_token: float
+    sparse_layers: int
+    cache: tuple[tuple[float, float], ...]  # by layer: bytes of one token, most tokens held
+    state_bytes: float  # of a sequence, however long
     weight_bytes: float  # of a layer's weights
-    end_bytes: float  # of a weight of head and embedding
     tied: bool
+    assumption: str | None = None  # what could not be counted
 
     @classmethod
     def of(cls, name: str, config: Any, dtype: str = "bf16") -> "TargetSize":
-        c = config.get_text_config()
-        heads, hidden = c.num_attention_heads, c.hidden_size
-        kv_heads = getattr(c, "num_key_value_heads", None) or heads
-        head = getattr(c, "head_dim", None) or hidden // heads
-        experts = next(
-            (n for key in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(c, key, None))), 0
-        )
-        width = getattr(c, "moe_intermediate_size", None) or c.intermediate_size
-        if experts:
-            shared = getattr(c, "shared_expert_intermediate_size", None) or (
-                (getattr(c, "n_shared_experts", None) or 0) * width
-            )
-            mlp = 3.0 * hidden * shared + hidden * experts
-        else:
-            mlp = 3.0 * hidden * c.intermediate_size
-        latent = getattr(c, "kv_lora_rank", None)  # multi-head latent attention caches one row for all heads
-        cached = latent + c.qk_rope_head_dim if latent else 2 * kv_heads * head
+        quantisation = Quantisation.of(config, dtype)
+        c, counts = config.get_text_config(), count(config, quantisation)
+        windows = [_window(c, kind) for kind in layer_types(c)]
         return cls(
             name=name,
-            layers=c.num_hidden_layers,
-            hidden=hidden,
+            layers=len(windows),
+            hidden=c.hidden_size,
             vocab=c.vocab_size,
-            attention=2.0 * hidden * head * (heads + kv_heads),
-            mlp=mlp,
-            expert=3.0 * hidden * width if experts else 0.0,
-            experts=experts,
-            experts_per_token=getattr(c, "num_experts_per_tok", 0) if experts else 0,
-            kv_bytes_per_token=float(c.num_hidden_layers * cached * BYTES[dtype]),
-            weight_bytes=bytes_per_weight(config, dtype),
-            end_bytes=BYTES[dtype],
-            tied=bool(getattr(c, "tie_word_embeddings", False)),
+            embedding=counts.embedding,
+            head=counts.head,
+            body=counts.body,
+            routed=counts.routed,
+            experts=counts.experts,
+            experts_per_token=min(counts.experts, first_of(c, EXPERTS_PER_TOKEN) or 1),
+            sparse_layers=counts.sparse_layers,
+            cache=tuple((row * BYTES[dtype], most) for row, most in zip(counts.rows, windows, strict=True)),
+            state_bytes=_state_bytes(c),
+            weight_bytes=quantisation.weight_bytes,
+            tied=counts.tied,
+            assumption=counts.assumption,
         )
 
     @property
     def parameters(self) -> float:
-        ends = self.vocab * self.hidden * (1 if self.tied else 2)
-        return self.layers * (self.attention + self.mlp + self.experts * self.expert) + ends
+        """Without norms and biases."""
+        ends = self.embedding.parameters + (0.0 if self.tied else self.head.parameters)
+        return self.body.parameters + self.routed.parameters + ends
+
+    @property
+    def active_body(self) -> float:
+        """Parameters of the layers that one token is multiplied with."""
+        share = self.experts_per_token / self.experts if self.experts else 0.0
+        return self.body.parameters + share * self.routed.parameters
 
     @property
     def active_parameters(self) -> float:
-        """Parameters that one token is multiplied with (the embedding is only looked up)."""
-        layer = self.attention + self.mlp + self.experts_per_token * self.expert
-        return self.layers * layer + self.vocab * self.hidden
+        """Parameters that one token is multiplied with (embeddings are only looked up)."""
+        return self.active_body + self.head.parameters
 
     @property
     def bytes(self) -> float:
         """Of all weights, as served."""
-        ends = self.vocab * self.hidden * (1 if self.tied else 2)
-        return (self.parameters - ends) * self.weight_bytes + ends * self.end_bytes
+        ends = self.embedding.bytes + (0.0 if self.tied else self.head.bytes)
+        return self.body.bytes + self.routed.bytes + ends
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        """What one token adds to the cache of a short text."""
+        return sum(row for row, _ in self.cache)
+
+    def cache_bytes(self, tokens: float) -> float:
+        """Cache of one sequence: windows hold no more than they are wide, states are as large as ever."""
+        return sum(row * min(tokens, most) for row, most in self.cache) + self.state_bytes
 
     def distinct_experts(self, tokens: float, correlation: float = 0.0) -> float:
         """Expected experts per layer that `tokens` tokens touch.
@@ -147,8 +107,33 @@ class TargetSize:
 
     def read_bytes(self, tokens: float, correlation: float = 0.0) -> float:
         """Weights that one forward of `tokens` tokens reads."""
-        layer = self.attention + self.mlp + self.distinct_experts(tokens, correlation) * self.expert
-        return self.layers * layer * self.weight_bytes + self.vocab * self.hidden * self.end_bytes
+        share = self.distinct_experts(tokens, correlation) / self.experts if self.experts else 0.0
+        return self.body.bytes + share * self.routed.bytes + self.head.bytes
+
+
+def _window(c: Any, kind: str) -> float:
+    """Tokens that a layer of this type keeps at most."""
+    most = None
+    if kind == "chunked_attention":
+        most = value_of(c, "attention_chunk_size")
+    elif kind == "sliding_attention" or not getattr(c, "layer_types", None):  # without types it holds for all layers
+        most = value_of(c, "sliding_window")
+    return float(most or math.inf)
+
+
+def _state_bytes(c: Any) -> float:
+    """Of the layers whose memory does not grow: gated linear attention, Mamba; short convolutions hold next to none."""
+    layers = sum(kind in ("linear_attention", "mamba", "hybrid") for kind in layer_types(c))
+    shapes = (  # Qwen3-Next and Qwen3.5; Granite 4, Bamba and Falcon-H1; Nemotron-H
+        ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
+        ("mamba_n_heads", "mamba_d_head", "mamba_d_state"),
+        ("mamba_num_heads", "mamba_head_dim", "ssm_state_size"),
+    )
+    for shape in shapes:
+        sizes = [value_of(c, key) for key in shape]
+        if all(isinstance(size, int) for size in sizes):
+            return layers * math.prod(sizes) * STATE_BYTES
+    return 0.0
 
 
 @dataclass(frozen=True)

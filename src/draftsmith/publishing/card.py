@@ -19,7 +19,7 @@ from draftsmith.recipe import Recipe
 from draftsmith.serving.launch import SGLANG_MODELS, Engine
 
 if TYPE_CHECKING:
-    from draftsmith.pipeline import Run
+    from draftsmith.run import Run
 
 ENGINES = {"evaluate": "draftsmith", "evaluate-vllm": "vLLM", "evaluate-sglang": "SGLang"}
 
@@ -80,9 +80,7 @@ def _command(run: "Run", engine: Engine) -> str:
     serve = run.recipe.serve.model_copy(update={"program": "", "extra": "", "port": 8000, "host": "127.0.0.1"})
     public = type(run)(run.recipe.model_copy(update={"serve": serve}), run.directory, run.command)
     repo = run.recipe.card.repo or f"OWNER/{run.recipe.name}"
-    both = run.path("export", "draft").exists()
-    draft = Path(repo if both else f"{repo.split('/')[-1]}/{engine}")
-    launched = public.serving(engine=engine, model=base_model(run.recipe), draft=draft)
+    launched = public.serving(engine=engine, model=base_model(run.recipe), draft=Path(repo))
     words = list(launched.command)
     if engine == "sglang":
         words[0] = "python"
@@ -126,10 +124,7 @@ def make_card(run: "Run", prediction: dict[str, Any]) -> str:
     licence_lines = [f"license: {licence.id}"]
     if licence.id == "other":
         licence_lines += [f"license_name: {licence.name}", f"license_link: {licence.link}"]
-    engines: list[Engine] = [
-        name for name in ("sglang", "vllm") if any(run.path("export", part).exists() for part in ("draft", name))
-    ]
-    commands = {name: _command(run, name) for name in engines}
+    commands = {name: _command(run, name) for name in sorted(run.draft_engines)}
     sampling = recipe.regenerate
     temperatures = [e["temperature"] for r in found.values() for e in r["acceptance"]]
     return (
@@ -189,7 +184,6 @@ def make_card(run: "Run", prediction: dict[str, Any]) -> str:
             sglang=commands.get("sglang"),
             vllm=commands.get("vllm"),
             plugin="SGLANG_EXTERNAL_MODEL_PACKAGE" in commands.get("sglang", ""),
-            directories=[] if run.path("export", "draft").exists() else engines,
             training_prompts=prompts["prompts"],
             sources=sources,
             completions=written["completions"],
@@ -216,9 +210,8 @@ def make_card(run: "Run", prediction: dict[str, Any]) -> str:
 
 
 def write_card(run: "Run", prediction: dict[str, Any]) -> Path:
-    """Write it where `publish` takes it from: beside the draft, or above the two engines' directories."""
-    both = run.path("export", "draft")
-    path = (both if both.exists() else run.path("export")) / "README.md"
+    """Write it where `publish` takes it from: beside the draft."""
+    path = run.draft_directory / "README.md"
     files.write_atomic(path, make_card(run, prediction))
     sources = files.read_json(run.path("prompts", "summary.json"))["by_source"]
     unknown = [s for s, _, terms in data_licences(sources, run.recipe.card.data_licences) if terms == UNSTATED]

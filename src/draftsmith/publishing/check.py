@@ -21,7 +21,7 @@ from draftsmith.evaluation.acceptance import PromptAcceptance, count, summarise
 from draftsmith.evaluation.lossless import first_difference
 from draftsmith.evaluation.served import Prompt, ServedEvaluation, count_served
 from draftsmith.progress import say
-from draftsmith.publishing.export import damages, newest_draft
+from draftsmith.publishing.export import damages, trained_draft
 from draftsmith.recipe import Recipe
 from draftsmith.serving.launch import Engine
 from draftsmith.targets.base import Generation
@@ -179,7 +179,7 @@ def judge(
         prompts = served.open_prompts(drafted)
         generations = served.complete(drafted, prompts, f"check {shape} on {engine}", Sampling(), TOKENS, 1)
     target = LocalTarget(wish.model, wish.revision, wish.dtype, recipe.device, wish.trust_remote_code)
-    draft = newest_draft(checkpoints, vocabulary)[0].to(DTYPES[wish.dtype]).to(target.device).eval()
+    draft = trained_draft(checkpoints, vocabulary)[0].to(DTYPES[wish.dtype]).to(target.device).eval()
     decoder = Decoder(target, Eagle3Drafter(draft, vocabulary.ids_D, target.embedding_rows()))
     own = Shape(shape.steps, shape.topk, shape.draft_tokens)
     decoded = [decoder.generate(ids, Sampling(), TOKENS, own) for _, _, ids in prompts]

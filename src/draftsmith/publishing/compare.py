@@ -20,7 +20,7 @@ from draftsmith.hardware.sizes import DraftSize
 from draftsmith.progress import say
 
 if TYPE_CHECKING:
-    from draftsmith.pipeline import Run
+    from draftsmith.run import Run
 
 
 def coverage(ids: set[int], completions: Sequence[list[int]]) -> float | None:

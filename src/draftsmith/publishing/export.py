@@ -1,8 +1,4 @@
-"""Stage 5: engine directories from a training checkpoint, strictly validated.
-
-Taps are translated here and nowhere else. With the default taps the key is left out and one directory, `draft`, serves
-on SGLang and vLLM alike; otherwise SGLang counts layer outputs (tap - 1) and vLLM layer inputs, so each gets its own.
-"""
+"""Stage 5: the engines' directory, `draft`, from a training checkpoint, strictly validated."""
 
 import shutil
 from pathlib import Path
@@ -16,37 +12,35 @@ from draftsmith.drafts.checkpoint import draft_files, read_config, read_tensors,
 from draftsmith.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from draftsmith.errors import CheckpointError
 from draftsmith.progress import say
-from draftsmith.training.checkpoints import checkpoint_paths, load_state, load_weights
+from draftsmith.training.checkpoints import BEST, checkpoint_paths, load_state, load_weights, restore_best
 
 
-def engine_taps(taps: tuple[int, ...], num_layers: int) -> dict[str, list[int] | None]:
-    """Value of `eagle_aux_hidden_state_layer_ids` per directory name; None leaves the key out."""
-    if taps == (2, num_layers // 2, num_layers - 3):
-        return {"draft": None}
-    if taps[0] == 0:  # SGLang's id would be -1
-        return {"vllm": list(taps)}
-    return {"sglang": [tap - 1 for tap in taps], "vllm": list(taps)}
+def named_taps(taps: tuple[int, ...], num_layers: int) -> list[int] | None:
+    """The taps that config.json has to name; None where they are what both engines take without being told."""
+    return None if taps == (2, num_layers // 2, num_layers - 3) else list(taps)
 
 
-def newest_draft(checkpoints: Path, vocabulary: DraftVocabulary) -> tuple[Eagle3Draft, dict[str, Any]]:
-    """(draft in fp32, training state) of the newest checkpoint."""
+def trained_draft(checkpoints: Path, vocabulary: DraftVocabulary) -> tuple[Eagle3Draft, dict[str, Any]]:
+    """(draft in fp32, training state) of the highest held-out tau; of the newest checkpoint where none was measured."""
+    restore_best(checkpoints)
     paths = checkpoint_paths(checkpoints)
     if not paths:
         raise CheckpointError(f"{checkpoints}: no checkpoint to export; run: draftsmith train RECIPE")
-    state = load_state(paths[-1])
+    chosen = checkpoints / BEST if (checkpoints / BEST).exists() else paths[-1]
+    state = {**load_state(chosen), "status": load_state(paths[-1])["status"]}
     if state["vocabulary"] != vocabulary.name:
         raise CheckpointError(
-            f"{paths[-1]}: trained with the draft vocabulary {state['vocabulary']}, but vocab.safetensors is "
+            f"{chosen}: trained with the draft vocabulary {state['vocabulary']}, but vocab.safetensors is "
             f"{vocabulary.name}; a draft refuses a map that is not its own"
         )
     draft = Eagle3Draft(Eagle3Config.from_dict(state["draft"]))
-    load_weights(paths[-1], draft)
+    load_weights(chosen, draft)
     return draft, state
 
 
-def export(checkpoints: Path, vocabulary: DraftVocabulary, out: Path, provenance: dict[str, Any]) -> list[Path]:
-    """Write the newest checkpoint as engine directories; returns them."""
-    draft, state = newest_draft(checkpoints, vocabulary)
+def export(checkpoints: Path, vocabulary: DraftVocabulary, out: Path, provenance: dict[str, Any]) -> Path:
+    """Write the best checkpoint as the directory that both engines read; returns it."""
+    draft, state = trained_draft(checkpoints, vocabulary)
     provenance = {
         **provenance,
         "vocabulary": vocabulary.name,
@@ -54,20 +48,22 @@ def export(checkpoints: Path, vocabulary: DraftVocabulary, out: Path, provenance
         "status": state["status"],
         "steps": state["step"],
     }
-    directories = []
-    for name, ids in engine_taps(draft.config.taps, state["target"]["num_layers"]).items():
-        directory = out / name
-        shutil.rmtree(directory, ignore_errors=True)
-        write_draft(directory, draft, vocabulary.ids_D, ids, provenance)
-        directories.append(directory)
-        say(f"export: {directory} ({(directory / 'model.safetensors').stat().st_size / 1e6:.1f} MB)")
-    return directories
+    taps, directory = draft.config.taps, out / "draft"
+    shutil.rmtree(directory, ignore_errors=True)
+    write_draft(directory, draft, vocabulary.ids_D, named_taps(taps, state["target"]["num_layers"]), provenance)
+    size = (directory / "model.safetensors").stat().st_size
+    best = state.get("best")
+    told = f", step {state['step']:,}" + (f", held-out tau {best['tau_held_out']:.2f}, the highest" if best else "")
+    say(f"export: {directory} ({size / 1e6:.1f} MB{told})")
+    if 0 in taps:
+        say("export: SGLang cannot capture tap 0, so the draft serves on vLLM alone; taps from 1 on serve on both")
+    return directory
 
 
 def damages(directory: Path, checkpoints: Path, vocabulary: DraftVocabulary) -> list[str]:
-    """Everything in an engine directory that is not what the newest checkpoint exports to, each named."""
-    draft, state = newest_draft(checkpoints, vocabulary)
-    taps = engine_taps(draft.config.taps, state["target"]["num_layers"]).get(directory.name)
+    """Everything in an engine directory that is not what training made, each named."""
+    draft, state = trained_draft(checkpoints, vocabulary)
+    taps = named_taps(draft.config.taps, state["target"]["num_layers"])
     config, tensors = draft_files(draft, vocabulary.ids_D, taps, {})
     held_config, held = read_config(directory), read_tensors(directory)
     found = []

@@ -11,13 +11,6 @@ WANTED = ("README.md", "config.json", "model.safetensors", "model-*.safetensors"
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def draft_root(export: Path) -> tuple[Path, list[Path]]:
-    """(folder to upload, draft directories in it) of a run's export directory."""
-    if (export / "draft").exists():
-        return export / "draft", [export / "draft"]
-    return export, [path for name in ("sglang", "vllm") if (path := export / name).exists()]
-
-
 def publish(export: Path, repo: str, really: bool, public: bool = False) -> str:
     """Check, then upload or tell; returns what to print. The token comes from HF_TOKEN alone.
 
@@ -25,16 +18,15 @@ def publish(export: Path, repo: str, really: bool, public: bool = False) -> str:
     """
     if not REPO.fullmatch(repo):
         raise RecipeError(f"--repo: {repo!r} given; write owner/name")
-    root, directories = draft_root(export)
-    if not directories:
+    root = export / "draft"
+    if not root.exists():
         raise DataError(f"publish: no draft in {export}; run: draftsmith run RECIPE")
-    for directory in directories:
-        if problems := inspect_draft(directory).blocking():
-            raise CheckpointError(f"publish: {directory}: {problems[0]}; see: draftsmith inspect {directory}")
+    if problems := inspect_draft(root).blocking():
+        raise CheckpointError(f"publish: {root}: {problems[0]}; see: draftsmith inspect {root}")
     if not (root / "README.md").exists():
         raise DataError(f"publish: {root / 'README.md'} is missing; run: draftsmith card RECIPE")
-    chosen = sorted(path for folder in {root, *directories} for name in WANTED for path in folder.glob(name))
-    names = [str(path.relative_to(root)) for path in chosen]
+    chosen = sorted(path for name in WANTED for path in root.glob(name))
+    names = [path.name for path in chosen]
     lines = [f"{path.stat().st_size / 1e6:10.1f} MB  {name}" for path, name in zip(chosen, names, strict=True)]
     if not really:
         kind = "public" if public else "private, if it is new"

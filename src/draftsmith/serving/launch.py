@@ -62,6 +62,13 @@ def launch(recipe: Recipe, model: str, draft: Path, purpose: Purpose, layers: Se
         arguments += ["--revision", recipe.target.revision]
     if recipe.target.trust_remote_code:
         arguments += ["--trust-remote-code"]
+    if recipe.target.template_options and settings.engine == "vllm":
+        arguments += ["--default-chat-template-kwargs", json.dumps(recipe.target.template_options)]
+    elif recipe.target.template_options:
+        say(
+            "serve: SGLang takes the chat template's options from each request: send chat_template_kwargs "
+            + json.dumps(recipe.target.template_options)
+        )
     environment: dict[str, str] = {}
     if settings.engine == "sglang" and purpose in ("draft", "capture") and is_gemma3(model):
         arguments += ["--json-model-override-args", json.dumps({RESIDUAL: True})]  # tells clients what runs here

@@ -50,7 +50,7 @@ class TargetIdentity:
     vocab_size: int
     max_position_embeddings: int
     tokenizer_hash: str
-    template_hash: str  # of the tokenizer's own chat template
+    template_hash: str  # of the tokenizer's own chat template and the options that it is given
     quantization: str | None  # the model's own, such as fp8
 
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def resolve_device(device: str) -> torch.device:
 
 def tell_slow_products(device: torch.device, dtype: str) -> None:
     """Many CPUs widen bf16 number by number: ten times slower than fp32, and nothing else would say why."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
     if device.type == "cpu" and dtype == "bf16" and capabilities.get("architecture") == "x86_64" and not native:
         say(
@@ -77,33 +78,92 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def from_auto_class(make: Callable[[Any], Any]) -> Any:
+    """`make(auto class)` of the first class that knows the model: wrappers of a vision tower and a decoder have their
+    own. Raises what the first one raised where none does."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    try:
+        return make(AutoModelForCausalLM)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        unknown = error
+    try:
+        return make(AutoModelForImageTextToText)
+    except ValueError as error:
+        raise (unknown if "Unrecognized configuration class" in str(error) else error) from None
+
+
+NORMS = ("norm", "final_layernorm", "embedding_norm", "norm_f", "final_layer_norm")  # what classes call the last one
+
+
+def find_decoder(lm: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """(decoder, its input embedding, its final norm), inside whatever wraps it; raises `TargetError`."""
+    embedding = lm.get_input_embeddings()
+    for module in lm.modules():
+        if isinstance(getattr(module, "layers", None), nn.ModuleList) and embedding in module.children():
+            norm = next((getattr(module, name) for name in NORMS if hasattr(module, name)), None)
+            if norm is not None and lm.get_output_embeddings() is not None:
+                return module, embedding, norm
+    raise TargetError(
+        f"target.model: {type(lm).__name__} has no decoder of .layers between an input embedding, a final norm and a "
+        "head, which is where a draft reads"
+    )
+
+
+def end_ids(tokenizer: Any, *configs: Any) -> frozenset[int]:
+    """Everything that engines stop at: the end tokens of the tokenizer, generation_config.json and config.json."""
+    found: set[int] = set()
+    for holder in (tokenizer, *configs):
+        named = getattr(holder, "eos_token_id", None)
+        found |= {named} if isinstance(named, int) else set(named or ())
+    return frozenset(found)
+
+
+def context_of(config: Any) -> int:
+    """Positions that a text may have, as engines derive it; stretched RoPE reaches further."""
+    length = getattr(config, "max_position_embeddings", None) or UNBOUNDED
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    kind, factor = rope.get("rope_type"), float(rope.get("factor") or 1.0)
+    if kind in ("linear", "dynamic"):
+        return int(length * factor)
+    if kind == "yarn" and (original := rope.get("original_max_position_embeddings")):
+        return max(length, int(original * factor))
+    return length
+
+
+def logit_scale(config: Any) -> float:
+    """What a model multiplies its logits with: Cohere's logit_scale, Falcon-H1's multiplier, Granite's divisor."""
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    return float(scale) / float(getattr(config, "logits_scaling", None) or 1.0)
+
+
+UNBOUNDED = 1 << 30  # positions of a model that counts none (Mamba)
+
+
 class ModelEnds:
     """What the whole model in this process and a model that runs elsewhere have in common."""
 
     device: torch.device
     tokenizer: Any
 
-    def _adopt(self, lm: Any, name: str, revision: str | None, dtype: str) -> None:
+    def _adopt(
+        self, lm: Any, name: str, revision: str | None, dtype: str, template_options: Mapping[str, Any] | None = None
+    ) -> None:
         self.lm = lm.eval().requires_grad_(False)
-        self.decoder = lm.get_decoder()
-        self.config = self.decoder.config
-        missing = [part for part in ("layers", "embed_tokens", "norm") if not hasattr(self.decoder, part)]
-        if missing or lm.get_output_embeddings() is None:
-            raise TargetError(
-                f"target.model: {type(lm).__name__} has no {' and no '.join(missing or ['output head'])}; "
-                "draftsmith needs a decoder-only model with .layers, .embed_tokens, .norm and a head"
-            )
-        rows = lm.get_input_embeddings().weight.shape[0]
-        highest = max(self.tokenizer.get_vocab().values()) if self.tokenizer else 0
-        if highest >= rows:
-            raise TargetError(
-                f"target.model: the tokenizer knows ids up to {highest} but the model has {rows} rows; "
-                "give the model its own tokenizer"
-            )
+        self.decoder, self.embedding, self.norm = find_decoder(lm)
+        self.config = lm.config.get_text_config()
         self.head = lm.get_output_embeddings()
+        if getattr(self.head, "bias", None) is not None and (self.head.bias.is_meta or bool(self.head.bias.any())):
+            raise TargetError(
+                f"target.model: the output head of {type(lm).__name__} has a bias, which neither drafts nor their "
+                "teacher have; no draft can be made for it"
+            )
         self.logit_softcap = getattr(self.config, "final_logit_softcapping", None)
-        eos = getattr(lm.generation_config, "eos_token_id", None) or self.config.eos_token_id
-        self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or [])
+        self.logit_scale = logit_scale(self.config)
+        self.eos_ids = end_ids(self.tokenizer, getattr(lm, "generation_config", None), lm.config, self.config)
         quantization = getattr(lm.config, "quantization_config", None) or {}
         if not isinstance(quantization, dict):
             quantization = quantization.to_dict()
@@ -112,34 +172,41 @@ class ModelEnds:
             revision=revision,
             dtype=dtype,
             architecture=type(lm).__name__,
-            num_layers=len(self.decoder.layers),
+            num_layers=len(self.decoder.layers),  # type: ignore[arg-type]
             hidden_size=self.config.hidden_size,
             vocab_size=self.head.weight.shape[0],
-            max_position_embeddings=self.config.max_position_embeddings,
+            max_position_embeddings=context_of(self.config),
             tokenizer_hash=tokenizer_hash(self.tokenizer) if self.tokenizer else "none",
-            template_hash=digest(getattr(self.tokenizer, "chat_template", None)),
+            template_hash=digest(getattr(self.tokenizer, "chat_template", None), dict(template_options or {})),
             quantization=quantization.get("quant_method"),
         )
 
     @torch.inference_mode()
     def final_norm(self, hidden: Tensor) -> Tensor:
-        return self.decoder.norm(hidden)
+        """The head's own input [..., H] from the last layer's output; a scale of the logits is part of it."""
+        return self._scaled(self.norm(hidden))
+
+    def _scaled(self, last: Tensor) -> Tensor:
+        return last if self.logit_scale == 1.0 else last * self.logit_scale
 
     def norm_gain(self) -> Tensor:
-        """Gain [H] of the final norm as a plain RMSNorm has it: what it makes of a vector of ones.
+        """Gain [H] of the final norm as a plain RMSNorm has it: what it makes of a vector of length sqrt(H).
 
-        So a norm stored as 1 + w (Gemma) needs no special case.
+        So a norm stored as 1 + w (Gemma), a LayerNorm (signs in turn have mean 0) and a scale of the logits need no
+        special case.
         """
-        gain = self.final_norm(torch.ones(self.identity.hidden_size, dtype=self.head.weight.dtype, device=self.device))
+        signs = torch.ones(self.identity.hidden_size, dtype=self.head.weight.dtype, device=self.device)
+        signs[1::2] = -1
+        gain = self.final_norm(signs) * signs
         if not bool(gain.any()) or not bool(gain.isfinite().all()):
-            raise TargetError(f"target.model: the final norm of {self.identity.architecture} is no RMSNorm")
+            raise TargetError(f"target.model: the final norm of {self.identity.architecture} gives no numbers")
         return gain
 
     def head_rows(self, ids: Tensor) -> Tensor:
         return self.head.weight[ids.to(self.device)]
 
     def embedding_rows(self) -> Tensor:
-        return self.decoder.embed_tokens.weight
+        return self.embedding.weight  # type: ignore[return-value]
 
 
 class LooseEnds(ModelEnds):
@@ -152,8 +219,9 @@ class LooseEnds(ModelEnds):
         dtype: str = "bf16",
         device: str = "auto",
         trust_remote_code: bool = False,
+        template_options: Mapping[str, Any] | None = None,
     ):
-        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+        from transformers import AutoConfig, GenerationConfig
 
         self.device = resolve_device(device)
         self.tokenizer = load_tokenizer(model, revision, trust_remote_code)
@@ -162,22 +230,30 @@ class LooseEnds(ModelEnds):
         try:
             config = AutoConfig.from_pretrained(path, **options)
             with torch.device("meta"):
-                lm = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+                lm = from_auto_class(
+                    lambda auto: auto.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+                )
         except (OSError, ValueError) as error:
             raise TargetError(f"target.model: cannot read {model!r}: {first_line(error)}") from None
         with contextlib.suppress(OSError):  # a model without one ends by its config
             lm.generation_config = GenerationConfig.from_pretrained(path, revision=revision or "main")
-        self._adopt(lm, model, revision, dtype)
+        self._adopt(lm, model, revision, dtype, template_options)
         self._source = path, revision
-        self._tied = config.get_text_config().tie_word_embeddings
 
     def _load(self) -> None:
         """Read the three tensors on first use; regeneration needs none of them."""
         if not self.head.weight.is_meta:
             return
         dtype = self.head.weight.dtype
-        found = _read_ends(*self._source, tied=self._tied)
-        for module, weight in zip((self.decoder.embed_tokens, self.decoder.norm, self.head), found, strict=True):
+        names = {id(module): name.split(".")[-1] for name, module in self.lm.named_modules()}
+        modules = (self.embedding, self.norm, self.head)
+        found = _read_ends(
+            *self._source,
+            tied=any(bool(getattr(config, "tie_word_embeddings", False)) for config in (self.lm.config, self.config)),
+            leaves=tuple(names[id(module)] for module in modules),
+            strays=tuple(getattr(type(self.lm), "_keys_to_ignore_on_load_unexpected", None) or ()),
+        )
+        for module, weight in zip(modules, found, strict=True):
             if weight.shape != module.weight.shape:
                 raise TargetError(
                     f"target.model: {self.identity.model} stores {list(weight.shape)} where its config says "
@@ -198,12 +274,22 @@ class LooseEnds(ModelEnds):
         return super().embedding_rows()
 
 
-# Where checkpoints keep them, under whatever prefix a multimodal wrapper adds.
-ENDS = (r"(.+\.)?embed_tokens\.weight", r"(?!.*\.layers\.)(.+\.)?norm\.weight", r"(.+\.)?lm_head\.weight")
+# Modules beside the decoder that hold embeddings and norms of their own: multi-token prediction, towers, projectors.
+BESIDE = re.compile(r"(^|\.)(layers|blocks|mtp\w*|vis\w+|audio\w*|\w*tower|\w*projector|merger|\w*encoder|talker)\.")
 
 
-def _read_ends(path: str, revision: str | None, tied: bool) -> list[Tensor]:
-    """Embedding, final norm and head, from the few files that hold them."""
+def _read_ends(
+    path: str,
+    revision: str | None,
+    tied: bool,
+    leaves: tuple[str, ...] = ("embed_tokens", "norm", "lm_head"),
+    strays: tuple[str, ...] = (),
+) -> list[Tensor]:
+    """Embedding, final norm and head, from the few files that hold them.
+
+    `leaves`: what the model's class calls the three, under whatever prefix; `strays`: patterns of tensors that the
+    class itself ignores. A checkpoint without a head has its embedding for it where `tied` allows that.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     from safetensors import SafetensorError, safe_open
@@ -219,14 +305,17 @@ def _read_ends(path: str, revision: str | None, tied: bool) -> list[Tensor]:
         except (FileNotFoundError, HfHubHTTPError, LocalEntryNotFoundError):
             with safe_open(local("model.safetensors"), "pt") as file:
                 index = dict.fromkeys(file.keys(), "model.safetensors")
-        tensors = []
-        for pattern in ENDS[:2] if tied else ENDS:
-            names = [name for name in index if re.fullmatch(pattern, name)]
+        own = [n for n in index if not BESIDE.search(n) and not any(re.search(s, n) for s in strays)]
+        tensors: list[Tensor] = []
+        for leaf in leaves:
+            names = [name for name in own if re.fullmatch(rf"(.+\.)?{leaf}\.weight", name)]
+            if not names and tied and len(tensors) == 2:
+                return [*tensors, tensors[0]]
             if len(names) != 1:
                 what = f"{len(names)} tensors ({', '.join(names)})" if names else "no tensor"
-                raise TargetError(f"target.model: {path} has {what} named like {pattern}")
+                raise TargetError(f"target.model: {path} has {what} named {leaf}.weight")
             with safe_open(local(index[names[0]]), "pt") as file:
                 tensors.append(file.get_tensor(names[0]))
     except (OSError, SafetensorError) as error:
         raise TargetError(f"target.model: cannot read the weights of {path}: {first_line(error)}") from None
-    return [*tensors, tensors[0]] if tied else tensors
+    return tensors

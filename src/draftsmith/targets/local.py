@@ -3,7 +3,9 @@
 Shapes: B sequences, T packed tokens, W tokens a step, L cached positions, K taps, H hidden, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,21 +14,36 @@ from draftsmith.decoding.attention import ATTENTION_NAME, MaskedPlan, PackedPlan
 from draftsmith.decoding.cache import StaticCache
 from draftsmith.decoding.sampling import Sampling, sample
 from draftsmith.errors import TargetError
+from draftsmith.progress import say
 from draftsmith.targets.base import Capture, Generation
 from draftsmith.targets.endings import loops, stop_length
 from draftsmith.targets.ends import (
     DTYPES,
     ModelEnds,
     first_line,
+    from_auto_class,
     load_tokenizer,
     resolve_device,
     resolve_model,
     tell_slow_products,
 )
+from draftsmith.targets.library import LibraryCache, LibraryForward
+
+LONGEST_CHECK = 1024  # sliding windows up to this are checked with a text that is longer
+
+
+def _require_equal(got: Tensor, wanted: Tensor) -> None:
+    difference, scale = float((got.float() - wanted.float()).abs().max()), float(wanted.float().abs().max())
+    if not difference <= (1e-3 if got.dtype == torch.float32 else 0.15) * scale:
+        raise ValueError(f"its logits come out differently, by {difference:.2g} of {scale:.2g}")
 
 
 class LocalTarget(ModelEnds):
-    """Implements `Target` and, for decoding, `prefill` and `verify`."""
+    """Implements `Target` and, for decoding, `new_cache`, `prefill` and `verify`.
+
+    Two ways: packed, with our attention, for the architectures on which it gives the model's own logits; else the
+    library's own forward, text by text (targets/library.py). `library` is None for the first.
+    """
 
     def __init__(
         self,
@@ -36,26 +53,32 @@ class LocalTarget(ModelEnds):
         device: str = "auto",
         trust_remote_code: bool = False,
         batch_size: int = 64,
+        template_options: Mapping[str, Any] | None = None,
     ):
-        from transformers import AutoModelForCausalLM
-
         self.device = resolve_device(device)
         tell_slow_products(self.device, dtype)
         self.tokenizer = load_tokenizer(model, revision, trust_remote_code)
+        path = resolve_model(model)
         try:
-            lm = AutoModelForCausalLM.from_pretrained(
-                resolve_model(model),
-                revision=revision,
-                dtype=DTYPES[dtype],
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
+            lm, loading = from_auto_class(
+                lambda auto: auto.from_pretrained(
+                    path,
+                    revision=revision,
+                    dtype=DTYPES[dtype],
+                    trust_remote_code=trust_remote_code,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
             )
         except (OSError, ValueError) as error:
             raise TargetError(f"target.model: cannot load {model!r}: {first_line(error)}") from None
-        lm.to(self.device)  # type: ignore[arg-type]
-        self._adopt(lm, model, revision, dtype)
+        if missing := sorted(loading["missing_keys"]):  # the library fills them with random numbers
+            named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise TargetError(f"target.model: {model!r} lacks weights that its config asks for: {named}")
+        lm.to(self.device)
+        self._adopt(lm, model, revision, dtype, template_options)
         self.batch_size = batch_size
-        self._check_hooks()
+        self._choose_path()
 
     @classmethod
     def from_model(cls, lm, tokenizer=None, batch_size: int = 64, name: str = "in-memory") -> "LocalTarget":
@@ -66,41 +89,76 @@ class LocalTarget(ModelEnds):
         dtype = {v: k for k, v in DTYPES.items()}[next(lm.parameters()).dtype]
         target._adopt(lm, name, None, dtype)
         target.batch_size = batch_size
-        target._check_hooks()
+        target._choose_path()
         return target
 
-    def _check_hooks(self) -> None:
-        """Drive two short documents our way (packed, then prefill and one cached step) and compare with the model's own
-        forward; a model that ignores the plan or scales its logits somewhere else is refused, not served wrongly."""
-        documents = [[1, 2, 3], [4, 5, 6, 7]]
-        documents = [[i % self.identity.vocab_size for i in document] for document in documents]
-        with torch.inference_mode():
-            expected = [self.lm(input_ids=torch.tensor([d], device=self.device), use_cache=False) for d in documents]
-            self.lm.set_attn_implementation(ATTENTION_NAME)
-            self._tap_outputs: dict[int, Tensor] = {}
-            self._taps: tuple[int, ...] = ()
-            for index, layer in enumerate(self.decoder.layers):
-                layer.register_forward_pre_hook(self._record_tap(index), with_kwargs=True)
-            try:
-                packed = self.logits(self.capture(documents, (0,)).last_TH)
-                cache = StaticCache(1, 8)
-                self.prefill(cache, [0], [documents[0][:2]])
-                root = torch.zeros(1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
-                _, stepped = self.verify(cache, 2, documents[0][2:], *root, ())
-            except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError) as error:
-                raise TargetError(
-                    f"target.model: {self.identity.architecture} cannot be driven by draftsmith: {first_line(error)}"
-                ) from None
-        wanted = torch.cat([out.logits[0] for out in expected]).float()
-        got = torch.cat([packed, self.logits(stepped)]).float()
-        wanted = torch.cat([wanted, expected[0].logits[0, -1:].float()])
-        tolerance = 1e-3 if packed.dtype == torch.float32 else 0.15
-        difference, scale = (got - wanted).abs().max().item(), wanted.abs().max().item()
-        if not difference <= tolerance * scale:
+    @property
+    def context(self) -> int:
+        """Positions that the model was made for; no text runs past them."""
+        return self.identity.max_position_embeddings
+
+    def _choose_path(self) -> None:
+        """The packed forward if it gives the model's own logits, else the library's."""
+        self.library: LibraryForward | None = None
+        self._tap_outputs: dict[int, Tensor] = {}
+        self._taps: tuple[int, ...] = ()
+        for index, layer in enumerate(self.decoder.layers):  # type: ignore[arg-type]
+            layer.register_forward_pre_hook(self._record_tap(index), with_kwargs=True)
+        own = self.lm.config._attn_implementation
+        why = self._why_not_packed()
+        if why is None:
+            return
+        self.lm.set_attn_implementation(own)
+        try:
+            with torch.inference_mode():
+                self.library = LibraryForward(self._forward, self.config, self.device)
+                document = [i % self.identity.vocab_size for i in range(1, 12)]
+                wanted = self.lm(input_ids=torch.tensor([document], device=self.device), use_cache=False).logits[0]
+                got = self.capture([document], (0,)).last_TH
+            _require_equal(self.logits(got), wanted)
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError) as error:
             raise TargetError(
-                f"target.model: {self.identity.architecture} gives other logits through draftsmith's attention "
-                f"(difference {difference:.2g} of {scale:.2g}); its layers ignore `plan` or it scales its logits"
-            )
+                f"target.model: {self.identity.architecture} cannot be driven by draftsmith: {first_line(error)}"
+            ) from None
+        decoding = "verifies chains" if self.library.can_cut_back else "leaves speculative decoding to an engine"
+        say(
+            f"target: {self.identity.architecture} runs by transformers' own forward, one text at a time, and "
+            f"{decoding} ({why})"
+        )
+
+    def _check_lengths(self) -> list[int]:
+        """Two texts, one longer than the sliding window where that is affordable: a window that is ignored shows."""
+        windows = [getattr(self.config, "sliding_window", None), getattr(self.config, "attention_chunk_size", None)]
+        longest = max((w for w in windows if w and w <= LONGEST_CHECK), default=0)
+        return [min(longest + 16, self.context), min(7, self.context)]
+
+    def _why_not_packed(self) -> str | None:
+        """Drive two documents our way (packed, then prefill and one cached step) and compare with the model's own
+        forward; None where the logits agree."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        kinds = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
+        if kinds & {"longrope", "dynamic"}:
+            return "its RoPE depends on a text's length"
+        documents, start = [], 1
+        for length in self._check_lengths():
+            documents.append([(start + i * 7) % self.identity.vocab_size for i in range(length)])
+            start += 3
+        with torch.inference_mode():
+            try:
+                expected = [
+                    self.lm(input_ids=torch.tensor([d], device=self.device), use_cache=False).logits[0]
+                    for d in documents
+                ]
+                self.lm.set_attn_implementation(ATTENTION_NAME)
+                packed = self.logits(self.capture(documents, (0,)).last_TH)
+                cache = StaticCache(1, len(documents[0]) + 1)
+                self.prefill(cache, [0], [documents[0][:-1]])
+                root = torch.zeros(1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
+                _, stepped = self.verify(cache, len(documents[0]) - 1, documents[0][-1:], *root, ())
+                _require_equal(torch.cat([packed, self.logits(stepped)]), torch.cat([*expected, expected[0][-1:]]))
+            except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError) as error:
+                return first_line(error)
+        return None
 
     def _record_tap(self, index: int):
         def hook(_module, args, kwargs):
@@ -110,11 +168,15 @@ class LocalTarget(ModelEnds):
         return hook
 
     def _forward(self, ids, positions, cache, plan, taps: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-        """(taps [B, T, K, H], last hidden after the final norm [B, T, H])."""
+        """(taps [B, T, K, H], the head's own input [B, T, H]); `plan` is None for the library's own attention."""
         self._taps = tuple(taps)
+        planned = {} if plan is None else {"plan": plan}
+        if plan is not None or "position_ids" in inspect.signature(self.decoder.forward).parameters:
+            planned["position_ids"] = positions
         last = self.decoder(
-            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None, plan=plan
+            input_ids=ids, past_key_values=cache, use_cache=cache is not None, **planned
         ).last_hidden_state
+        last = self._scaled(last)
         tapped = torch.stack([self._tap_outputs.pop(t) for t in taps], dim=2) if taps else last[:, :, None, :0]
         return tapped, last
 
@@ -142,6 +204,8 @@ class LocalTarget(ModelEnds):
     @torch.inference_mode()
     def capture(self, documents: list[list[int]], taps: Sequence[int]) -> Capture:
         """One packed forward over all documents; time is linear in their tokens."""
+        if self.library:
+            return Capture(*self.library.capture(documents, taps))
         lengths = [len(d) for d in documents]
         ids = torch.tensor([i for d in documents for i in d], device=self.device)[None]
         positions = torch.cat([torch.arange(n, device=self.device) for n in lengths])[None]
@@ -161,9 +225,15 @@ class LocalTarget(ModelEnds):
 
     # --- step by step -------------------------------------------------------------------------------------------
 
+    def new_cache(self, capacity: int) -> "StaticCache | LibraryCache":
+        """For one sequence."""
+        return self.library.new_cache() if self.library else StaticCache(1, capacity)
+
     @torch.inference_mode()
-    def prefill(self, cache: StaticCache, rows: list[int], prompts: list[list[int]], taps: Sequence[int] = ()):
+    def prefill(self, cache, rows: list[int], prompts: list[list[int]], taps: Sequence[int] = ()):
         """Fill the cache rows with whole prompts in one packed forward; returns (taps [T, K, H], last [T, H])."""
+        if self.library:
+            return self.library.prefill(cache, prompts[0], taps)
         lengths = [len(p) for p in prompts]
         columns = torch.cat([torch.arange(n, device=self.device) for n in lengths])
         row_index = torch.repeat_interleave(
@@ -176,14 +246,14 @@ class LocalTarget(ModelEnds):
         return tapped[0], last[0]
 
     @torch.inference_mode()
-    def verify(
-        self, cache: StaticCache, length: int, ids: list[int], depths: Tensor, ancestors: Tensor, taps: Sequence[int]
-    ):
+    def verify(self, cache, length: int, ids: list[int], depths: Tensor, ancestors: Tensor, taps: Sequence[int]):
         """One forward over a token tree on top of `length` cached positions of a single sequence.
 
         ids [W] with the root first; depths [W]; ancestors [W, W] True where the column is the row's ancestor or
         itself. Rows go to columns length..length+W-1. Returns (taps [W, K, H], last hidden [W, H]).
         """
+        if self.library:
+            return self.library.verify(cache, length, ids, depths, taps)
         width = len(ids)
         cache.reserve(length + width)
         cache.write_slice(length, width)
@@ -209,14 +279,23 @@ class LocalTarget(ModelEnds):
         """Continuous batching over `batch_size` cache rows; a pure function of its arguments.
 
         Free rows are refilled when a quarter of them stand empty, so that prompts are read in packs, until `max_tokens`
-        are written.
+        are written. No text runs past the context; a prompt that fills it is a `TargetError`.
         """
         if not prompts:
             return
+        longest = max(len(p) for p in prompts)
+        if longest >= self.context:
+            raise TargetError(
+                f"target.model: a prompt of {longest} tokens fills the context of {self.identity.model}, "
+                f"{self.context}; give a smaller regenerate.max_prompt_tokens"
+            )
         generator = torch.Generator().manual_seed(seed)
+        if self.library:
+            yield from self._one_by_one(prompts, sampling, max_new_tokens, stop, generator, stop_loops, max_tokens)
+            return
         waiting = list(range(len(prompts)))
         rows = min(self.batch_size, len(prompts))
-        cache = StaticCache(rows, max(len(p) for p in prompts) + max_new_tokens)
+        cache = StaticCache(rows, min(longest + max_new_tokens, self.context))
         running: list[int | None] = [None] * rows  # prompt index in each cache row
         lengths = torch.zeros(rows, dtype=torch.long)
         outputs: dict[int, list[int]] = {}
@@ -243,7 +322,8 @@ class LocalTarget(ModelEnds):
             for row, prompt in enumerate(running):
                 if prompt is None:
                     continue
-                ended = self._extend(outputs[prompt], int(next_ids[row]), max_new_tokens, stop, stop_loops)
+                room = min(max_new_tokens, self.context - len(prompts[prompt]))
+                ended = self._extend(outputs[prompt], int(next_ids[row]), room, stop, stop_loops)
                 if ended:
                     running[row] = None
                     lengths[row] = 0
@@ -253,6 +333,33 @@ class LocalTarget(ModelEnds):
                 continue
             next_ids = self._decode_step(cache, lengths, next_ids, sampling, generator)
             lengths = lengths + torch.tensor([r is not None for r in running])
+
+    def _one_by_one(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        max_new_tokens: int,
+        stop: tuple[str, ...],
+        generator: torch.Generator,
+        stop_loops: bool,
+        max_tokens: int | None,
+    ) -> Iterator[tuple[int, Generation]]:
+        assert self.library is not None
+        written = 0
+
+        def ended(output: list[int], token: int, prompt_tokens: int) -> str | None:
+            return self._extend(output, token, min(max_new_tokens, self.context - prompt_tokens), stop, stop_loops)
+
+        def draw(last: Tensor) -> int:
+            return int(sample(self.logits(last), sampling, generator))
+
+        if max_tokens is not None and max_tokens <= 0:
+            return
+        for index, ids, reason in self.library.sequences(prompts, draw, ended):
+            written += len(ids)
+            yield index, Generation(ids, reason)
+            if max_tokens is not None and written >= max_tokens:
+                return
 
     def _extend(
         self, output: list[int], token: int, max_new_tokens: int, stop: tuple[str, ...], stop_loops: bool

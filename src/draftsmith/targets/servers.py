@@ -73,7 +73,9 @@ class ServedTarget(LooseEnds):
     def __init__(self, target: TargetRecipe, server: ServerRecipe, device: str = "auto"):
         if not server.urls:
             raise TargetError(f"server.urls: none given; target.engine {target.engine} needs at least one URL")
-        super().__init__(target.model, target.revision, target.dtype, device, target.trust_remote_code)
+        super().__init__(
+            target.model, target.revision, target.dtype, device, target.trust_remote_code, target.template_options
+        )
         self.settings, self.dialect = server, DIALECTS[target.engine]
         self.known_as = {target.model, resolve_model(target.model)}
         self.replicas = [Replica(url.rstrip("/")) for url in server.urls]
@@ -82,6 +84,7 @@ class ServedTarget(LooseEnds):
         self._lost: list[str] = []  # requests for hidden states that were given up
         self._folders: set[Path] = set()
         self._client: httpx.AsyncClient | None = None
+        self._proof, self._proven = threading.Lock(), False
         self._loop = asyncio.new_event_loop()
         self.last: ServedTarget | None = None
         if server.last_urls:
@@ -216,8 +219,36 @@ class ServedTarget(LooseEnds):
         """Hidden states of whole documents, each by the prefill of one request; safe to call from several threads.
 
         vLLM keeps taps and the last layer's output side by side. SGLang returns the taps or the last state, never
-        both, so there `server.last_urls` are asked as well.
+        both, so there `server.last_urls` are asked as well. The first capture is preceded by a proof (`_prove_states`).
         """
+        with self._proof:
+            if not self._proven:
+                self._prove_states(taps)
+                self._proven = True
+        return self._capture(documents, taps)
+
+    def _prove_states(self, taps: Sequence[int]) -> None:
+        """What we make of the last hidden states has to be what the server itself thinks of the probe text.
+
+        A wrong layer id, norm, head, scale or dtype would train towards another distribution without a word.
+        """
+        ids = self.tokenizer(PROBE).input_ids
+        last = self._capture([ids], taps).last_TH[:-1]
+        everything = self.head_rows(torch.arange(self.identity.vocab_size))
+        logits = (last.to(everything.dtype) @ everything.T).float()
+        if self.logit_softcap is not None:
+            logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
+        wanted = torch.tensor(ids[1:], device=logits.device)
+        found = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].tolist()
+        away = sum(abs(a - b) for a, b in zip(self.fingerprint, found, strict=True)) / len(found)
+        if not away <= SAME_LOGPROB:
+            raise TargetError(
+                f"server.urls: the hidden states of {self.replicas[0].url} give other log-probabilities of a probe "
+                f"text than the server itself, by {away:.2f} nats a token: another layer id than `serve --purpose "
+                "capture` names, or another final norm, head, scale or dtype than target.model has"
+            )
+
+    def _capture(self, documents: list[list[int]], taps: Sequence[int]) -> Capture:
         if self.last is None:
             states_THK = self.states(documents, len(taps) + 1)
             return Capture(states_THK[:, :-1], self.final_norm(states_THK[:, -1]))

@@ -4,6 +4,8 @@ checkpoint-000200/
     draft.safetensors       fp32 master weights
     optimizer.safetensors   moments of the optimisers
     state.json              step, draft configuration, vocabulary name, target identity, status, running sums
+best/
+    draft.safetensors state.json    the weights of the highest held-out tau so far: what is exported
 
 A checkpoint is written beside its place and renamed, so one that exists is whole. Training draws no random numbers
 after initialisation (orders follow from seed and epoch), so the step is also the state of the data and of the RNG.
@@ -22,6 +24,8 @@ from torch import Tensor, nn
 from draftsmith.errors import CheckpointError
 from draftsmith.files import read_json, save_tensors, write_json
 from draftsmith.training.world import laid_out_like, whole
+
+BEST, OLD_BEST = "best", ".old-best"
 
 
 def checkpoint_paths(directory: Path) -> list[Path]:
@@ -59,6 +63,28 @@ def save_checkpoint(
     for old in checkpoint_paths(directory)[:-keep]:
         shutil.rmtree(old)
     return path
+
+
+def save_best(directory: Path, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Put these weights in the place of the best ones before. Drafts pass their peak while the loss still falls, so the
+    newest checkpoint is not the one to export."""
+    restore_best(directory)
+    partial, aside = directory / ".partial-best", directory / OLD_BEST
+    for path in (partial, aside):
+        shutil.rmtree(path, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_tensors(partial / "draft.safetensors", {name: tensor.cpu() for name, tensor in weights.items()})
+    write_json(partial / "state.json", state)
+    if (directory / BEST).exists():
+        os.replace(directory / BEST, aside)
+    os.replace(partial, directory / BEST)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def restore_best(directory: Path) -> None:
+    """Where a kill came between the two renames of `save_best`, the best weights are the ones set aside."""
+    if (directory / OLD_BEST).exists() and not (directory / BEST).exists():
+        os.replace(directory / OLD_BEST, directory / BEST)
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -61,5 +61,9 @@ def evaluate_heldout(draft: Eagle3Draft, packs: Iterable[PackInputs], d2t: torch
 
 
 def converged(taus: Sequence[float], patience: int) -> bool:
-    """tau - 1, what the draft adds, rose by less than 1 % over the last `patience` evaluations."""
-    return len(taus) > patience and max(taus[-patience:]) - 1 < 1.01 * (max(taus[:-patience]) - 1)
+    """tau - 1, what the draft adds, rose by less than 1 % over the second half of more than `patience` evaluations.
+
+    The end of a cosine is flat whatever the draft could still learn, so the last evaluations alone say nothing.
+    """
+    half = (len(taus) + 1) // 2
+    return len(taus) > patience and max(taus[half:]) - 1 < 1.01 * (max(taus[:half]) - 1)

@@ -13,56 +13,30 @@ from torch.func import functional_call
 from draftsmith.data.packing import Pack, make_pack, schedule, trainable
 from draftsmith.data.regenerate import read_completions
 from draftsmith.data.vocabulary import DraftVocabulary
-from draftsmith.drafts.eagle3 import Eagle3Config, Eagle3Draft
-from draftsmith.errors import CheckpointError, DataError, TargetError, TrainingError
+from draftsmith.drafts.eagle3 import Eagle3Draft
+from draftsmith.errors import CheckpointError, DataError, TrainingError
 from draftsmith.files import digest, write_json
 from draftsmith.progress import Meter, say
 from draftsmith.recipe import BOOKKEEPING, Recipe
 from draftsmith.targets.base import Target
-from draftsmith.targets.ends import DTYPES, default_taps
+from draftsmith.targets.ends import DTYPES
 from draftsmith.training.capture import CaptureSource, OfflineCapture, OnlineCapture, StreamedCapture
 from draftsmith.training.checkpoints import (
+    BEST,
     checkpoint_paths,
     load_optimizers,
     load_state,
     load_weights,
+    restore_best,
+    save_best,
     save_checkpoint,
 )
 from draftsmith.training.metrics import append_jsonl, converged, evaluate_heldout, truncate_jsonl
+from draftsmith.training.muon import Muon
 from draftsmith.training.objectives import Objective
+from draftsmith.training.shape import draft_config, shape_note
 from draftsmith.training.ttt_loss import PackInputs, TTTLoss, prepare
 from draftsmith.training.world import World, whole
-
-
-def draft_config(recipe: Recipe, target_config: Any, num_layers: int, draft_vocab_size: int) -> Eagle3Config:
-    """The draft's shape: the recipe's values, and the target's (a `transformers` text config) where it has none."""
-    wish = recipe.draft
-    taps = wish.taps or default_taps(num_layers)
-    beyond = [tap for tap in taps if not 0 <= tap < num_layers]
-    if beyond:
-        raise TargetError(f"draft.taps: {beyond[0]} given; {recipe.target.model} has layers 0..{num_layers - 1}")
-    heads = wish.num_attention_heads or target_config.num_attention_heads
-    kv_heads = wish.num_key_value_heads or target_config.num_key_value_heads
-    if heads % kv_heads:
-        raise TargetError(f"draft.num_attention_heads: {heads} is no multiple of num_key_value_heads {kv_heads}")
-    rope = target_config.rope_parameters or {}
-    rope = rope.get("full_attention", rope)
-    return Eagle3Config(
-        hidden_size=target_config.hidden_size,
-        intermediate_size=wish.intermediate_size or target_config.intermediate_size,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=wish.head_dim
-        or getattr(target_config, "head_dim", None)
-        or target_config.hidden_size // target_config.num_attention_heads,
-        vocab_size=target_config.vocab_size,
-        draft_vocab_size=draft_vocab_size,
-        taps=tuple(taps),
-        rope_theta=wish.rope_theta or rope.get("rope_theta", 10000.0),
-        max_position_embeddings=target_config.max_position_embeddings,
-        norm_before_fc=wish.norm_before_fc,
-        fc_norm=wish.fc_norm,
-    )
 
 
 class Trainer:
@@ -87,7 +61,15 @@ class Trainer:
         out.mkdir(parents=True, exist_ok=True)
         self.dtype = DTYPES[settings.dtype]
         self.device = target.head_rows(torch.tensor([0])).device
-        rows = [c for c in read_completions(completions) if trainable(c, settings.max_document_tokens)]
+        every = list(read_completions(completions))
+        rows = [c for c in every if trainable(c, settings.max_document_tokens)]
+        self.left_out = len(every) - len(rows)
+        self.cut = sum(len(c["ids"]) > settings.max_document_tokens for c in rows)
+        if self.left_out or self.cut:
+            say(
+                f"train: {self.left_out} of {len(every)} completions carry no loss within train.max_document_tokens "
+                f"{settings.max_document_tokens} and are left out; {self.cut} are cut there"
+            )
         rows.sort(key=lambda c: digest(recipe.seed, c["id"]))  # held-out completions are a random choice
         if len(rows) < 2:
             raise DataError(f"train: {len(rows)} completions carry a loss; at least 2 are needed, regenerate more")
@@ -102,6 +84,8 @@ class Trainer:
             settings.accumulate,
         )[: settings.max_steps]
         config = draft_config(recipe, target_config, target.identity.num_layers, len(vocabulary.ids_D))
+        if note := shape_note(recipe, target_config):
+            say(note)
         self.draft = Eagle3Draft(config).to(self.device)
         self.draft.initialise(
             target.head_rows(vocabulary.ids_D), target.norm_gain(), torch.Generator().manual_seed(recipe.seed)
@@ -160,10 +144,13 @@ class Trainer:
             "parameters": sum(p.numel() for p in self.draft.parameters()),
             "completions": len(self.rows),
             "held_out_completions": len(self.heldout),
+            "completions_left_out": self.left_out,
+            "completions_cut": self.cut,
             "tokens": tokens,
             "quarantined": world.union(self.quarantined),
             "status": self.status,
             "tau_held_out": self.taus[-1] if self.taus else None,  # only rank 0 measures
+            "best": load_state(self.out / BEST)["best"] if (self.out / BEST).exists() else None,
             "checkpoint": checkpoint_paths(self.out)[-1].name,
         }
         if world.main:
@@ -250,12 +237,7 @@ class Trainer:
         ]
         if matrices:
             optimizers.append(
-                torch.optim.Muon(
-                    matrices,
-                    lr=settings.learning_rate,
-                    weight_decay=settings.weight_decay,
-                    adjust_lr_fn="match_rms_adamw",
-                )
+                Muon(matrices, settings.learning_rate, settings.weight_decay, dtype=self.dtype),
             )
         return optimizers
 
@@ -336,14 +318,17 @@ class Trainer:
 
     def _evaluate(self, capture: CaptureSource) -> None:
         steps = self.settings.ttt_steps
-        weights = {name: whole(tensor).to(self.dtype) for name, tensor in self.draft.state_dict().items()}
+        masters = {name: whole(tensor.detach()) for name, tensor in self.draft.state_dict().items()}
         if not self.world.main:
             return
         cast = Eagle3Draft(self.draft.config).to(self.device, self.dtype)
-        cast.load_state_dict(weights)
+        cast.load_state_dict({name: tensor.to(self.dtype) for name, tensor in masters.items()})
         result = evaluate_heldout(cast, self._heldout_packs(capture), self.vocabulary.ids_D, steps)
         self.taus.append(result[f"tau_{min(3, steps)}"])
         self._write("metrics.jsonl", {"step": self.step, "held_out": result})
+        if self.taus[-1] > max(self.taus[:-1], default=0.0):
+            best = {"step": self.step, "tau_held_out": self.taus[-1]}
+            save_best(self.out, masters, {**self._belongs(), "step": self.step, "best": best})
 
     def _write(self, name: str, row: dict[str, Any]) -> None:
         if self.world.main:
@@ -395,6 +380,8 @@ class Trainer:
 
     def _resume(self) -> None:
         """Continue from the newest checkpoint, which must belong to this very run."""
+        if self.world.main:
+            restore_best(self.out)
         paths = checkpoint_paths(self.out)
         if paths:
             state = load_state(paths[-1])

@@ -1,0 +1,276 @@
+"""Rows of a source: a bundled set, a file or folder as people have it, or a data set on the hub."""
+
+import bz2
+import codecs
+import gc
+import gzip
+import itertools
+import json
+import lzma
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.resources import files
+from io import BufferedReader, TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from draftsmith.errors import DataError
+from draftsmith.recipe import Source
+
+_SETS = Path(str(files("draftsmith.data"))) / "bundled"
+BUNDLED = {  # licences: bundled/LICENCES.md
+    "bundled": _SETS / "small.jsonl.gz",
+    "bundled-train": _SETS / "train.jsonl.gz",
+    "bundled-dev": _SETS / "dev.jsonl.gz",
+}
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A data set on the hub; `columns` as in a recipe."""
+
+    path: str
+    split: str | None
+    category: str = "other"
+    columns: dict[str, str] = field(default_factory=dict)
+    configs: tuple[str | None, ...] = (None,)
+
+
+HUB: dict[str, HubSource] = {
+    "ultrachat": HubSource("HuggingFaceH4/ultrachat_200k", "train_sft", "chat"),
+    "opencodeinstruct": HubSource("nvidia/OpenCodeInstruct", "train", "code", {"prompt": "input"}),
+    "codealpaca": HubSource("sahil2801/CodeAlpaca-20k", "train", "code"),
+    "gsm8k": HubSource("openai/gsm8k", "train", "math", configs=("main",)),
+    "hendrycks-math": HubSource(
+        "EleutherAI/hendrycks_math",
+        "train",
+        "math",
+        configs=(
+            "algebra",
+            "counting_and_probability",
+            "geometry",
+            "intermediate_algebra",
+            "number_theory",
+            "prealgebra",
+            "precalculus",
+        ),
+    ),
+}
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:.*)?")
+_SPLIT = re.compile(r"(train|test|valid|dev)\w*(\[.*\])?")
+
+_JSON = {".json", ".jsonl", ".ndjson"}
+# Formats that the library `datasets` reads for us, with its options. A cell of a CSV is a text: "NA" is no number.
+_TYPED: dict[str, tuple[str, dict[str, Any]]] = {
+    ".csv": ("csv", {"keep_default_na": False, "encoding": "utf-8-sig"}),
+    ".tsv": ("csv", {"keep_default_na": False, "encoding": "utf-8-sig", "sep": "\t"}),
+    ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
+    ".txt": ("text", {}),
+}
+_PACKED = {".gz", ".bz2", ".xz", ".zst"}
+_NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # beside a saved data set
+_CHUNK = 1 << 20  # characters of an array read at once
+
+Row = tuple[str, Any]  # where it stands, and the row; a row that is no JSON is the error
+
+
+def hub_source(source: Source) -> HubSource | None:
+    """The hub data set that a source names; None where it is a bundled set, a file or a folder."""
+    if source.name in HUB:
+        return HUB[source.name]
+    if source.name in BUNDLED or Path(source.name).exists() or not _HUB_NAME.fullmatch(source.name):
+        return None
+    path, *parts = source.name.split(":", 2)
+    if _suffix(Path(path)) in {*_JSON, *_TYPED}:  # a file that is not there
+        return None
+    if len(parts) == 1 and _SPLIT.fullmatch(parts[0]):
+        parts.insert(0, "")
+    config, split = [*parts, "", ""][:2]
+    return HubSource(path, split or None, configs=(config or None,))
+
+
+def data_files(source: Source) -> list[Path]:
+    """The local files of a source, in order; none for a data set on the hub."""
+    path = BUNDLED.get(source.name) or Path(source.name)
+    if not path.is_dir():
+        return [path] if path.is_file() else []
+    found = [p for folder in (path, path / "data") if folder.is_dir() for p in folder.iterdir()]
+    return sorted(p for p in found if p.is_file() and p.name not in _NOT_ROWS and _suffix(p) in {*_JSON, *_TYPED})
+
+
+def read_rows(source: Source, seed: int) -> Iterator[Row]:
+    """Every row of a source; raises `DataError` of one line for what cannot be read."""
+    if hub := hub_source(source):
+        yield from _hub_rows(hub, source.limit, seed)
+        return
+    paths = data_files(source)
+    if not paths:
+        raise DataError(
+            f"prompts.sources: {source.name!r} is no file; allowed are {', '.join([*BUNDLED, *HUB])}, a path to "
+            f"{', '.join([*sorted(_JSON), *_TYPED])} (packed as {', '.join(sorted(_PACKED))} or not), a folder of such "
+            "files, or a data set on the hub as owner/name[:config][:split]"
+        )
+    for path in paths:
+        yield from _one_line(str(path), _typed_rows if _suffix(path) in _TYPED else _json_rows, path)
+
+
+def _suffix(path: Path) -> str:
+    """.jsonl of both x.jsonl and x.jsonl.gz."""
+    return (Path(path.stem) if path.suffix.lower() in _PACKED else path).suffix.lower()
+
+
+def _one_line(what: str, read: Callable[..., Iterator[Row]], *arguments: Any) -> Iterator[Row]:
+    try:
+        yield from read(*arguments)
+    except DataError:
+        raise
+    except Exception as error:  # pandas, pyarrow, decompressors and HTTP clients share no base of their errors
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{what}: cannot be read: {reason}; give another source") from None
+
+
+def _opened(path: Path) -> Any:
+    """The unpacked bytes, whatever the file's name says about packing."""
+    with path.open("rb") as file:
+        head = file.read(6)
+    if head.startswith(b"\x1f\x8b"):
+        return gzip.open(path)
+    if head.startswith(b"BZh"):
+        return bz2.open(path)
+    if head.startswith(b"\xfd7zXZ"):
+        return lzma.open(path)
+    if head.startswith(b"\x28\xb5\x2f\xfd"):
+        import pyarrow
+
+        return BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return path.open("rb")
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+# Line by line instead of through `datasets`: its reader takes the columns from the first 10 MB and fails on a key that
+# comes later, wants another package for rows that look like agent traces (id, source, model, system_prompt, messages),
+# and cannot say which line is broken.
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    with _opened(path) as file:
+        head = file.read(1 << 16)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path}: is UTF-16; save it as UTF-8")
+    head = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    indented = head.partition(b"\n")[0].strip() == b"{"
+    with _opened(path) as file:
+        if indented or head.startswith(b"["):
+            with TextIOWrapper(file, encoding="utf-8-sig") as text:
+                yield from _values(path, text)
+            return
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                yield f"{path}:{number}", _parsed(line)
+
+
+def _parsed(line: bytes) -> Any:
+    """The value of a line, or the error."""
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        try:  # NaN and halves of surrogate pairs: Python's own json writes them, orjson refuses them
+            return json.loads(line.decode())
+        except (ValueError, RecursionError):
+            return error
+
+
+def _values(path: Path, file: TextIOWrapper) -> Iterator[Row]:
+    """Rows of an array, or objects one after the other, over any number of lines; never the whole file in memory."""
+    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
+    text = file.read(_CHUNK)
+    line, text = 1 + text[: len(text) - len(text.lstrip())].count("\n"), text.lstrip()
+    array, closed = text.startswith("["), False
+    position = int(array)
+    for number in itertools.count(1):
+        while True:
+            position = gap.match(text, position).end()  # type: ignore[union-attr]  # it matches the empty text too
+            try:
+                if array and text.startswith("]", position):
+                    closed, array, position = True, False, position + 1
+                    continue
+                row, end = decoder.raw_decode(text, position)
+                if closed:
+                    raise json.JSONDecodeError("text after the array", text, position)
+                break
+            except (json.JSONDecodeError, RecursionError) as error:
+                more = file.read(max(_CHUNK, len(text)))  # growing, so that a broken array costs linear time
+                if not more:
+                    if array or position < len(text):
+                        below = text.count("\n", 0, getattr(error, "pos", position))
+                        yield f"{path}:{line + below}", ValueError(getattr(error, "msg", error))
+                    return
+                line += text.count("\n", 0, position)
+                text, position = text[position:] + more, 0
+        position = end
+        yield f"{path} item {number}", row
+
+
+# --- through the library ---------------------------------------------------------------------------------------------
+
+
+def _typed_rows(path: Path) -> Iterator[Row]:
+    import glob
+
+    from datasets import load_dataset
+
+    module, options = _TYPED[_suffix(path)]
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = path
+        if path.suffix.lower() in _PACKED:  # the library unpacks some of these only
+            plain = Path(scratch) / path.stem
+            with _opened(path) as packed, plain.open("wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked)
+        # escaped, because the library takes a path for a pattern
+        rows = load_dataset(module, data_files=[glob.escape(str(plain))], split="train", streaming=True, **options)
+        iterator = iter(rows)
+        try:
+            for number, row in enumerate(iterator, 1):
+                if module == "csv":  # a column of numbers came as such; a row that is too short ends in None
+                    row = {key: "" if value is None else str(value) for key, value in row.items()}
+                yield f"{path} row {number}", row
+        except GeneratorExit:  # the library leaves a CSV open that is not read to its end, in a cycle of references
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ResourceWarning)
+                iterator.close()
+                gc.collect()
+            raise
+
+
+def _hub_rows(hub: HubSource, limit: int | None, seed: int) -> Iterator[Row]:
+    """Streamed and shuffled through a buffer, so a limited source is read only as far as needed; a data set of several
+    parts gives an equal share of each."""
+    share = -(-limit // len(hub.configs)) if limit and len(hub.configs) > 1 else None
+    for config in hub.configs:
+        what = f"prompts.sources: {hub.path} from the hub"
+        yield from itertools.islice(_one_line(what, _streamed, hub, config, seed), share)
+
+
+def _streamed(hub: HubSource, config: str | None, seed: int) -> Iterator[Row]:
+    from datasets import load_dataset
+
+    rows = load_dataset(hub.path, config, split=hub.split, streaming=True)
+    if isinstance(rows, dict):
+        name = "train" if "train" in rows else next(iter(rows))
+        if name != "train" and len(rows) > 1:
+            raise DataError(
+                f"prompts.sources: {hub.path} has the splits {', '.join(rows)}; name one, as in "
+                f"{hub.path}:{config or ''}:{name}"
+            )
+        rows = rows[name]
+    for number, row in enumerate(rows.shuffle(seed=seed, buffer_size=10_000), 1):
+        yield f"{hub.path} row {number}", row

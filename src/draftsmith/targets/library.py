@@ -1,0 +1,125 @@
+"""A target by `transformers`' own forward, one text at a time: any decoder that the library runs.
+
+Slower than the packed forward of targets/local.py, and right where that one is not: attention with sinks or caps,
+linear attention, state-space layers, RoPE that depends on a text's length.
+
+Shapes: T tokens, W tokens a step, K taps, H hidden.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftsmith.errors import TargetError
+
+Forward = Callable[..., tuple[Tensor, Tensor]]  # of targets/local.py: (taps [1, T, K, H], last [1, T, H])
+
+
+class LibraryCache:
+    """The library's cache of one sequence. Cut back where it can be; a state that has read a token cannot forget it."""
+
+    def __init__(self, make: Callable[[], Any]):
+        self._make, self.cache, self.length = make, make(), 0
+
+    def clear(self) -> None:
+        self.cache, self.length = self._make(), 0
+
+    def keep(self, start: int, columns: list[int]) -> None:
+        """Keep only these columns after `start`: the beginning of what the last forward added."""
+        assert columns == list(range(start, start + len(columns))), "a chain keeps a beginning"
+        if surplus := self.length - start - len(columns):
+            self.cache.crop(-surplus)
+            self.length -= surplus
+
+
+class LibraryForward:
+    """Drives `forward` (the decoder with its hooks) text by text."""
+
+    def __init__(self, forward: Forward, config: Any, device: torch.device):
+        from transformers import DynamicCache
+
+        self.forward, self.device = forward, device
+        # Without a config every layer keeps all its positions, so that any of them can be forgotten; layers with a
+        # state need the config, and then there is no going back.
+        self._caches: list[Callable[[], Any]] = [DynamicCache, lambda: DynamicCache(config=config)]
+        self.can_cut_back = self._choose()
+
+    def _choose(self) -> bool:
+        """Whether a sequence can go on from a cut cache as if nothing had been cut; keeps the cache that works."""
+        text = [1, 2, 3, 4, 5, 6]
+        whole = self._run(text, None)[1]
+        while self._caches:
+            try:
+                cache = self.new_cache()
+                self._step(cache, text[:4])
+                rest = self._step(cache, text[4:])[1]
+                if not _close(rest, whole[:, 4:]):
+                    raise TargetError("its cache gives other states than a whole text")
+            except (TargetError, ValueError, TypeError, AttributeError, RuntimeError, IndexError, KeyError) as error:
+                self._caches.pop(0)
+                if not self._caches:
+                    raise TargetError(f"no cache of the library carries it on: {error}") from None
+                continue
+            break
+        try:
+            cache = self.new_cache()
+            self._step(cache, [*text[:3], 9 % len(text), 8 % len(text)])
+            cache.keep(2, [2])
+            return _close(self._step(cache, text[3:])[1], whole[:, 3:])
+        except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, KeyError, NotImplementedError):
+            return False
+
+    def new_cache(self) -> LibraryCache:
+        return LibraryCache(self._caches[0])
+
+    def _run(self, ids: Sequence[int], cache: LibraryCache | None, taps: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        start = cache.length if cache else 0
+        positions = torch.arange(start, start + len(ids), device=self.device)[None]
+        inputs = torch.tensor([list(ids)], device=self.device)
+        return self.forward(inputs, positions, cache.cache if cache else None, None, taps)
+
+    def _step(self, cache: LibraryCache, ids: Sequence[int], taps: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        out = self._run(ids, cache, taps)
+        cache.length += len(ids)
+        return out
+
+    def capture(self, documents: list[list[int]], taps: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(taps [T, K, H], last [T, H]) of all documents, end to end."""
+        made = [self._run(document, None, taps) for document in documents]
+        return torch.cat([t[0] for t, _ in made]), torch.cat([last[0] for _, last in made])
+
+    def prefill(self, cache: LibraryCache, prompt: list[int], taps: Sequence[int]) -> tuple[Tensor, Tensor]:
+        cache.clear()
+        tapped, last = self._step(cache, prompt, taps)
+        return tapped[0], last[0]
+
+    def verify(
+        self, cache: LibraryCache, length: int, ids: list[int], depths: Tensor, taps: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        if depths.tolist() != list(range(len(ids))):
+            raise TargetError("evaluate.shapes: this target runs by transformers' own forward, which verifies chains")
+        assert cache.length == length
+        tapped, last = self._step(cache, ids, taps)
+        return tapped[0], last[0]
+
+    def sequences(
+        self,
+        prompts: list[list[int]],
+        draw: Callable[[Tensor], int],
+        ended: Callable[[list[int], int, int], str | None],
+    ) -> Iterator[tuple[int, list[int], str]]:
+        """Every prompt's completion, one after the other: (index, ids, finish reason)."""
+        for index, prompt in enumerate(prompts):
+            cache = self.new_cache()
+            last = self._step(cache, prompt)[1]
+            output: list[int] = []
+            while (reason := ended(output, draw(last[0, -1:]), len(prompt))) is None:
+                last = self._step(cache, output[-1:])[1]
+            yield index, output, reason
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    scale = float(b.abs().max())
+    return float((a - b).abs().max()) <= (1e-3 if a.dtype == torch.float32 else 0.1) * scale

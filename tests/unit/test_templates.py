@@ -1,0 +1,221 @@
+"""Every answer is asked for as a server's chat endpoint would ask for it, and what it wrote is kept as ids."""
+
+import time
+
+import pytest
+from models import save_tiny_target, tiny_recipe, tiny_target, tiny_tokenizer
+
+from draftsmith.data import templates
+from draftsmith.data.regenerate import Conversation, answer, open_conversations, shard_sampling
+from draftsmith.data.templates import ChatFormat, Rendered
+from draftsmith.errors import DataError
+from draftsmith.recipe import Template, parse_recipe
+from draftsmith.targets.base import Generation
+from draftsmith.targets.ends import LooseEnds
+from draftsmith.targets.local import LocalTarget
+
+TURN = (
+    "{% for m in messages %}<{{ m.role }}> BODY <turn_end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> OPEN{% endif %}"
+)
+PLAIN = TURN.replace("BODY", "{{ m.content }}").replace("OPEN", "")
+STRIPS = TURN.replace("BODY", "{{ m.content.split('</think>')[-1].strip() }}")
+SHOWS = TURN.replace(
+    "BODY",
+    "{% if m.reasoning_content is defined %}<think> {{ m.reasoning_content }} </think> {% endif %}{{ m.content }}",
+)
+SPECIALS = ["<turn_end>", "<return>", "<think>", "</think>", "<user>", "<assistant>", "<system>"]
+
+
+def tokenizer_with(template, specials=SPECIALS):
+    tokenizer = tiny_tokenizer(chat_template=template)
+    tokenizer.add_special_tokens({"additional_special_tokens": specials})
+    return tokenizer
+
+
+def second_turn(template, written, reason="eos", **options):
+    """(conversation after its first answer, the tokenizer)."""
+    tokenizer = tokenizer_with(template)
+    chat = ChatFormat(tokenizer, None, options)
+    prompt = {"id": "p", "category": "chat", "source": "s"}
+    talk = Conversation(prompt, ["of to"], chat.first_turn("the a", "be it"))
+    ids = tokenizer(written, add_special_tokens=False).input_ids
+    assert talk.extend(Generation(ids, reason), chat, 200)
+    return talk, tokenizer
+
+
+def served(tokenizer, visible, thought=None):
+    reply = {"role": "assistant", "content": visible} | ({"reasoning_content": thought} if thought else {})
+    history = [{"role": "system", "content": "be it"}, {"role": "user", "content": "the a"}, reply]
+    return tokenizer.apply_chat_template(
+        [*history, {"role": "user", "content": "of to"}], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("template", "written", "visible", "thought", "documents"),
+    [
+        (PLAIN, "w1 w2 <turn_end>", "w1 w2", None, 0),  # goes on where it stands: one document
+        (PLAIN, "w1 w2 <return>", "w1 w2", None, 1),  # generation ends otherwise than the template
+        (PLAIN, "w1 w2 <end>", "w1 w2", None, 1),
+        (STRIPS.replace("OPEN", ""), "<think> w9 w8 </think> w1 w2 <turn_end>", "w1 w2", None, 1),
+        (STRIPS.replace("OPEN", "<think>"), "w9 w8 </think> w1 w2 <turn_end>", "w1 w2", None, 1),
+        (SHOWS.replace("OPEN", ""), "<think> w9 w8 </think> w1 w2 <turn_end>", "w1 w2", "w9 w8", 0),
+        (PLAIN, "<think> w9 </think> w3 <think> w8 </think> w1 <turn_end>", "w1", None, 1),
+    ],
+)
+def test_the_next_turn_is_asked_as_served(template, written, visible, thought, documents):
+    talk, tokenizer = second_turn(template, written)
+    assert list(talk.ids) == served(tokenizer, visible, thought)
+    assert len(talk.documents) == documents
+    rows = talk.rows(shard_sampling(tiny_recipe("m", "p").regenerate, 0))
+    first = rows[0]
+    start, end = first["spans"][0]
+    assert tokenizer.decode(first["ids"][start:end]) == written
+    assert len(first["ids"]) == end, "a user turn that nobody answered is left out"
+
+
+def test_a_stop_text_leaves_the_whole_answer():
+    talk, tokenizer = second_turn(PLAIN, "w1 w2", reason="stop")
+    assert list(talk.ids) == served(tokenizer, "w1 w2")
+
+
+def test_each_turn_is_a_document_of_its_own_where_the_history_changes():
+    talk, tokenizer = second_turn(STRIPS.replace("OPEN", ""), "<think> w9 </think> w1 <turn_end>")
+    chat = ChatFormat(tokenizer, None)
+    last = tokenizer("<think> w7 </think> w2 <turn_end>", add_special_tokens=False).input_ids
+    assert not talk.extend(Generation(last, "length"), chat, 200)
+    rows = talk.rows(shard_sampling(tiny_recipe("m", "p").regenerate, 0))
+    assert [(r["id"], r["document"], r["finish_reason"]) for r in rows] == [("p", 0, "eos"), ("p#1", 1, "length")]
+    for row, written in zip(
+        rows, ("<think> w9 </think> w1 <turn_end>", "<think> w7 </think> w2 <turn_end>"), strict=True
+    ):
+        ((start, end),) = row["spans"]
+        assert tokenizer.decode(row["ids"][start:end]) == written
+    assert "w9" not in tokenizer.decode(rows[1]["ids"])
+
+
+def test_turns_are_regenerated_in_order():
+    target = tiny_target(batch_size=2, tokenizer=tiny_tokenizer())
+    target.eos_ids = frozenset(range(20))  # ends early, so that later turns happen
+    chat = ChatFormat(target.tokenizer, None)
+    users = ["the a", "of to in", "is it"]
+    prompt = {"id": "m", "category": "chat", "source": "s", "messages": [{"role": "user", "content": u} for u in users]}
+    recipe = tiny_recipe("m", "p", **{"regenerate.temperature": 0.0})
+    opened = open_conversations([prompt], chat, recipe.regenerate.max_prompt_tokens)
+    sampling = shard_sampling(recipe.regenerate, 0)
+    rows = [row for _, row in answer(opened, target, chat, recipe.regenerate, sampling, 0) if row]
+    spans = [(row, span) for row in rows for span in row["spans"]]
+    assert len(spans) == 3
+    text = target.tokenizer.decode(rows[-1]["ids"])
+    assert [text.index(u) for u in users] == sorted(text.index(u) for u in users)
+    for row, (start, end) in spans:
+        alone = dict(target.generate([row["ids"][:start]], sampling, 24))[0]
+        assert row["ids"][start:end] == alone.ids
+
+
+def test_a_recipes_own_template_joins_ids():
+    template = Template(user="<user> {content} ", assistant="<assistant> ", close="<end> ", stop=("w9",))
+    chat = ChatFormat(tiny_tokenizer(chat_template=None), template)
+    asked = chat.first_turn("the a", "be it")
+    assert chat.tokenizer.decode(asked) == "be it <user> the a <assistant>"
+    following = chat.next_turn(asked, Generation([50, 51], "stop"), "of to")
+    assert following[: len(asked) + 2] == [*asked, 50, 51]
+    assert chat.tokenizer.decode(following[len(asked) + 2 :]) == "<end> <user> of to <assistant>"
+
+
+OPTIONS = "{% if effort is defined %}<system> {{ effort }} {% endif %}" + PLAIN
+
+
+def test_options_and_tools_reach_the_template():
+    with_tools = "{% for t in tools or [] %}{{ t.name }} {% endfor %}" + OPTIONS
+    chat = ChatFormat(tokenizer_with(with_tools), None, {"effort": "w5"})
+    ids = chat.first_turn("the a", None, [{"name": "w7"}])
+    assert chat.tokenizer.decode(ids).startswith("w7 <system> w5 <user> the a")
+    following = chat.next_turn(ids, Generation(chat.tokenizer("w1 <turn_end>").input_ids, "eos"), "of to")
+    assert chat.tokenizer.decode(following).startswith("w7 <system> w5 <user> the a")
+
+
+def test_options_are_part_of_the_identity_and_take_no_recipe_template(tmp_path):
+    model = save_tiny_target(tmp_path / "m")
+    plain, with_options = (LooseEnds(model, dtype="fp32", template_options=o) for o in ({}, {"effort": "w5"}))
+    assert plain.identity.template_hash != with_options.identity.template_hash
+    assert with_options.identity == LocalTarget(model, dtype="fp32", template_options={"effort": "w5"}).identity
+    target = {"model": "m", "template_options": {"enable_thinking": False}}
+    assert parse_recipe({"name": "x", "target": target}, "r").target.template_options["enable_thinking"] is False
+    with pytest.raises(ValueError, match=r"target\.template_options: given beside target\.template"):
+        parse_recipe({"name": "x", "target": {**target, "template": {}}}, "r")
+
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = i * j %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "{{ 'x' + tools }}",
+        "{{ messages[0].content[0] / 2 }}",
+        "{{ 1 // 0 }}",
+        "{% for t in tools %}{% endfor %}",
+        "{{ a",
+    ],
+)
+def test_whatever_a_template_raises_is_one_line(broken):
+    with pytest.raises(DataError, match=r"^target\.template: .*refuses a conversation") as caught:
+        ChatFormat(tiny_tokenizer(chat_template=broken), None).first_turn("the a")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_endless_template_ends(monkeypatch):
+    monkeypatch.setattr(templates, "RENDER_S", 0.3)
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"^target\.template: .*did not end within 0\.3 s"):
+        ChatFormat(tiny_tokenizer(chat_template=ENDLESS), None).first_turn("the a")
+    assert time.monotonic() - started < 5
+
+
+def test_a_flood_of_text_is_refused(monkeypatch):
+    monkeypatch.setattr(templates, "RENDER_CHARACTERS", 1000)
+    with pytest.raises(DataError, match=r"^target\.template: .*characters of one prompt"):
+        ChatFormat(tiny_tokenizer(chat_template="{{ 'the ' * 999 }}"), None).first_turn("the a")
+
+
+STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + PLAIN
+
+
+def test_a_refused_row_is_named_or_counted():
+    from collections import Counter
+
+    rows = [
+        {"id": f"r{i}", "category": "c", "source": "s", "messages": [{"role": "user", "content": "the"}]}
+        for i in (1, 2)
+    ]
+    rows[0]["messages"].insert(0, {"role": "system", "content": "be"})
+    chat = ChatFormat(tokenizer_with(STRICT), None)
+    with pytest.raises(DataError, match=r"^prompt 'r1': .*no system role.*--prompts\.skip-bad"):
+        open_conversations(rows, chat, 100)
+    counted = Counter()
+    assert [c.prompt["id"] for c in open_conversations(rows, chat, 100, True, counted)] == ["r2"]
+    assert counted == {"refused by the chat template": 1}
+    rows[1]["messages"][0]["content"] = "the " * 200
+    assert open_conversations(rows, chat, 100, True, counted) == []
+    assert counted["longer than regenerate.max_prompt_tokens"] == 1
+
+
+def test_a_template_that_refuses_a_later_turn_keeps_what_was_answered():
+    refuses = "{% if messages|length > 2 %}{{ raise_exception('one turn') }}{% endif %}" + PLAIN
+    tokenizer = tokenizer_with(refuses)
+    chat = ChatFormat(tokenizer, None)
+    talk = Conversation({"id": "p", "category": "c", "source": "s"}, ["of to"], chat.first_turn("the a"))
+    assert not talk.extend(Generation(tokenizer("w1 <turn_end>").input_ids, "eos"), chat, 200)
+    (row,) = talk.rows(shard_sampling(tiny_recipe("m", "p").regenerate, 0))
+    assert len(row["spans"]) == 1
+
+
+def test_a_token_without_a_row_is_refused_in_a_text_and_not_before():
+    tokenizer = tokenizer_with(PLAIN, ["<turn_end>", "<image>"])
+    rows = tokenizer.convert_tokens_to_ids("<image>")
+    chat = ChatFormat(tokenizer, None, rows=rows)
+    assert isinstance(chat.first_turn("the a"), Rendered)
+    with pytest.raises(DataError, match=rf"holds the token <image> \({rows}\)"):
+        chat.first_turn("the <image> a")
