@@ -29,6 +29,7 @@ from draftsmith.training.checkpoints import (
     save_checkpoint,
 )
 from draftsmith.training.metrics import append_jsonl, converged, evaluate_heldout, truncate_jsonl
+from draftsmith.training.muon import Muon
 from draftsmith.training.objectives import Objective
 from draftsmith.training.ttt_loss import PackInputs, TTTLoss, prepare
 from draftsmith.training.world import World, whole
@@ -250,12 +251,7 @@ class Trainer:
         ]
         if matrices:
             optimizers.append(
-                torch.optim.Muon(
-                    matrices,
-                    lr=settings.learning_rate,
-                    weight_decay=settings.weight_decay,
-                    adjust_lr_fn="match_rms_adamw",
-                )
+                Muon(matrices, settings.learning_rate, settings.weight_decay, dtype=self.dtype),
             )
         return optimizers
 
