@@ -154,7 +154,7 @@ class InitCommand:
     model: tyro.conf.Positional[str]
     """Directory, hub name, or an embedded target."""
     data: Path | None = None
-    """Your own prompts or conversations, .jsonl or .parquet; left out: 6,000 public prompts that come along."""
+    """Your own prompts or conversations, a file or folder; left out: 6,000 public prompts that come along."""
     out: Path | None = None
     """Where to write it; left out: NAME-eagle3.yaml here."""
     hardware: str | None = None

@@ -182,7 +182,9 @@ def render(values: dict[str, Any], facts: Facts, told: Plan, machine: Machine) -
         "template": "assumed: this base model has no chat template; what answers best is worth a look at the report",
         "urls": "one per replica",
         "tensor_parallel": f"GPUs that share {parts['target weights'].split(',')[-1].strip()}",
-        "sources": "yours are better: what your users ask; any .jsonl or .parquet of prompts or conversations",
+        "sources": "what your users ask"
+        if values["prompts"].get("evaluation") is None
+        else "yours are better: what your users ask; any file or folder of prompts or conversations",
         "evaluation": "measured on these, never trained on",
         "temperature": "of its generation_config.json" if facts.sampling else "assumed: none in generation_config.json",
         "max_new_tokens": "longest answer",
@@ -232,8 +234,8 @@ def init(
     trust_remote_code: bool = False,
 ) -> tuple[Path, list[str]]:
     """Write the recipe; returns its path and what could not be known. Nothing that exists is overwritten."""
-    if data is not None and not data.is_file():
-        raise RecipeError(f"--data: {data} is no file; give a .jsonl or .parquet file of prompts")
+    if data is not None and not data.exists():
+        raise RecipeError(f"--data: {data} is no file; give a file or folder of prompts or conversations")
     facts = read_facts(model, revision, trust_remote_code)
     machine = preset(hardware) if hardware else this_machine()
     values, told = choose(facts, machine, data, revision, trust_remote_code)

@@ -179,7 +179,8 @@ class VocabRecipe(Model):
 
 
 class DraftRecipe(Model):
-    """Shape of the EAGLE-3 draft; what is left out follows the target."""
+    """Shape of the EAGLE-3 draft; what is left out follows the target, or a dense draft's usual shape where the target
+    has none (experts, latent attention, values per layer): training prints which."""
 
     taps: tuple[int, ...] | None = None
     """Layers whose input is fused, ascending; left out: [2, L//2, L-3]."""
