@@ -47,18 +47,6 @@ def file_with(tmp_path, name, text):
     return str(tmp_path / name)
 
 
-def other_tokenizer(world, tmp_path):
-    """A target whose tokenizer knows more tokens than the model has rows."""
-    import shutil
-
-    model = tmp_path / "other"
-    shutil.copytree(world / "model", model)
-    tokenizer = json.loads((model / "tokenizer.json").read_text())
-    tokenizer["model"]["vocab"]["surplus"] = 64
-    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
-    return str(model)
-
-
 TABLE = {
     "missing recipe": (lambda w, t: ["run", t / "none.yaml"], "cannot read the recipe"),
     "empty recipe": (lambda w, t: ["run", file_with(t, "r.yaml", "")], "a recipe is a mapping"),
@@ -99,10 +87,6 @@ TABLE = {
     "no such target": (
         lambda w, t: ["run", edited(w, t, **{"target.model": str(t / "nothing")})],
         "target.model: no tokenizer in",
-    ),
-    "tokenizer does not match": (
-        lambda w, t: ["run", edited(w, t, **{"target.model": other_tokenizer(w, t)})],
-        "the tokenizer knows ids up to 64 but the model has 64 rows",
     ),
     "stage without its inputs": (lambda w, t: ["vocab", w / "recipe.yaml"], "is missing; run the stages before it"),
     "inspect without a draft": (lambda w, t: ["inspect", t], "no config.json"),

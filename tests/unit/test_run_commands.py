@@ -111,7 +111,11 @@ def test_compare_sets_drafts_side_by_side(monkeypatch, capsys, world):
         ("probe", ("--draft-url", "http://127.0.0.1:9"), "--draft-url: give --url too"),
         ("tune", ("--target.engine", "vllm", "--engine", "embedded"), "--engine: embedded given; the target runs on"),
         ("compare", ("--target.engine", "vllm"), "target.engine: compare decodes with the embedded engine"),
-        ("plan", ("--prompts.sources.0.name", "/no.jsonl"), "prompts.sources: /no.jsonl is not there"),
+        (
+            "plan",
+            ("--prompts.sources.0.name", "/no.jsonl"),
+            "prompts.sources: '/no.jsonl' is no file; allowed are",
+        ),
         ("plan", ("--network-gbit", "0"), "--network-gbit: 0 given; more than 0"),
         ("evaluate", ("--evaluate.url", "http://127.0.0.1:9"), "evaluate.url: given, but the embedded engine decodes"),
         ("publish", (), "publish: no repository given; set card.repo or give --repo owner/name"),

@@ -8,6 +8,7 @@ from models import VOCAB, trained_draft
 from scipy.stats import chisquare
 
 from draftsmith.decoding import speculate
+from draftsmith.decoding.cache import StaticCache
 from draftsmith.decoding.sampling import Sampling, probabilities
 from draftsmith.decoding.speculate import Decoder, Eagle3Drafter
 from draftsmith.decoding.tree import DraftTree, Shape
@@ -38,10 +39,13 @@ class Memo:
 
     def __init__(self, target, drafter):
         self.target, self.drafter = target, drafter
-        self.eos_ids, self.device = frozenset(), target.device
+        self.eos_ids, self.device, self.context = frozenset(), target.device, target.context
         self.seen: dict = {}
 
     # the target's side -----------------------------------------------------------------------------------------
+    def new_cache(self, capacity):
+        return StaticCache(1, capacity)
+
     def prefill(self, cache, rows, prompts, taps):
         self.text = list(prompts[0])
         return torch.zeros(len(self.text), 1), self._nodes(DraftTree([self.text[-1]], [-1]), self.text[:-1])
