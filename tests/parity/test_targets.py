@@ -36,7 +36,7 @@ MODELS = {  # name: (class, config, whether our packed attention is right for it
     "granite": ("Granite", dict(WITHOUT_HEAD_DIM, logits_scaling=8.0, attention_multiplier=0.3), True),
     "cohere": ("Cohere", dict(WITHOUT_HEAD_DIM, logit_scale=0.25), True),
     "cohere2": ("Cohere2", dict(COMMON, logit_scale=0.25, sliding_window=8), True),
-    "deepseek_v3": ("DeepseekV3", dict(WITHOUT_HEAD_DIM | LATENT | ROUTED), True),
+    "deepseek_v3": ("DeepseekV3", dict(WITHOUT_HEAD_DIM | LATENT | ROUTED), False),
     "qwen3_next": ("Qwen3Next", dict(COMMON, **HYBRID, **MIXED, **EXPERTS), False),
     "lfm2": ("Lfm2", dict(COMMON, layer_types=["conv", "full_attention"] * 3), False),
     "mistral": ("Mistral", dict(COMMON, sliding_window=8), True),

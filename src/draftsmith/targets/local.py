@@ -40,7 +40,7 @@ def _quick_for_few_rows(linear: nn.Linear, hidden: Tensor) -> Tensor:
     rows = hidden.reshape(-1, hidden.shape[-1])
     if not 1 < len(rows) <= FEW_ROWS:
         return nn.functional.linear(hidden, linear.weight, linear.bias)
-    out = (linear.weight @ rows.T).T.reshape(*hidden.shape[:-1], -1)
+    out = (linear.weight @ rows.T).T.contiguous().view(*hidden.shape[:-1], -1)
     return out if linear.bias is None else out + linear.bias
 
 
