@@ -192,12 +192,9 @@ def render(values: dict[str, Any], facts: Facts, told: Plan, machine: Machine) -
         "size": f"of {text.vocab_size:,} tokens; what is outside can never be drafted (the report has the coverage)",
         "taps": f"the default needs more than {layers} layers",
         "pack_tokens": parts["trainer"],
-        "capture": "hidden states "
-        + (
-            f"once to disk, {parts['all of them'].split(' on disk')[0]}"
-            if "offline" in str(values["train"])
-            else "live"
-        ),
+        "capture": f"hidden states go to disk once, {parts['all of them'].split(' on disk')[0]}"
+        if values["train"]["capture"] == "offline"
+        else "hidden states never touch the disk",
         "prompts": "of the evaluation set, for a first look; leave out for all",
     }
     lines = [f"# A draft for {facts.model}, its sizes chosen by `draftsmith init` for {machine.name}."]
