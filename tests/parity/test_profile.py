@@ -65,12 +65,14 @@ def test_ranks_count_where_the_choices_before_were_right():
 def test_a_probe_tells_the_time_of_a_step():
     target, draft, ids = trained_draft()
     drafter = Eagle3Drafter(draft, ids, target.embedding_rows())
-    parts = {**probe_embedded(target, drafter, PROMPTS[1]), "machine": "here"}
+    told_s, real_s = [], []
+    for _ in range(3):  # other work on the machine only ever slows: the fastest of each is compared
+        parts = {**probe_embedded(target, drafter, PROMPTS[1]), "machine": "here"}
+        told = predict(MeasuredCosts(parts), MeasuredProfile([["111"] * 20]), Shape(3, 1, 4))
+        told_s.append(told.verify_s + told.draft_s + told.overhead_s)
+        made = decoded(tiny_target(), draft, ids, Shape(3, 1, 4))
+        real_s.append(min(d.seconds / len(d.steps) for d in made))
     assert [tokens for tokens, _ in parts["forward"]][:3] == [1, 2, 3]
     assert all(seconds > 0 for _, seconds in parts["forward"])
-    told = predict(MeasuredCosts(parts), MeasuredProfile([["111"] * 20]), Shape(3, 1, 4))
-    made = decoded(tiny_target(), draft, ids, Shape(3, 1, 4))
-    real = sum(d.seconds for d in made) / sum(len(d.steps) for d in made)
-    step = told.verify_s + told.draft_s + told.overhead_s
-    assert step == pytest.approx(real, rel=0.6)  # microseconds of a tiny model on a busy machine
+    assert min(told_s) == pytest.approx(min(real_s), rel=0.6)
     assert "forward ms" in describe(parts)
