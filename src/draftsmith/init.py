@@ -21,7 +21,7 @@ from draftsmith.hardware.presets import CPU, Machine, preset
 from draftsmith.hardware.sizes import DraftSize, TargetSize
 from draftsmith.publishing.licences import licence_of
 from draftsmith.recipe import Recipe, parse_recipe
-from draftsmith.targets.ends import default_taps, load_tokenizer, resolve_model
+from draftsmith.targets.ends import context_of, default_taps, load_tokenizer, resolve_model
 from draftsmith.training.shape import draft_config, shape_note
 
 ROOM = 0.9  # of a device's memory
@@ -103,7 +103,7 @@ def planned(recipe: Recipe, facts: Facts, machine: Machine) -> Plan:
 def _values(facts: Facts, data: Path | None, gpu: bool, revision: str | None, trusted: bool) -> dict[str, Any]:
     """The recipe as plain values, the target in this process."""
     text = facts.text
-    context = text.max_position_embeddings
+    context = context_of(text)
     answer = min(1024 if gpu else 256, context // 2)
     target: dict[str, Any] = {"model": facts.model, "dtype": "bf16" if gpu else "fp32"}
     if revision:

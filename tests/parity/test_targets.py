@@ -30,6 +30,13 @@ LONGROPE = dict(
     rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[8.0] * 4, factor=32.0,
     original_max_position_embeddings=24,
 )  # fmt: skip
+STATE_SPACE = dict(
+    hybrid_override_pattern="M*M-M*", mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=8, n_groups=2, chunk_size=16
+)  # fmt: skip
+ALIBI = {
+    key: COMMON[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
+}
+NO_WAY_BACK = ("qwen3_next", "lfm2", "qwen3_5_text", "nemotron_h", "mamba2")  # states forget nothing
 MODELS = {  # name: (class, config, whether our packed attention is right for it)
     "gpt_oss": ("GptOss", dict(COMMON, num_local_experts=4, num_experts_per_tok=2, sliding_window=8), False),
     "gemma2": ("Gemma2", dict(COMMON, sliding_window=8, query_pre_attn_scalar=8, attn_logit_softcapping=5.0), False),
@@ -42,6 +49,11 @@ MODELS = {  # name: (class, config, whether our packed attention is right for it
     "mistral": ("Mistral", dict(COMMON, sliding_window=8), True),
     "longrope": ("Phi3", dict(WITHOUT_HEAD_DIM, rope_parameters=LONGROPE, original_max_position_embeddings=24), False),
     "olmo2": ("Olmo2", dict(WITHOUT_HEAD_DIM), True),
+    "qwen3_5": ("Qwen3_5", dict(COMMON, **HYBRID, **MIXED), False),
+    "nemotron_h": ("NemotronH", dict(COMMON, **STATE_SPACE), False),
+    "mamba2": ("Mamba2", dict(ALIBI, hidden_size=32, num_hidden_layers=6, num_heads=8, head_dim=8, state_size=8,
+                              n_groups=1, chunk_size=16), False),
+    "bloom": ("Bloom", dict(ALIBI, hidden_size=32, n_layer=6, n_head=4), False),
 }  # fmt: skip
 LLAMA4 = dict(COMMON, intermediate_size_mlp=48, num_local_experts=2, interleave_moe_layer_step=2)
 PROMPTS = [[3, 9, 20, 7, 5], [(7 * i) % 60 + 1 for i in range(40)], [8, 30, 11, 2]]
@@ -50,7 +62,8 @@ PROMPTS = [[3, 9, 20, 7, 5], [(7 * i) % 60 + 1 for i in range(40)], [8, 30, 11, 
 def lm_of(name):
     torch.manual_seed(0)
     kind, config, _ = MODELS[name]
-    return getattr(tf, f"{kind}ForCausalLM")(getattr(tf, f"{kind}Config")(**config)).eval()
+    model = getattr(tf, f"{kind}ForCausalLM")
+    return model(model.config_class(**config)).eval()
 
 
 @pytest.fixture(params=MODELS)
@@ -65,11 +78,12 @@ def target(request):
 @torch.inference_mode()
 def test_states_are_those_of_the_library(target):
     target_taps = (1, 3, 4)
+    first = 1 if target.config.model_type == "mamba2" else 0  # its hidden_states begin after layer 0, others' before it
     got = target.capture(PROMPTS, target_taps)
     start = 0
     for prompt in PROMPTS:
         own = target.untouched(input_ids=torch.tensor([prompt]), output_hidden_states=True, use_cache=False)
-        wanted = torch.stack([own.hidden_states[t][0] for t in target_taps], dim=1)
+        wanted = torch.stack([own.hidden_states[t - first][0] for t in target_taps], dim=1)
         part = slice(start, start + len(prompt))
         start += len(prompt)
         scale = wanted.abs().max()
@@ -97,8 +111,9 @@ def test_chains_verify_where_the_cache_can_be_cut_back(target):
     drafter = Eagle3Drafter(draft, ids, target.embedding_rows())
     shape = Shape(3, 1, 4)
     if target.library is not None and not target.library.can_cut_back:
-        assert target.config.model_type in ("qwen3_next", "lfm2")
+        assert target.config.model_type in NO_WAY_BACK
         return
+    assert target.config.model_type not in NO_WAY_BACK
     for prompt in PROMPTS[:1] + PROMPTS[2:]:
         plain = Decoder(target).generate(prompt, Sampling(), 12)
         drafted = Decoder(target, drafter).generate(prompt, Sampling(), 12, shape)

@@ -95,20 +95,25 @@ def from_auto_class(make: Callable[[Any], Any]) -> Any:
         raise (unknown if "Unrecognized configuration class" in str(error) else error) from None
 
 
-NORMS = ("norm", "final_layernorm", "embedding_norm", "norm_f", "final_layer_norm")  # what classes call the last one
+UNBOUNDED = 1 << 30  # positions of a model that counts none (Mamba, ALiBi)
+# What configs call the positions that a model was made for, and classes the last norm
+LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length", "max_seq_length")
+NORMS = ("norm", "final_layernorm", "embedding_norm", "norm_f", "final_layer_norm", "ln_f", "final_norm")
 
 
-def find_decoder(lm: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """(decoder, its input embedding, its final norm), inside whatever wraps it; raises `TargetError`."""
+def find_decoder(lm: Any) -> tuple[nn.Module, nn.Module, nn.Module, nn.ModuleList]:
+    """(decoder, its input embedding, its final norm, its layers), inside whatever wraps it; raises `TargetError`."""
     embedding = lm.get_input_embeddings()
     for module in lm.modules():
-        if isinstance(getattr(module, "layers", None), nn.ModuleList) and embedding in module.children():
-            norm = next((getattr(module, name) for name in NORMS if hasattr(module, name)), None)
-            if norm is not None and lm.get_output_embeddings() is not None:
-                return module, embedding, norm
+        if embedding is None or not any(embedding is child for child in module.children()):
+            continue
+        norm = next((getattr(module, name) for name in NORMS if hasattr(module, name)), None)
+        stacks = [child for child in module.children() if isinstance(child, nn.ModuleList)]
+        if norm is not None and stacks and lm.get_output_embeddings() is not None:
+            return module, embedding, norm, max(stacks, key=len)
     raise TargetError(
-        f"target.model: {type(lm).__name__} has no decoder of .layers between an input embedding, a final norm and a "
-        "head, which is where a draft reads"
+        f"target.model: {type(lm).__name__} has no decoder with layers, an input embedding, a final norm and a head, "
+        "which is where a draft reads"
     )
 
 
@@ -123,7 +128,7 @@ def end_ids(tokenizer: Any, *configs: Any) -> frozenset[int]:
 
 def context_of(config: Any) -> int:
     """Positions that a text may have, as engines derive it; stretched RoPE reaches further."""
-    length = getattr(config, "max_position_embeddings", None) or UNBOUNDED
+    length = next((n for name in LENGTHS if (n := getattr(config, name, None))), UNBOUNDED)
     rope = getattr(config, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
     kind, factor = rope.get("rope_type"), float(rope.get("factor") or 1.0)
@@ -140,9 +145,6 @@ def logit_scale(config: Any) -> float:
     return float(scale) / float(getattr(config, "logits_scaling", None) or 1.0)
 
 
-UNBOUNDED = 1 << 30  # positions of a model that counts none (Mamba)
-
-
 class ModelEnds:
     """What the whole model in this process and a model that runs elsewhere have in common."""
 
@@ -153,7 +155,7 @@ class ModelEnds:
         self, lm: Any, name: str, revision: str | None, dtype: str, template_options: Mapping[str, Any] | None = None
     ) -> None:
         self.lm = lm.eval().requires_grad_(False)
-        self.decoder, self.embedding, self.norm = find_decoder(lm)
+        self.decoder, self.embedding, self.norm, self.layers = find_decoder(lm)
         self.config = lm.config.get_text_config()
         self.head = lm.get_output_embeddings()
         if getattr(self.head, "bias", None) is not None and (self.head.bias.is_meta or bool(self.head.bias.any())):
@@ -172,7 +174,7 @@ class ModelEnds:
             revision=revision,
             dtype=dtype,
             architecture=type(lm).__name__,
-            num_layers=len(self.decoder.layers),  # type: ignore[arg-type]
+            num_layers=len(self.layers),
             hidden_size=self.config.hidden_size,
             vocab_size=self.head.weight.shape[0],
             max_position_embeddings=context_of(self.config),

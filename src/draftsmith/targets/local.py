@@ -118,7 +118,7 @@ class LocalTarget(ModelEnds):
                     module.forward = partial(_quick_for_few_rows, module)  # type: ignore[method-assign]
         self._tap_outputs: dict[int, Tensor] = {}
         self._taps: tuple[int, ...] = ()
-        for index, layer in enumerate(self.decoder.layers):  # type: ignore[arg-type]
+        for index, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(self._record_tap(index), with_kwargs=True)
         own = self.lm.config._attn_implementation
         why = self._why_not_packed()
@@ -186,12 +186,13 @@ class LocalTarget(ModelEnds):
     def _forward(self, ids, positions, cache, plan, taps: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """(taps [B, T, K, H], the head's own input [B, T, H]); `plan` is None for the library's own attention."""
         self._taps = tuple(taps)
-        planned = {} if plan is None else {"plan": plan}
-        if plan is not None or "position_ids" in inspect.signature(self.decoder.forward).parameters:
+        takes = inspect.signature(self.decoder.forward).parameters
+        planned = {"cache_params" if "cache_params" in takes else "past_key_values": cache}  # Mamba's name, all others'
+        if plan is not None:
+            planned["plan"] = plan
+        if plan is not None or "position_ids" in takes:
             planned["position_ids"] = positions
-        last = self.decoder(
-            input_ids=ids, past_key_values=cache, use_cache=cache is not None, **planned
-        ).last_hidden_state
+        last = self.decoder(input_ids=ids, use_cache=cache is not None, **planned).last_hidden_state
         last = self._scaled(last)
         tapped = torch.stack([self._tap_outputs.pop(t) for t in taps], dim=2) if taps else last[:, :, None, :0]
         return tapped, last

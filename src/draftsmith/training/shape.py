@@ -12,11 +12,12 @@ from draftsmith.drafts.eagle3 import Eagle3Config
 from draftsmith.errors import TargetError
 from draftsmith.hardware.configs import expert_count, per_layer, value_of
 from draftsmith.recipe import Recipe
-from draftsmith.targets.ends import default_taps
+from draftsmith.targets.ends import UNBOUNDED, context_of, default_taps
 
 WIDTHS = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 WIDE = 1024  # hidden size from which widths are rounded to what kernels like
 MLP_RATIO, KEY_HEADS = 3, 8
+ENOUGH_CONTEXT = 32768  # of a draft whose target counts no positions; engines keep a RoPE table of this length
 WIDEST_HEAD = 256  # of engines' attention kernels; wider ones are latents shared by all heads (DeepSeek V4)
 
 
@@ -33,6 +34,7 @@ def draft_config(recipe: Recipe, target_config: Any, num_layers: int, draft_voca
         raise TargetError(f"draft.num_attention_heads: {heads} is no multiple of num_key_value_heads {kv_heads}")
     rope = getattr(target_config, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
+    context = context_of(target_config)
     return Eagle3Config(
         hidden_size=target_config.hidden_size,
         **widths,
@@ -40,7 +42,7 @@ def draft_config(recipe: Recipe, target_config: Any, num_layers: int, draft_voca
         draft_vocab_size=draft_vocab_size,
         taps=tuple(taps),
         rope_theta=wish.rope_theta or rope.get("rope_theta") or getattr(target_config, "rope_theta", None) or 10000.0,
-        max_position_embeddings=target_config.max_position_embeddings,
+        max_position_embeddings=context if context < UNBOUNDED else ENOUGH_CONTEXT,
         norm_before_fc=wish.norm_before_fc,
         fc_norm=wish.fc_norm,
     )
