@@ -13,4 +13,5 @@ def test_the_docs_are_what_the_files_say():
     assert (ROOT / "docs" / "results.md").read_text() == results.document()
     readme = (ROOT / "README.md").read_text()
     assert f"<!-- results -->\n{results.first_table()}\n<!-- end results -->" in readme
+    assert f"<!-- cases -->\n{results.cases_table()}\n<!-- end cases -->" in readme
     assert len(readme.split("\n---\n")[0].split()) < 700, "the first screen stays short, tables included"
