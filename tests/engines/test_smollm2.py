@@ -7,7 +7,9 @@ import pytest
 from engine import ROOT, engine_program, free_port
 
 from draftsmith.files import read_json
+from draftsmith.hardware.commands import card_prediction
 from draftsmith.pipeline import run_pipeline
+from draftsmith.publishing.card import write_card
 from draftsmith.recipe import load_recipe, parse_recipe
 from draftsmith.run import Run
 from draftsmith.targets.embedded import EMBEDDED
@@ -56,4 +58,5 @@ def test_an_instruct_models_draft_serves_as_it_was_measured(recipe, directory, e
     assert a["tau_with_loops"] > 1.15
     # SGLang counts the step that the end of a text cuts short
     assert b["tau_with_loops"] == pytest.approx(a["tau_with_loops"], abs=0.03 if engine == "vllm" else 0.12)
-    assert EMBEDDED[NAME].hub_name in (directory / "export" / "draft" / "README.md").read_text()
+    with contextlib.closing(Run(chosen, directory, ["test"])) as run:
+        assert EMBEDDED[NAME].hub_name in write_card(run, card_prediction(run)).read_text()
