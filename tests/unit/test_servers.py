@@ -18,6 +18,7 @@ from draftsmith.data.regenerate_served import ServedRegeneration
 from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.errors import DraftsmithError, TargetError
+from draftsmith.evaluation.served import ServedEvaluation
 from draftsmith.files import read_json, read_jsonl, write_jsonl
 from draftsmith.pipeline import run_pipeline
 from draftsmith.run import Run
@@ -378,3 +379,24 @@ def test_packs_are_fetched_ahead_within_bounds():
             assert capture(["held out"], [[99]]) == 99
             asked.remove(99)
     assert asked == set(range(10))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_server_that_never_draws_is_noticed(model, target, prompts, tmp_path, engine):
+    """SGLang verifies greedily at any temperature where it lacks its sampling kernel: such a tau is none at T=1."""
+    honest = tiny_engine(target, model)
+
+    def deaf(path, body, request_id):
+        settings = body.get("sampling_params", body)
+        return honest(
+            path, {**body, "temperature": 0.0, "sampling_params": {**settings, "temperature": 0.0}}, request_id
+        )
+
+    with serving(FaultyServer(honest), FaultyServer(deaf)) as urls:
+        for url, draws in zip(urls, (True, False), strict=True):
+            recipe = recipe_for(model, [url], engine)
+            served = ServedEvaluation(recipe, engine, tmp_path, prompts, tmp_path)
+            with served.server(url, None) as server:
+                opened = served.open_prompts(server)
+                assert served._samples(server, opened, 1.0) == draws
+                assert served._samples(server, opened, 0.1), "a low temperature may well draw the greedy text"

@@ -33,6 +33,8 @@ from draftsmith.targets.ends import resolve_model
 from draftsmith.targets.servers import ServedTarget
 
 Prompt = tuple[str, str, list[int]]  # id, category, token ids
+# A temperature below may well draw a greedy text; how much text tells whether a server draws.
+SURELY_DRAWS, SAMPLED_PROMPTS, SAMPLED_TOKENS = 0.5, 4, 24
 
 
 def count_served(name: str, category: str, generation: Generation, depth: int) -> PromptAcceptance:
@@ -109,6 +111,12 @@ class ServedEvaluation:
             with self.server(settings.url, shape) as drafted:
                 prompts = self.open_prompts(drafted)
                 for temperature in settings.temperatures:
+                    if temperature and not self._samples(drafted, prompts, temperature):
+                        say(
+                            f"evaluate: T={temperature:g} left out; the server writes its greedy text at any "
+                            "temperature, as SGLang does where it lacks its sampling kernel (on CPUs)"
+                        )
+                        continue
                     name = f"tau-{shape}-T{temperature:g}"
                     acceptance.append(once(name, partial(self._acceptance, drafted, prompts, shape, temperature)))
                     say(tau_line(acceptance[-1]))
@@ -176,6 +184,18 @@ class ServedEvaluation:
                 made[number] = generation
                 meter.advance(1, len(generation.ids))
         return [made[number] for number in range(len(prompts))]
+
+    def _samples(self, target: ServedTarget, prompts: list[Prompt], temperature: float) -> bool:
+        """Whether a drafting server draws at all: the greedy text of several prompts, token by token, is no draw."""
+        if temperature < SURELY_DRAWS or self.settings.top_k == 1:
+            return True
+        chosen = prompts[:SAMPLED_PROMPTS]
+        sampling = Sampling(temperature, self.settings.top_p, self.settings.top_k)
+        greedy, drawn = (
+            [g.ids for g in self.complete(target, chosen, f"{name} text", how, SAMPLED_TOKENS, len(chosen))]
+            for name, how in (("greedy", Sampling()), ("sampled", sampling))
+        )
+        return greedy != drawn
 
     def _plain(self) -> dict[str, Any]:
         """Of the target alone: greedy ids to compare with, and seconds by batch (see `_timed`)."""
