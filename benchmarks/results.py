@@ -29,7 +29,7 @@ CASES = (  # README's three ways to begin
     ("a served 230 B MoE", "minimax-m2.7-eagle3", "h200-nvlink-8"),
 )
 TITLES = {
-    "smollm2-135m-cpu": "SmolLM2-135M-Instruct, our engine and vLLM",
+    "smollm2-135m-cpu": "SmolLM2-135M-Instruct, one draft on three engines",
     "gemma3-270m-cpu": "Gemma-3-270m, the longer CPU recipe",
     "gemma3-270m-vllm-bf16": "The same draft on vLLM, bf16",
     "gemma3-270m-vllm-fp32": "The same draft on vLLM, fp32",

@@ -387,10 +387,21 @@ def test_a_server_that_never_draws_is_noticed(model, target, prompts, tmp_path, 
     honest = tiny_engine(target, model)
 
     def deaf(path, body, request_id):
+        """The first token is drawn, as it is the prompt's; then greedily on."""
         settings = body.get("sampling_params", body)
-        return honest(
-            path, {**body, "temperature": 0.0, "sampling_params": {**settings, "temperature": 0.0}}, request_id
-        )
+        length = settings.get("max_new_tokens") or settings.get("max_tokens", 1)
+        if settings.get("temperature", 0.0) == 0.0 or length == 1:
+            return honest(path, body, request_id)
+        key = "prompt" if "prompt" in body else "input_ids"
+        one = {"max_tokens": 1, "max_new_tokens": 1}
+        status, first = honest(path, body | one | {"sampling_params": {**settings, **one}}, request_id)
+        ids = first["choices"][0]["token_ids"] if "choices" in first else first["output_ids"]
+        rest = {"temperature": 0.0, "max_tokens": length - 1, "max_new_tokens": length - 1}
+        asked = body | rest | {"sampling_params": {**settings, **rest}, key: [*body[key], *ids]}
+        status, answer = honest(path, asked, request_id)
+        written = answer["choices"][0]["token_ids"] if "choices" in answer else answer["output_ids"]
+        written[:0] = ids
+        return status, answer
 
     with serving(FaultyServer(honest), FaultyServer(deaf)) as urls:
         for url, draws in zip(urls, (True, False), strict=True):

@@ -33,8 +33,9 @@ from draftsmith.targets.ends import resolve_model
 from draftsmith.targets.servers import ServedTarget
 
 Prompt = tuple[str, str, list[int]]  # id, category, token ids
-# A temperature below may well draw a greedy text; how much text tells whether a server draws.
-SURELY_DRAWS, SAMPLED_PROMPTS, SAMPLED_TOKENS = 0.5, 4, 24
+# A temperature below may well draw a greedy text; above it, so much of one is no draw.
+SURELY_DRAWS, SURELY_GREEDY = 0.5, 0.8
+SAMPLED_PROMPTS, SAMPLED_TOKENS = 4, 24
 
 
 def count_served(name: str, category: str, generation: Generation, depth: int) -> PromptAcceptance:
@@ -113,8 +114,8 @@ class ServedEvaluation:
                 for temperature in settings.temperatures:
                     if temperature and not self._samples(drafted, prompts, temperature):
                         say(
-                            f"evaluate: T={temperature:g} left out; the server writes its greedy text at any "
-                            "temperature, as SGLang does where it lacks its sampling kernel (on CPUs)"
+                            f"evaluate: T={temperature:g} left out; the server drafts greedily at any temperature, as "
+                            "SGLang does where it lacks its sampling kernel (on CPUs)"
                         )
                         continue
                     name = f"tau-{shape}-T{temperature:g}"
@@ -186,16 +187,22 @@ class ServedEvaluation:
         return [made[number] for number in range(len(prompts))]
 
     def _samples(self, target: ServedTarget, prompts: list[Prompt], temperature: float) -> bool:
-        """Whether a drafting server draws at all: the greedy text of several prompts, token by token, is no draw."""
+        """Whether a drafting server draws beyond the first token, which comes from the prompt's own forward.
+
+        Where it does not, what follows that token is its greedy text (but for ties that round otherwise).
+        """
         if temperature < SURELY_DRAWS or self.settings.top_k == 1:
             return True
         chosen = prompts[:SAMPLED_PROMPTS]
         sampling = Sampling(temperature, self.settings.top_p, self.settings.top_k)
-        greedy, drawn = (
-            [g.ids for g in self.complete(target, chosen, f"{name} text", how, SAMPLED_TOKENS, len(chosen))]
-            for name, how in (("greedy", Sampling()), ("sampled", sampling))
-        )
-        return greedy != drawn
+        drawn = [g.ids for g in self.complete(target, chosen, "draws", sampling, SAMPLED_TOKENS, len(chosen))]
+        begun = [(name, category, [*ids, *d[:1]]) for (name, category, ids), d in zip(chosen, drawn, strict=True)]
+        greedy = [g.ids for g in self.complete(target, begun, "greedy", Sampling(), SAMPLED_TOKENS - 1, len(begun))]
+        alike = total = 0
+        for d, g in zip((d[1:] for d in drawn), greedy, strict=True):
+            at = first_difference(d, g)
+            alike, total = alike + (len(d) if at is None else at), total + len(d)
+        return alike < SURELY_GREEDY * total or not total
 
     def _plain(self) -> dict[str, Any]:
         """Of the target alone: greedy ids to compare with, and seconds by batch (see `_timed`)."""
