@@ -204,9 +204,9 @@ def first_table() -> str:
             gain = "-"
             if speed:
                 gain = f"{speed['plain_tokens_per_s']:.1f} → {speed['drafted_tokens_per_s']:.1f} tokens/s"
-            what = [engine, e["shape"], f"{e['temperature']:g}", str(e["all"]["prompts"])]
+            what = [engine, e["shape"], f"{e['temperature']:g}"]
             rows.append([*what, tau_text(e["all"]), " / ".join(taus), gain])
-    head = ["engine", "shape", "T", "prompts", "tau [95 %]", "chat / code / math", "batch 1, plain → drafted"]
+    head = ["engine", "shape", "T", "tau [95 %]", "chat / code / math", "batch 1, plain → drafted"]
     return "\n".join(table(head, rows))
 
 
