@@ -1,6 +1,7 @@
 """Sizes against the models themselves, and against what their makers publish."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -221,8 +222,10 @@ def test_layers_have_heads_of_their_own_and_borrow_keys():
 # --- drafts, files and quantisation ----------------------------------------------------------------------------------
 
 
-def test_draft_parameters_are_those_of_the_draft():
-    config = Eagle3Config(64, 96, 4, 2, 16, 128, 32, (0, 1, 2), 1e4, 512)
+@pytest.mark.parametrize("target_hidden_size", [None, 160])
+def test_draft_parameters_are_those_of_the_draft(target_hidden_size):
+    plain = Eagle3Config(64, 96, 4, 2, 16, 128, 32, (0, 1, 2), 1e4, 512)
+    config = replace(plain, target_hidden_size=target_hidden_size)
     matrices = sum(p.numel() for p in Eagle3Draft(config).parameters() if p.ndim > 1)
     assert DraftSize.of(config).parameters == matrices
 

@@ -154,7 +154,7 @@ class DraftSize:
         return cls(
             hidden=hidden,
             layer=attention + 3.0 * hidden * config.intermediate_size,
-            fuse=float(len(config.taps)) * hidden * hidden,
+            fuse=float(len(config.taps)) * config.tap_size * hidden,
             head=float(config.draft_vocab_size) * hidden,
             kv_bytes_per_token=2.0 * keys * 2,
         )
