@@ -97,6 +97,10 @@ def test_compare_sets_drafts_side_by_side(monkeypatch, capsys, world):
     code, told = run(monkeypatch, capsys, world, "compare")
     assert code == 2
     assert "give others with --drafts" in told.err
+    code, told = run(monkeypatch, capsys, world, "compare", "--drafts", world / "model")
+    assert code == 2
+    assert "no draft but a whole model" in told.err
+    assert "tau 3/1/4" not in told.err, "told before any draft is measured"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftsmith import files
-from draftsmith.drafts.checkpoint import Reading, inspect_draft
+from draftsmith.drafts.checkpoint import Reading, inspect_draft, load_draft
 from draftsmith.drafts.eagle3 import Eagle3Config
 from draftsmith.errors import DataError, RecipeError, TargetError
 from draftsmith.evaluation.acceptance import paired_difference, tau_text
@@ -158,6 +158,8 @@ def compare(run: "Run", drafts: Sequence[Path], reading: Reading = "auto") -> li
     directories = list(dict.fromkeys([*own, *drafts]))
     if len(directories) < 2:
         raise DataError(f"compare: {len(directories)} draft found; give others with --drafts DIRECTORY [DIRECTORY ...]")
+    for directory in directories:  # one that is no draft is told before any is measured
+        load_draft(directory, layers=run.target.identity.num_layers, reading=reading)
     out = run.path("compare")
     rows = [measure(run, directory, out, reading) for directory in directories]
     for row in rows:
