@@ -33,7 +33,7 @@ LONGROPE = dict(
 STATE_SPACE = dict(
     hybrid_override_pattern="M*M-M*", mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=8, n_groups=2, chunk_size=16
 )  # fmt: skip
-ALIBI = {
+TOKENS = {
     key: COMMON[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 }
 NO_WAY_BACK = ("qwen3_next", "lfm2", "qwen3_5_text", "nemotron_h", "mamba2")  # states forget nothing
@@ -51,9 +51,9 @@ MODELS = {  # name: (class, config, whether our packed attention is right for it
     "olmo2": ("Olmo2", dict(WITHOUT_HEAD_DIM), True),
     "qwen3_5": ("Qwen3_5", dict(COMMON, **HYBRID, **MIXED), False),
     "nemotron_h": ("NemotronH", dict(COMMON, **STATE_SPACE), False),
-    "mamba2": ("Mamba2", dict(ALIBI, hidden_size=32, num_hidden_layers=6, num_heads=8, head_dim=8, state_size=8,
+    "mamba2": ("Mamba2", dict(TOKENS, hidden_size=32, num_hidden_layers=6, num_heads=8, head_dim=8, state_size=8,
                               n_groups=1, chunk_size=16), False),
-    "bloom": ("Bloom", dict(ALIBI, hidden_size=32, n_layer=6, n_head=4), False),
+    "bloom": ("Bloom", dict(TOKENS, hidden_size=32, n_layer=6, n_head=4), False),
 }  # fmt: skip
 LLAMA4 = dict(COMMON, intermediate_size_mlp=48, num_local_experts=2, interleave_moe_layer_step=2)
 PROMPTS = [[3, 9, 20, 7, 5], [(7 * i) % 60 + 1 for i in range(40)], [8, 30, 11, 2]]

@@ -1,4 +1,4 @@
-"""docs/results.md and README's first table are what the recorded files say."""
+"""docs/results.md and README's tables are what the recorded files and `plan` say."""
 
 import importlib.util
 from pathlib import Path

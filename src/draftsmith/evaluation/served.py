@@ -130,6 +130,8 @@ class ServedEvaluation:
                     name = f"speed-{shape}-{batch}"
                     entry = once(name, partial(self._speed, alone, drafted, prompts, shape, int(batch)))
                     speed += [entry] if entry else []
+        if not acceptance:
+            raise DataError("evaluate.temperatures: none that this server draws at; add 0.0")
         lossless = None
         if identity:
             differences = [difference for found in identity for difference in found["differences"]]

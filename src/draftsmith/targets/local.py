@@ -118,6 +118,7 @@ class LocalTarget(ModelEnds):
                     module.forward = partial(_quick_for_few_rows, module)  # type: ignore[method-assign]
         self._tap_outputs: dict[int, Tensor] = {}
         self._taps: tuple[int, ...] = ()
+        self._takes = frozenset(inspect.signature(self.decoder.forward).parameters)
         for index, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(self._record_tap(index), with_kwargs=True)
         own = self.lm.config._attn_implementation
@@ -186,11 +187,11 @@ class LocalTarget(ModelEnds):
     def _forward(self, ids, positions, cache, plan, taps: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """(taps [B, T, K, H], the head's own input [B, T, H]); `plan` is None for the library's own attention."""
         self._taps = tuple(taps)
-        takes = inspect.signature(self.decoder.forward).parameters
-        planned = {"cache_params" if "cache_params" in takes else "past_key_values": cache}  # Mamba's name, all others'
+        named = "cache_params" if "cache_params" in self._takes else "past_key_values"  # Mamba's name, all others'
+        planned = {named: cache}
         if plan is not None:
             planned["plan"] = plan
-        if plan is not None or "position_ids" in takes:
+        if plan is not None or "position_ids" in self._takes:
             planned["position_ids"] = positions
         last = self.decoder(input_ids=ids, use_cache=cache is not None, **planned).last_hidden_state
         last = self._scaled(last)
