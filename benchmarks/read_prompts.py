@@ -38,8 +38,8 @@ def gather_once(path: Path) -> None:
     """In a process of its own, so that the peak of memory is its own."""
     import resource
 
+    from draftsmith.core.recipe_file import parse_recipe
     from draftsmith.data.prompts import gather
-    from draftsmith.recipe import parse_recipe
 
     values = {"name": "benchmark", "target": {"model": "none"}}
     recipe = parse_recipe({**values, "prompts": {"sources": [{"name": str(path)}], "max_turns": 2}}, "benchmark")
@@ -47,7 +47,7 @@ def gather_once(path: Path) -> None:
     summary = gather(recipe, path.parent / "out")
     seconds = time.monotonic() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "peak_rss_bytes": peak, "prompts": summary["prompts"]}))
+    print(json.dumps({"seconds": seconds, "peak_rss_bytes": peak, "prompts": summary.prompts}))
 
 
 def measured(rows: int) -> dict:

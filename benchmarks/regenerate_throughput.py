@@ -14,7 +14,7 @@ import statistics
 import time
 from pathlib import Path
 
-from draftsmith.allocator import keep_freed_memory
+from draftsmith.core.allocator import keep_freed_memory
 
 
 def main() -> None:
@@ -27,19 +27,20 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from draftsmith.data.prompts import BUNDLED, read_source
+    from draftsmith.core.recipe import Source
+    from draftsmith.core.recipe_file import load_recipe
+    from draftsmith.data.prompts import read_source
     from draftsmith.data.templates import ChatFormat
     from draftsmith.decoding.sampling import Sampling
-    from draftsmith.recipe import Source, load_recipe
-    from draftsmith.targets.ends import resolve_model
     from draftsmith.targets.local import LocalTarget
+    from draftsmith.targets.parts import resolve_model
 
     recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "gemma3-270m-quick.yaml")
     target = LocalTarget("gemma3-270m", batch_size=options.batch)
     reference = AutoModelForCausalLM.from_pretrained(resolve_model("gemma3-270m"), dtype=torch.bfloat16).eval()
     chat = ChatFormat(target.tokenizer, recipe.target.template)
-    prompts, _ = read_source(Source(name=str(BUNDLED), limit=options.batch), 1, False, 0)
-    ids = [chat.first_turn(p["messages"][0]["content"]) for p in prompts]
+    prompts, _ = read_source(Source(name="bundled", limit=options.batch), 1, False, 0)
+    ids = [chat.first_turn(p.users[0]) for p in prompts]
     wish = recipe.regenerate
     sampling = Sampling(wish.temperature, wish.top_p, wish.top_k)
     longest = max(map(len, ids))

@@ -8,20 +8,25 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from draftsmith.cli import _quiet_libraries
-from draftsmith.evaluation.acceptance import INTERVAL_PROMPTS, tau_text
+from draftsmith.cli import quiet_libraries
+from draftsmith.core import run_files
+from draftsmith.core.files import JsonObject, read_json, write_atomic, write_json
+from draftsmith.core.recipe_file import load_recipe
+from draftsmith.core.records.data import CompletionsSummary
+from draftsmith.core.records.evaluation import Results, Tau
+from draftsmith.core.records.run import Manifest, Provenance
+from draftsmith.core.records.training import TrainingSummary
+from draftsmith.core.run_files import RunFiles
+from draftsmith.engines import ENGINES
+from draftsmith.evaluation.acceptance import INTERVAL_PROMPTS
 from draftsmith.evaluation.lossless import lossless_verdict
-from draftsmith.files import read_json, write_atomic, write_json
-from draftsmith.hardware.commands import costs_of, plan_of
-from draftsmith.recipe import load_recipe
-from draftsmith.run import Run
+from draftsmith.runs.estimates import costs_of, plan_of
+from draftsmith.runs.run import Run
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FIRST = "smollm2-135m-cpu"  # what README shows
-ENGINES = {"embedded": "draftsmith", "vllm": "vLLM", "sglang": "SGLang"}
 PROBE = "benchmarks/results/probe-epyc-2-avx2.json"
 CASES = (  # README's three ways to begin
     ("a small model on this CPU", "smollm2-135m-cpu", PROBE),
@@ -40,77 +45,87 @@ TITLES = {
 
 def collect(directory: Path) -> Path:
     """One file of everything that a run measured."""
-    found = {"embedded": directory / "evaluate", "vllm": directory / "evaluate-vllm"}
-    found["sglang"] = directory / "evaluate-sglang"
-    told = {name: read_json(path / "results.json") for name, path in found.items() if (path / "results.json").exists()}
-    told["training"] = read_json(directory / "train" / "summary.json")
-    told["completions"] = read_json(directory / "completions" / "summary.json")
-    told["stages"] = read_json(directory / "manifest.json")["stages"]
-    for result in told.values():
-        result.pop("profile", None)
+    run = RunFiles(directory)
+    told: JsonObject = {}
+    for name, path in run.results.items():
+        told[name] = Results.load(path).model_copy(update={"profile": None}).model_dump(mode="json")
+    told["training"] = TrainingSummary.load(run_files.summary(run.train)).model_dump(mode="json")
+    told["completions"] = CompletionsSummary.load(run_files.summary(run.completions)).model_dump(mode="json")
+    told["stages"] = Manifest.load(run.manifest).model_dump(mode="json")["stages"]
     path = RESULTS / f"{directory.name}.json"
     write_json(path, told)
     return path
 
 
-def measured(told: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def results_of(told: JsonObject) -> Results:
+    """An evaluation as it was recorded; earlier commits left out what could not be otherwise then."""
+    parts = {name: told[name] for name in Results.model_fields if name in told}
+    parts["settings"] = {"engine": "embedded", **told["settings"]}
+    parts["acceptance"] = [{"prompts": [], **entry} for entry in told["acceptance"]]
+    parts["speed"] = [
+        {"batch": 1, **entry, "differences": [{"shape": entry["shape"], **d} for d in entry["differences"]]}
+        for entry in told["speed"]
+    ]
+    if told["lossless"]:
+        parts["lossless"] = {key: value for key, value in told["lossless"].items() if key != "identical"}
+    return Results.model_validate(parts)
+
+
+def measured(told: JsonObject) -> Iterator[tuple[str, Results]]:
     """(engine, results) of a file, whichever form it has."""
-    if "acceptance" in told:
-        yield ENGINES.get(told["settings"].get("engine", "embedded"), "?"), told
-    for name, inner in told.items():
+    for inner in (told, *told.values()):
         if isinstance(inner, dict) and "acceptance" in inner:
-            yield ENGINES.get(name.split("_")[0], "draftsmith"), inner
+            results = results_of(inner)
+            yield ENGINES[results.settings.engine].title, results
 
 
-def honest(value: dict[str, Any]) -> str:
+def honest(value: Tau) -> str:
     """Files of earlier commits hold intervals over fewer prompts than carry one."""
-    return tau_text(value if value["prompts"] >= INTERVAL_PROMPTS else {**value, "low": None})
+    return str(value if value.prompts >= INTERVAL_PROMPTS else value.model_copy(update={"low": None}))
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def acceptance_table(results: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    categories = sorted({c for _, r in results for e in r["acceptance"] for c in e["by_category"]})
+def acceptance_table(results: list[tuple[str, Results]]) -> list[str]:
+    categories = sorted({c for _, r in results for e in r.acceptance for c in e.by_category})
     rows = []
     for engine, result in results:
-        for e in result["acceptance"]:
-            taus = [honest(e["by_category"][c]) if c in e["by_category"] else "-" for c in categories]
-            loops = [f"{e['tau_with_loops']:.2f}", f"{e['looping_share']:.0%}"]
-            oracle = f"{e['share_of_oracle']:.0%}" if e.get("share_of_oracle") else "-"
-            what = [engine, result["settings"]["dtype"], e["shape"], f"{e['temperature']:g}"]
-            rows.append([*what, str(e["all"]["prompts"]), honest(e["all"]), *taus, *loops, oracle])
+        for e in result.acceptance:
+            taus = [honest(e.by_category[c]) if c in e.by_category else "-" for c in categories]
+            loops = [f"{e.tau_with_loops:.2f}", f"{e.looping_share:.0%}"]
+            oracle = f"{e.share_of_oracle:.0%}" if e.share_of_oracle else "-"
+            what = [engine, result.settings.dtype, str(e.shape), f"{e.temperature:g}"]
+            rows.append([*what, str(e.all.prompts), honest(e.all), *taus, *loops, oracle])
     head = ["engine", "dtype", "shape", "T", "prompts", "tau", *categories, "with loops", "looping", "of the oracle"]
     return table(head, rows)
 
 
-def speed_table(results: list[tuple[str, dict[str, Any]]]) -> list[str]:
+def speed_table(results: list[tuple[str, Results]]) -> list[str]:
     rows = [
         [
             engine,
-            s["dtype"],
-            s["shape"],
-            str(s.get("batch", 1)),
-            str(s["prompts"]),
-            f"{s['plain_tokens_per_s']:.1f}",
-            f"{s['drafted_tokens_per_s']:.1f}",
-            f"{s['speedup']:.2f}x",
+            s.dtype,
+            str(s.shape),
+            str(s.batch),
+            str(s.prompts),
+            f"{s.plain_tokens_per_s:.1f}",
+            f"{s.drafted_tokens_per_s:.1f}",
+            f"{s.speedup:.2f}x",
         ]
         for engine, result in results
-        for s in result["speed"]
+        for s in result.speed
     ]
     head = ["engine", "dtype", "shape", "batch", "prompts", "plain tokens/s", "drafted tokens/s", "median speed-up"]
     return table(head, rows) if rows else []
 
 
-def provenance(created: dict[str, Any]) -> str:
-    hardware = created["hardware"]
-    machine = ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['cores']} cores"
-    return f"commit {created['commit']}, {machine}: `{created['command']}`"
+def provenance(created: Provenance) -> str:
+    return f"commit {created.commit}, {created.hardware}: `{created.command}`"
 
 
-def section(name: str, told: dict[str, Any]) -> list[str]:
+def section(name: str, told: JsonObject) -> list[str]:
     results = list(measured(told))
     lines = [f"## {TITLES.get(name, name)}", ""]
     trained = told.get("training")
@@ -121,11 +136,11 @@ def section(name: str, told: dict[str, Any]) -> list[str]:
             "",
         ]
     lines += [*acceptance_table(results), ""]
-    verdicts = [(engine, lossless_verdict(r["lossless"])) for engine, r in results if r.get("lossless")]
+    verdicts = [(engine, lossless_verdict(r.lossless)) for engine, r in results if r.lossless]
     lines += [f"- losslessness on {engine}: {v.state}; {v.detail}" for engine, v in verdicts]
     speeds = speed_table(results)
     lines += ["", *speeds, ""] if speeds else [""]
-    lines += [f"- {engine}: {provenance(r['created_with'])}" for engine, r in results]
+    lines += [f"- {engine}: {provenance(r.created_with)}" for engine, r in results]
     return [*lines, ""]
 
 
@@ -197,15 +212,14 @@ def first_table() -> str:
     told = dict(measured(read_json(RESULTS / f"{FIRST}.json")))
     rows = []
     for engine, result in told.items():
-        speeds = {s["shape"]: s for s in result["speed"] if s.get("batch", 1) == 1}
-        for e in result["acceptance"]:
-            taus = [f"{e['by_category'][c]['tau']:.2f}" for c in ("chat", "code", "math")]
-            speed = speeds.get(e["shape"]) if e["temperature"] == 0 else None
+        speeds = {s.shape: s for s in result.speed if s.batch == 1}
+        for e in result.acceptance:
+            taus = [f"{e.by_category[c].tau:.2f}" for c in ("chat", "code", "math")]
+            speed = speeds.get(e.shape) if e.temperature == 0 else None
             gain = "-"
             if speed:
-                gain = f"{speed['plain_tokens_per_s']:.1f} → {speed['drafted_tokens_per_s']:.1f} tokens/s"
-            what = [engine, e["shape"], f"{e['temperature']:g}"]
-            rows.append([*what, tau_text(e["all"]), " / ".join(taus), gain])
+                gain = f"{speed.plain_tokens_per_s:.1f} → {speed.drafted_tokens_per_s:.1f} tokens/s"
+            rows.append([engine, str(e.shape), f"{e.temperature:g}", str(e.all), " / ".join(taus), gain])
     head = ["engine", "shape", "T", "tau [95 %]", "chat / code / math", "batch 1, plain → drafted"]
     return "\n".join(table(head, rows))
 
@@ -235,7 +249,7 @@ def readme() -> str:
 
 
 if __name__ == "__main__":
-    _quiet_libraries()
+    quiet_libraries()
     if sys.argv[1:2] == ["collect"]:
         print(collect(Path(sys.argv[2])))
     else:

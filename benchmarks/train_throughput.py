@@ -34,19 +34,19 @@ def make_data(completions: Path, loss: str, path: Path, rows: int = 64) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from draftsmith.data.regenerate import loss_tokens, read_completions
+    from draftsmith.data.regenerate import read_completions
     from draftsmith.data.vocabulary import choose
 
-    every = sorted(read_completions(completions), key=lambda c: c["id"])
+    every = sorted(read_completions(completions), key=lambda c: c.id)
     random.Random(0).shuffle(every)
-    counts = Counter(token for c in every for token in loss_tokens(c))
+    counts = Counter(token for c in every for token in c.loss_tokens)
     vocabulary = choose(counts, DRAFT_VOCAB, 262144, {0, 1, 2, 3})
     ids, mask = [], []
     for completion in every:
-        own = [0] * len(completion["ids"])
-        for start, end in completion["spans"]:
+        own = [0] * len(completion.ids)
+        for start, end in completion.spans:
             own[start:end] = [1] * (end - start)
-        ids += completion["ids"]
+        ids += completion.ids
         mask += own if loss == "completions" else [1] * len(own)
         if len(ids) >= rows * SEQUENCE:
             break
@@ -62,31 +62,32 @@ def make_data(completions: Path, loss: str, path: Path, rows: int = 64) -> None:
     )
 
 
-def spans_of(mask: list[int]) -> list[list[int]]:
+def spans_of(mask: list[int]) -> list[tuple[int, int]]:
     """Half-open runs of ones that begin after the first token."""
     spans, start = [], None
     for i, value in enumerate([*mask, 0]):
         if value and start is None:
             start = max(i, 1)
         elif not value and start is not None:
-            spans.append([start, i])
+            spans.append((start, i))
             start = None
     return spans
 
 
 def run_ours(data: Path, dtype: str, batch: int, steps: int) -> dict:
     """The trainer's own step (capture, forward, backward, clip, AdamW) on the data file; prints like peers.py."""
-    from draftsmith.allocator import keep_freed_memory
+    from draftsmith.core.allocator import keep_freed_memory
 
     keep_freed_memory()
     import torch
     from safetensors.torch import load_file
     from torch.utils.flop_counter import FlopCounterMode
 
-    from draftsmith.data.packing import make_pack
+    from draftsmith.core.recipe_file import parse_recipe
+    from draftsmith.core.records.base import write_rows
+    from draftsmith.core.records.data import Completion
     from draftsmith.data.vocabulary import DraftVocabulary
-    from draftsmith.files import write_jsonl
-    from draftsmith.recipe import parse_recipe
+    from draftsmith.drafts.packing import make_pack
     from draftsmith.targets.local import LocalTarget
     from draftsmith.training.trainer import Trainer
 
@@ -98,10 +99,10 @@ def run_ours(data: Path, dtype: str, batch: int, steps: int) -> dict:
     after_target = status_bytes("VmRSS")
     scratch = Path(f"/tmp/draftsmith-throughput-{os.getpid()}")
     rows = [
-        {"id": str(i), "category": "x", "source": "x", "ids": ids, "spans": spans_of(mask)}
+        Completion(id=str(i), category="x", source="x", ids=ids, spans=spans_of(mask))
         for i, (ids, mask) in enumerate(zip(tensors["input_ids"].tolist(), tensors["loss_mask"].tolist(), strict=True))
     ]
-    write_jsonl(scratch / "completions" / "00000.jsonl", rows)
+    write_rows(scratch / "completions" / "00000.jsonl", rows)
     recipe = parse_recipe(
         {
             "name": "throughput",
@@ -176,7 +177,7 @@ def main() -> None:
     make_data(options.completions, options.loss, options.data)
     from draftsmith.targets.embedded import materialise
 
-    target = materialise()
+    target = materialise("gemma3-270m")
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(os.cpu_count()),

@@ -9,13 +9,14 @@ A plan sees the recipe and the probe alone. Results go to benchmarks/results/pla
 import argparse
 from pathlib import Path
 
-from draftsmith import files
-from draftsmith.cli import _quiet_libraries
-from draftsmith.hardware import plan as planning
-from draftsmith.hardware.commands import plan
-from draftsmith.pipeline import command_line
-from draftsmith.recipe import load_recipe
-from draftsmith.run import Run
+from draftsmith.cli import quiet_libraries
+from draftsmith.core import files
+from draftsmith.core.recipe_file import load_recipe
+from draftsmith.core.records.run import Manifest
+from draftsmith.runs import plan as planning
+from draftsmith.runs.estimates import costs_of, plan_of
+from draftsmith.runs.pipeline import command_line
+from draftsmith.runs.run import Run
 
 OUT = Path(__file__).parent / "results" / "plan-validation.json"
 
@@ -25,12 +26,13 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     runs = []
     for directory in parser.parse_args().runs:
-        _quiet_libraries()
+        quiet_libraries()
         run = Run(load_recipe(directory / "recipe.yaml"), directory, command_line())
-        rows = planning.against(plan(run, None, None, directory), directory)
-        command = files.read_json(directory / "manifest.json")["command"]
+        rows = planning.against(plan_of(run, costs_of(run, None)), run.files)
+        command = Manifest.load(run.files.manifest).created_with.command
         told = [{"what": what, "planned": a, "real": b, "ratio": a / b} for what, a, b in rows]
-        runs.append({"run": directory.name, "command": command, "rows": told, "created_with": run.created_with})
+        made = run.created_with.model_dump(mode="json")
+        runs.append({"run": directory.name, "command": command, "rows": told, "created_with": made})
     files.write_json(OUT, {"runs": runs})
     for one in runs:
         worst = max(one["rows"], key=lambda row: abs(row["ratio"] - 1))

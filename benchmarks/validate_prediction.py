@@ -12,25 +12,31 @@ drafting costs there and is left out of the figures. Results go to benchmarks/re
 import argparse
 import statistics
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from draftsmith import files
-from draftsmith.cli import _quiet_libraries, parse
+from draftsmith.cli import parse, quiet_libraries
+from draftsmith.core import files
+from draftsmith.core.progress import Meter
+from draftsmith.core.records.machine import Probe
+from draftsmith.core.shape import Shape
+from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
-from draftsmith.decoding.speculate import Decoded
-from draftsmith.decoding.tree import Shape
+from draftsmith.decoding.speculate import Decoder
+from draftsmith.decoding.stopping import Ends
+from draftsmith.drafts.directories import ReadyDraft, ready_draft
+from draftsmith.engines import ENGINES
+from draftsmith.engines.base import Session
+from draftsmith.engines.embedded import EmbeddedSession
 from draftsmith.evaluation.evaluate import Evaluation
 from draftsmith.evaluation.profile import rank_walks
-from draftsmith.evaluation.served import ServedEvaluation
 from draftsmith.hardware.accept_length import MeasuredProfile
-from draftsmith.hardware.commands import parse_shape
 from draftsmith.hardware.cost_model import MeasuredCosts, predict
-from draftsmith.hardware.probe import REFERENCE, Server, probe_embedded, probe_server
-from draftsmith.progress import Meter
-from draftsmith.recipe import DraftShape
-from draftsmith.run import Run
+from draftsmith.hardware.probe import REFERENCE, embedded_times, server_times
+from draftsmith.runs.run import Run
 
 OUT = Path(__file__).parent / "results" / "prediction-validation.json"
 EMBEDDED = ("1/1/2", "2/1/3", "3/1/4", "5/1/6", "7/1/8", "2/2/4", "3/4/8", "5/4/8", "3/4/16", "5/4/32", "5/8/64")
@@ -48,17 +54,21 @@ def row(engine: str, shape: Shape, batch: int, measured: dict, costs: MeasuredCo
     return line
 
 
-def on_embedded(run: Run, evaluation: Evaluation, shapes: list[str]) -> tuple[list[dict], MeasuredCosts]:
+def on_embedded(
+    run: Run, ready: ReadyDraft, ends: Ends, prompts: list[list[int]], shapes: list[str]
+) -> tuple[list[dict], MeasuredCosts]:
     """Every shape decodes a prompt in turn, with plain decoding before and after, so that a slow moment hits all."""
-    prompts = [ids for _, _, ids in evaluation.prompts[: evaluation.settings.speed_prompts]]
-    costs = MeasuredCosts({**probe_embedded(run.target, evaluation.drafter, max(prompts[:3], key=len)), "machine": ""})
-    length, asked = evaluation.settings.max_new_tokens, [parse_shape(name) for name in shapes]
+    settings, target, drafter = run.recipe.evaluate, run.target, ready.drafter()
+    prompts = prompts[: settings.speed_prompts]
+    times = embedded_times(target, drafter, max(prompts[:3], key=len))
+    costs = MeasuredCosts(Probe(engine="embedded", machine="", times=times))
+    length, asked = settings.max_new_tokens, [Shape.parse(name) for name in shapes]
     plan: list[Shape | None] = [None, *asked[: len(asked) // 2], None, *asked[len(asked) // 2 :]]
-    made: dict[Shape | None, list[Decoded]] = {shape: [] for shape in plan}
+    made: dict[Shape | None, list[Generation]] = {shape: [] for shape in plan}
+    plain, speculative = Decoder(target), Decoder(target, drafter)
 
-    def decode(prompt: list[int], shape: Shape | None) -> Decoded:
-        decoder = evaluation.speculative if shape else evaluation.plain
-        return decoder.generate(prompt, Sampling(), length, shape, ends=evaluation.ends)
+    def decode(prompt: list[int], shape: Shape | None) -> Generation:
+        return (speculative if shape else plain).generate(prompt, Sampling(), length, shape, ends=ends)
 
     for shape in made:
         decode(prompts[0], shape)  # warm
@@ -67,57 +77,69 @@ def on_embedded(run: Run, evaluation: Evaluation, shapes: list[str]) -> tuple[li
             for shape in plan:
                 made[shape].append(decode(prompt, shape))
                 meter.advance(1, len(made[shape][-1].ids))
-    texts = list(zip(prompts, (d.ids for d in made[None][::2]), strict=True))
-    drafter = evaluation.drafter
-    accept = MeasuredProfile(rank_walks(run.target, drafter.draft, torch.tensor(drafter.ids), texts))
+    texts = list(zip(prompts, (answer.ids for answer in made[None][::2]), strict=True))
+    accept = MeasuredProfile(rank_walks(target, ready, texts))
 
     def rate(shape: Shape | None) -> float:
-        return sum(len(d.ids) - 1 for d in made[shape]) / sum(d.seconds for d in made[shape])
+        return sum(len(answer.ids) - 1 for answer in made[shape]) / sum(answer.seconds or 0.0 for answer in made[shape])
 
     rows = []
     for shape in asked:
-        steps = [step.accepted for d in made[shape] for step in d.steps]
+        steps = [accepted for answer in made[shape] for accepted in answer.verified]
         measured = {"plain_tokens_per_s": rate(None), "drafted_tokens_per_s": rate(shape)}
         rows.append(row("embedded", shape, 1, measured | {"tau": 1 + statistics.mean(steps)}, costs, accept))
     return rows, costs
 
 
-def on_vllm(run: Run, evaluation: Evaluation, count: int, tokens: int) -> tuple[list[dict], MeasuredCosts]:
+def complete(session: Session, prompts: list[list[int]], tokens: int) -> tuple[float, list[Generation]]:
+    """Seconds until all prompts, asked at once, have exactly so many tokens, and what was written."""
+    started = time.perf_counter()
+    answers = dict(session.generate(prompts, Sampling(), tokens, at_once=len(prompts), ignore_end=True))
+    return time.perf_counter() - started, [answers[number] for number in range(len(prompts))]
+
+
+def timed(session: Session, prompts: list[list[int]], short: int, long: int) -> tuple[float, list[Generation]]:
+    """(seconds per token of each, the longer answers); the prompts' own time cancels, as hardware/probe.py has it."""
+    complete(session, prompts, 1)
+    brief_s, _ = complete(session, prompts, short)
+    whole_s, whole = complete(session, prompts, long)
+    return (whole_s - brief_s) / (long - short), whole
+
+
+def on_vllm(
+    run: Run, ready: ReadyDraft, prompts: list[list[int]], count: int, tokens: int
+) -> tuple[list[dict], MeasuredCosts]:
     """Decoding alone: two lengths of the same answers, whose difference leaves the prompts out."""
-    scratch = run.path("validate-vllm")
+    scratch = run.files.root / "validate-vllm"
     scratch.mkdir(exist_ok=True)
-    place = "vllm", run.draft_for("vllm"), run.path("prompts", "evaluation.jsonl"), scratch
-    serve = run.recipe.serve
+    engine, setup, serve = ENGINES["vllm"], run.setup("vllm", scratch), run.recipe.serve
     beside = run.recipe.model_copy(update={"serve": serve.model_copy(update={"port": serve.port + 1})})
-    alone, served = ServedEvaluation(beside, *place), ServedEvaluation(run.recipe, *place)
-    prompts = [ids for _, _, ids in evaluation.prompts]
-    drafter, rows, accept = evaluation.drafter, [], None
-    with alone.server(None, None) as target:
-        plain = Server(target.replicas[0].url, "vllm", "")
+    rows, costs, accept = [], None, None
+    with engine.open(replace(setup, recipe=beside), None) as plain:
         for name in (str(REFERENCE), *(c for c in CHAINS if c != str(REFERENCE))):
-            shape = parse_shape(name)
-            wish = DraftShape(steps=shape.steps, topk=1, draft_tokens=shape.draft_tokens)
-            with served.server(None, wish) as other:
-                drafted = Server(other.replicas[0].url, "vllm", "")
-                drafted.complete(prompts[:1], 8)  # warm
+            shape = Shape.parse(name)
+            with engine.open(setup, shape) as drafted:
+                complete(drafted, prompts[:1], 8)  # warm
                 if shape == REFERENCE:
-                    told = probe_server(plain.url, "vllm", prompts[count : count + 24], "", drafted.url, shape)
-                    costs = MeasuredCosts({**told, "machine": "vllm"})
-                    texts = plain.complete(prompts[:count], tokens)[1]
-                    walks = [(p, g.ids) for p, g in zip(prompts, texts, strict=False)]
-                    accept = MeasuredProfile(rank_walks(run.target, drafter.draft, torch.tensor(drafter.ids), walks))
+                    times = server_times(plain, drafted, prompts[count : count + 24], shape)
+                    costs = MeasuredCosts(Probe(engine="vllm", machine="vllm", times=times))
+                    texts = complete(plain, prompts[:count], tokens)[1]
+                    walks = [(prompt, answer.ids) for prompt, answer in zip(prompts, texts, strict=False)]
+                    accept = MeasuredProfile(rank_walks(run.target, ready, walks))
                 for batch in BATCHES:
                     seconds, accepted, steps = [0.0, 0.0], 0, 0
                     for start in range(0, count - batch + 1, batch):
-                        for side, server in enumerate((plain, drafted)):
-                            per_token, _, made = server.decode(prompts[start : start + batch], 8, tokens)
+                        for side, session in enumerate((plain, drafted)):
+                            per_token, made = timed(session, prompts[start : start + batch], 8, tokens)
                             seconds[side] += per_token
-                            accepted += sum(sum(g.verified) for g in made)
-                            steps += sum(len(g.verified) for g in made)
+                            accepted += sum(sum(answer.verified) for answer in made)
+                            steps += sum(len(answer.verified) for answer in made)
                     measured = {"plain_tokens_per_s": 1 / seconds[0], "drafted_tokens_per_s": 1 / seconds[1]}
+                    assert costs is not None
                     assert accept is not None
                     line = row("vllm", shape, batch, measured | {"tau": 1 + accepted / steps}, costs, accept)
                     rows.append({**line, "calibrates": shape == REFERENCE and batch == 1})
+    assert costs is not None
     return rows, costs
 
 
@@ -149,24 +171,28 @@ def main() -> None:
     own, flags = parser.parse_known_args()
     result = files.read_json(OUT) if OUT.exists() else {"rows": []}
     if not own.summary:
-        _quiet_libraries()
-        command = parse(["evaluate", own.recipe, *flags])
-        wish = command.overrides.evaluate.model_copy(
+        quiet_libraries()
+        command, asked = parse(["evaluate", own.recipe, *flags])
+        wish = asked.evaluate.model_copy(
             update={"prompts": None, "max_new_tokens": own.tokens, "speed_prompts": own.prompts}
         )
-        recipe = command.overrides.model_copy(update={"evaluate": wish})
+        recipe = asked.model_copy(update={"evaluate": wish})
         run = Run(recipe, command.out or Path("runs") / recipe.name, sys.argv)
-        evaluation = Evaluation(recipe, run.target, run.draft_directory, run.path("prompts", "evaluation.jsonl"))
+        setup = run.setup("embedded", run.files.root)
+        evaluation = Evaluation(ENGINES["embedded"], setup, run.files.evaluation_prompts, run.files.root)
+        prompts = [question.ids for question in evaluation.questions(EmbeddedSession(run.target))]
+        ready = ready_draft(run.target, run.files.draft)
         if own.engine == "embedded":
-            rows, costs = on_embedded(run, evaluation, own.shapes)
+            ends = Ends(run.target.eos_ids, run.target.tokenizer, evaluation.chat.stop)
+            rows, costs = on_embedded(run, ready, ends, prompts, own.shapes)
         else:
-            rows, costs = on_vllm(run, evaluation, own.prompts, own.tokens)
+            rows, costs = on_vllm(run, ready, prompts, own.prompts, own.tokens)
         again = {(r["engine"], r["shape"], r["batch"]) for r in rows}
         kept = [r for r in result["rows"] if (r["engine"], r["shape"], r["batch"]) not in again]
-        made = {**result.get("created_with", {}), own.engine: run.created_with}
+        made = {**result.get("created_with", {}), own.engine: run.created_with.model_dump(mode="json")}
         told = {"prompts": own.prompts, "tokens": own.tokens, "threads": torch.get_num_threads()}
         result = {"created_with": made, "rows": kept + [{**r, **told} for r in rows]}
-        result["probes"] = {**result.get("probes", {}), own.engine: costs.parts}
+        result["probes"] = {**result.get("probes", {}), own.engine: costs.probe.model_dump(mode="json")}
     result["summary"] = {"all": summary(result["rows"])} | {
         e: summary([r for r in result["rows"] if r["engine"] == e]) for e in {r["engine"] for r in result["rows"]}
     }

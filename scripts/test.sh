@@ -9,4 +9,5 @@ fi
 .venv/bin/ruff format --check -q .
 .venv/bin/ruff check -q .
 .venv/bin/mypy
+.venv/bin/lint-imports
 .venv/bin/python -m pytest tests/unit tests/parity tests/golden tests/gpu "$@"

@@ -19,13 +19,15 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from draftsmith.data.packing import make_pack
+from draftsmith.core.recipe import Recipe
+from draftsmith.core.recipe_file import parse_recipe
+from draftsmith.core.records.data import Completion
 from draftsmith.decoding.sampling import Sampling
-from draftsmith.drafts.eagle3 import Eagle3Config, Eagle3Draft
-from draftsmith.recipe import Recipe, parse_recipe
+from draftsmith.drafts.eagle3.loss import TTTLoss
+from draftsmith.drafts.eagle3.model import Eagle3Config, Eagle3Draft
+from draftsmith.drafts.objectives import Objective, pack_inputs
+from draftsmith.drafts.packing import make_pack
 from draftsmith.targets.local import LocalTarget
-from draftsmith.training.objectives import Objective
-from draftsmith.training.ttt_loss import TTTLoss, prepare
 
 VOCAB = 64
 COMMON = dict(
@@ -98,11 +100,11 @@ def trained_draft(architecture: str = "llama", steps: int = 60, **options):
     prompts = [torch.randint(1, VOCAB, (8,), generator=generator).tolist() for _ in range(24)]
     completions = []
     for index, generation in target.generate(prompts, Sampling(), 48):
-        span = [8, 8 + len(generation.ids)]
-        completions.append({"id": str(index), "ids": prompts[index] + generation.ids, "spans": [span]})
+        span = (8, 8 + len(generation.ids))
+        completions.append(Completion(id=str(index), ids=prompts[index] + generation.ids, spans=[span]))
     pack = make_pack(completions, 512)
     states = target.capture(pack.documents, draft.config.taps)
-    inputs = prepare(
+    inputs = pack_inputs(
         pack,
         states.taps_TKH.clone(),
         states.last_TH.clone(),
@@ -204,7 +206,7 @@ def tiny_recipe(model: str, prompts: str, **changes) -> Recipe:
             "speed_prompts": 2,
             "lossless_prompts": 2,
             "lossless_tokens": 12,
-            "shapes": [{"steps": 3, "topk": 1, "draft_tokens": 4}, {"steps": 3, "topk": 4, "draft_tokens": 8}],
+            "shapes": ["3/1/4", "3/4/8"],
         },
     }
     for key, value in changes.items():

@@ -5,24 +5,25 @@ import json
 import os
 import shutil
 import subprocess
-from dataclasses import replace
 
 import pytest
 from engine import engine_environment, engine_program, engine_python, free_port, save_target
 from models import tiny_draft, tiny_recipe, tiny_target, write_prompts
 from safetensors.torch import load_file, save_file
 
+from draftsmith.core.files import read_json, write_json
+from draftsmith.core.records.base import write_rows
+from draftsmith.core.records.data import Prompt
+from draftsmith.core.records.evaluation import Results
 from draftsmith.data.vocabulary import DraftVocabulary
-from draftsmith.drafts.checkpoint import write_draft
-from draftsmith.drafts.config_file import IDS
-from draftsmith.files import read_json, read_jsonl, write_json, write_jsonl
-from draftsmith.pipeline import run_pipeline
-from draftsmith.publishing.check import check, judge
-from draftsmith.publishing.export import named_taps
-from draftsmith.run import Run
+from draftsmith.drafts.directories import write_draft
+from draftsmith.drafts.eagle3.config_file import IDS
+from draftsmith.runs.check import agreement_with, check
+from draftsmith.runs.pipeline import run_pipeline
+from draftsmith.runs.run import Run
 
 pytestmark = pytest.mark.engines
-SHAPES = {"vllm": (3, 1, 4), "sglang": (3, 4, 8)}
+SHAPES = {"vllm": "3/1/4", "sglang": "3/4/8"}
 EXTRA = {"vllm": "--enforce-eager --max-num-seqs 8", "sglang": "--log-level warning"}
 
 
@@ -37,8 +38,6 @@ def trained(request, tmp_path_factory):
     model, prompts = save_target(out / "model"), write_prompts(out / "prompts.jsonl", 40)
 
     def recipe(engine, **changes):
-        steps, topk, draft_tokens = SHAPES[engine]
-        shape = {"steps": steps, "topk": topk, "draft_tokens": draft_tokens}
         serve = {"engine": engine, "program": engine_program(engine), "port": free_port(), "context": 512}
         values = {
             "prompts.sources": [{"name": prompts}],
@@ -54,20 +53,20 @@ def trained(request, tmp_path_factory):
             "train.learning_rate": 2e-3,
             "train.evaluate_every": 1000,
             "train.checkpoint_every": 1000,
-            "evaluate.shapes": [shape],
+            "evaluate.shapes": [SHAPES[engine]],
             "evaluate.temperatures": [0.0],
             "evaluate.max_new_tokens": 32,
             "evaluate.lossless_prompts": 4,
-            "serve": {**serve, "extra": EXTRA[engine], "patience_s": 300.0, "shape": shape},
+            "serve": {**serve, "extra": EXTRA[engine], "patience_s": 300.0, "shape": SHAPES[engine]},
         }
         return tiny_recipe(model, prompts, **values, **changes)
 
     run = Run(recipe("vllm"), out / "run", ["test"])
     for stage in ("prompts", "regenerate", "vocab", "train", "export"):
         run_pipeline(run, stage)
-    # Random text cannot be foreseen: judge by texts that the draft learned by heart, so that there is much to accept.
-    learned = sorted(read_jsonl(out / "run" / "prompts" / "prompts.jsonl"), key=lambda p: p["id"])[:12]
-    write_jsonl(out / "run" / "prompts" / "evaluation.jsonl", learned)
+    # Random text cannot be foreseen: judge by texts that the draft learned by heart, so that much is accepted.
+    learned = sorted(Prompt.read_rows(run.files.training_prompts), key=lambda prompt: prompt.id)[:12]
+    write_rows(run.files.evaluation_prompts, learned)
     return recipe, out / "run"
 
 
@@ -94,9 +93,9 @@ print(json.dumps([get_eagle3_aux_layers_from_config(told), of_v1]))
 def test_both_runners_of_vllm_read_our_taps(tmp_path, taps):
     """Its GPU runner (V2), which no CPU starts, is asked by its own function."""
     draft, ids = tiny_draft(tiny_target())
-    draft.config = replace(draft.config, taps=taps)
-    named = named_taps(taps, 6)
-    write_draft(tmp_path / "draft", draft, ids, named, {"target": {"num_layers": 6}})
+    draft.config = draft.config.model_copy(update={"taps": taps})
+    named = None if taps == (2, 3, 3) else list(taps)  # the engines' default goes unsaid
+    write_draft(tmp_path / "draft", draft, ids, 6, {"target": {"num_layers": 6}})
     python = engine_python("vllm")
     environment = {**os.environ, **engine_environment(python)}
     command = [str(python), "-c", VLLM_READS, str(tmp_path / "draft")]
@@ -109,10 +108,9 @@ def test_both_runners_of_vllm_read_our_taps(tmp_path, taps):
 def test_an_engine_serves_what_was_trained_and_damage_shows(trained, engine, tmp_path, capsys):
     recipe, directory = trained
     vocabulary = DraftVocabulary.load(directory / "vocab" / "vocab.safetensors")
-    arguments = directory / "train", vocabulary, directory
-    with contextlib.closing(Run(recipe(engine), directory, ["test"])) as run:
-        exported = run.draft_for(engine)
-    assert check(recipe(engine), engine, exported, *arguments)
+    run = Run(recipe(engine), directory, ["test"])
+    exported = run.draft_for(engine)
+    assert check(run, engine)
     assert "greedy tokens identical on 6 of 6 prompts" in capsys.readouterr().err
     damaged = tmp_path / "draft"
     shutil.copytree(exported, damaged)
@@ -121,17 +119,17 @@ def test_an_engine_serves_what_was_trained_and_damage_shows(trained, engine, tmp
         holder = config["eagle_config"] if engine == "sglang" else config
         holder[IDS] = [i + 1 for i in holder[IDS]]
         write_json(damaged / "config.json", config)
-        assert not check(recipe(engine), engine, damaged, *arguments)
+        assert not check(run, engine, damaged)
         assert f"trained with {read_json(exported / 'config.json')[key_of(engine)]}" in capsys.readouterr().err
-        verdict = judge(recipe(engine), engine, damaged, *arguments)
+        verdict = agreement_with(run, engine, vocabulary, damaged)
         assert "it reads the directory differently" in verdict.problems[0]
         return
     tensors = load_file(damaged / "model.safetensors")
     tensors["fc.weight"] = tensors["fc.weight"].roll(128, 1)  # the taps in another order
     save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
-    assert not check(recipe(engine), engine, damaged, *arguments)
+    assert not check(run, engine, damaged)
     assert "fc.weight is not the trained one" in capsys.readouterr().err
-    verdict = judge(recipe(engine), engine, damaged, *arguments)
+    verdict = agreement_with(run, engine, vocabulary, damaged)
     assert "it reads the directory differently" in verdict.problems[0]
 
 
@@ -143,11 +141,10 @@ def test_an_engine_measures_what_the_embedded_one_measures(trained, engine):
     for judging in ("embedded", engine):
         with contextlib.closing(Run(recipe(engine, **{"evaluate.engine": judging}), directory, ["test"])) as run:
             run_pipeline(run, "evaluate")
-    own = read_json(directory / "evaluate" / "results.json")
-    theirs = read_json(directory / f"evaluate-{engine}" / "results.json")
-    ((a, b),) = zip(own["acceptance"], theirs["acceptance"], strict=True)
-    assert a["tau_with_loops"] > 1.3
-    assert b["tau_with_loops"] == pytest.approx(a["tau_with_loops"], abs=0.1)
-    assert theirs["lossless"]["identical"]
-    assert theirs["lossless"]["prompts"] == 4
-    assert theirs["speed"][0]["plain_tokens_per_s"] > 0
+    own, theirs = (Results.load(run.files.results[name]) for name in ("embedded", engine))
+    ((a, b),) = zip(own.acceptance, theirs.acceptance, strict=True)
+    assert a.tau_with_loops > 1.3
+    assert b.tau_with_loops == pytest.approx(a.tau_with_loops, abs=0.1)
+    assert theirs.lossless.differences == []
+    assert theirs.lossless.prompts == 4
+    assert theirs.speed[0].plain_tokens_per_s > 0

@@ -1,7 +1,6 @@
 """Real vLLM and SGLang servers as targets, with a network between that fails."""
 
 import contextlib
-import json
 from pathlib import Path
 
 import pytest
@@ -10,17 +9,22 @@ from engine import BUILDERS, engine_program, free_port, save_target
 from models import tiny_recipe, write_prompts
 from servers import FaultyServer, forward, serving
 
-from draftsmith.data.regenerate import answer, open_conversations, read_completions
+from draftsmith.core import run_files
+from draftsmith.core.errors import TargetError
+from draftsmith.core.files import read_json, write_json
+from draftsmith.core.records.data import Prompt
+from draftsmith.core.records.training import MetricsRow
+from draftsmith.core.shape import Shape
+from draftsmith.data.regenerate import Regeneration, read_completions
 from draftsmith.data.templates import ChatFormat
-from draftsmith.decoding.sampling import Sampling
-from draftsmith.errors import TargetError
-from draftsmith.files import read_json, read_jsonl, write_json
-from draftsmith.hardware.probe import probe_server
-from draftsmith.pipeline import run_pipeline
-from draftsmith.run import Run
-from draftsmith.serving.launch import launch, running
+from draftsmith.engines import SERVERS
+from draftsmith.engines.process import launch, running
+from draftsmith.engines.served import ServedTarget
+from draftsmith.hardware import probe as probing
+from draftsmith.runs.pipeline import STAGES, run_pipeline
+from draftsmith.runs.probing import probe_server
+from draftsmith.runs.run import Run
 from draftsmith.targets.local import LocalTarget
-from draftsmith.targets.servers import ServedTarget
 
 pytestmark = pytest.mark.engines
 TAPS = (2, 4, 5)
@@ -32,7 +36,7 @@ def started(engine: str, model: str, purpose: str, folder: Path):
     """URL of a real server."""
     serve = {"engine": engine, "program": engine_program(engine), "port": free_port(), "context": 512}
     serve |= {"extra": EXTRA[engine], "states": str(folder), "patience_s": 300.0}
-    launched = launch(tiny_recipe(model, "p", serve=serve), model, Path("none"), purpose, (*TAPS, 8))
+    launched = launch(SERVERS[engine], tiny_recipe(model, "p", serve=serve), model, Path("none"), purpose, (*TAPS, 8))
     log = folder / f"{engine}.log"
     with running(launched, 300.0, log):
         yield launched.url
@@ -68,23 +72,22 @@ def test_a_real_server_behind_a_bad_network_regenerates_all_and_nothing_twice(en
                     run_pipeline(run, stage)
         assert replicas[1].dead
         sampled = recipe_for(model, prompts, [url], engine, **{"regenerate.greedy_share": 0.5})
-        with contextlib.closing(Run(sampled, tmp_path / "sampled", ["test"])) as run:
+        with contextlib.closing(Run(sampled, tmp_path / "sampled", ["test"])) as drawn:
             for stage in ("prompts", "regenerate"):
-                run_pipeline(run, stage)
-    rows = list(read_completions(tmp_path / "run" / "completions"))
-    asked = list(read_jsonl(tmp_path / "run" / "prompts" / "prompts.jsonl"))
-    assert sorted(r["id"] for r in rows) == sorted(r["id"] for r in asked)
+                run_pipeline(drawn, stage)
+    rows = list(read_completions(run.files.completions))
+    asked = run.files.training_prompts
+    assert sorted(r.id for r in rows) == sorted(prompt.id for prompt in Prompt.read_rows(asked))
     target = LocalTarget(model, dtype="fp32", device="cpu")
-    chat = ChatFormat(target.tokenizer, None)
-    opened = open_conversations(asked, chat, recipe.regenerate.max_prompt_tokens)
-    wanted = {r["id"]: r for _, r in answer(opened, target, chat, recipe.regenerate, Sampling(), 0) if r}
-    assert rows == [wanted[r["id"]] for r in rows]  # ids, spans and finish reasons
-    assert {r["finish_reason"] for r in rows} == {"eos", "length"}
-    some = list(read_completions(tmp_path / "sampled" / "completions"))
-    greedy = [r for r in some if r["sampling"][0] == 0.0]
+    Regeneration(recipe, target, ChatFormat(target.tokenizer, None), asked, tmp_path / "wanted").run()
+    wanted = {r.id: r for r in read_completions(tmp_path / "wanted")}
+    assert rows == [wanted[r.id] for r in rows]  # ids, spans and finish reasons
+    assert {r.finish_reason for r in rows} == {"eos", "length"}
+    some = list(read_completions(drawn.files.completions))
+    greedy = [r for r in some if r.sampling[0] == 0.0]
     assert 0 < len(greedy) < len(some)
-    assert greedy == [wanted[r["id"]] for r in greedy]
-    assert any(r["ids"] != wanted[r["id"]]["ids"] for r in some)
+    assert greedy == [wanted[r.id] for r in greedy]
+    assert any(r.ids != wanted[r.id].ids for r in some)
 
 
 def check_states(model: str, served_by) -> None:
@@ -92,7 +95,8 @@ def check_states(model: str, served_by) -> None:
     generator = torch.Generator().manual_seed(1)
     documents = [torch.randint(6, 64, (n,), generator=generator).tolist() for n in (40, 7, 130, 1, 64)]
     target = LocalTarget(model, dtype="fp32", device="cpu")
-    with contextlib.closing(ServedTarget(served_by.target, served_by.server, "cpu")) as served:
+    engine = SERVERS[served_by.target.engine]
+    with contextlib.closing(ServedTarget(served_by.target, served_by.server, engine, "cpu")) as served:
         got = served.capture(documents, TAPS)
         assert served.logprobs(documents[0]) == pytest.approx(target.logprobs(documents[0]), abs=1e-3)
     wanted = target.capture(documents, TAPS)
@@ -136,27 +140,26 @@ def test_training_from_a_server_equals_training_in_process(tmp_path):
                     run_pipeline(run, stage)
         assert mortal.dead
     assert not list(tmp_path.glob("*.safetensors"))
-    served = [json.loads(line) for line in (tmp_path / "run" / "train" / "metrics.jsonl").read_text().splitlines()]
-    (tmp_path / "run" / "train").rename(tmp_path / "run" / "train-served")
-    local = recipe_for(model, prompts, [], "transformers")
-    run = Run(local, tmp_path / "run", ["test"])
-    (tmp_path / "run" / "train").mkdir()
-    from draftsmith.pipeline import _train
-
-    _train(run, tmp_path / "run" / "train")
-    own = [json.loads(line) for line in (tmp_path / "run" / "train" / "metrics.jsonl").read_text().splitlines()]
-    losses = [[row["loss"] for row in rows if "loss" in row] for rows in (served, own)]
+    served = run.files.train.rename(tmp_path / "run" / "train-served")
+    alone = Run(recipe_for(model, prompts, [], "transformers"), tmp_path / "run", ["test"])
+    alone.files.train.mkdir()
+    next(stage for stage in STAGES if stage.name == "train").run(alone, alone.files.train)
+    curves = [list(MetricsRow.read_rows(run_files.metrics(train))) for train in (served, alone.files.train)]
+    losses = [[row.loss for row in curve if row.loss is not None] for curve in curves]
     assert len(losses[0]) >= 4
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_a_server_is_probed_from_outside(engine, tmp_path):
-    model = save_target(tmp_path / "model")
+def test_a_server_is_probed_from_outside(engine, tmp_path, monkeypatch):
+    for name, value in {"AT_ONCE": (1, 4), "DRAFTED_AT": (1,), "SERVER_ROUNDS": 1}.items():
+        monkeypatch.setattr(probing, name, value)
+    model, prompts = save_target(tmp_path / "model"), write_prompts(tmp_path / "prompts.jsonl", 40)
     with started(engine, model, "plain", tmp_path) as url:
-        parts = probe_server(url, engine, [[5, 6, 7, 8], [9, 10, 11]], "", concurrencies=(1, 4), rounds=1)
+        run = Run(recipe_for(model, prompts, [url], engine), tmp_path / "run", ["test"])
+        probe = probe_server(run, engine, url, None, Shape(3, 1, 4))
         with pytest.raises(TargetError, match="tells nothing of drafting"):
-            probe_server(url, engine, [[5, 6, 7, 8]], "", draft_url=url, concurrencies=(1,), rounds=1)
-    assert [tokens for tokens, _ in parts["forward"]] == [1, 4]
-    assert all(0 < seconds < 5 for _, seconds in parts["forward"])
-    assert parts["draft"] is None
+            probe_server(run, engine, url, url, Shape(3, 1, 4))
+    assert [tokens for tokens, _ in probe.times.forward] == [1, 4]
+    assert all(0 < seconds < 5 for _, seconds in probe.times.forward)
+    assert probe.times.draft is None

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 from engine import ROOT, engine_program, free_port
 
-from draftsmith.files import read_json
-from draftsmith.hardware.commands import card_prediction
-from draftsmith.pipeline import run_pipeline
+from draftsmith.core.recipe_file import load_recipe, parse_recipe
+from draftsmith.core.records.evaluation import Results
+from draftsmith.evaluation.lossless import lossless_verdict
 from draftsmith.publishing.card import write_card
-from draftsmith.recipe import load_recipe, parse_recipe
-from draftsmith.run import Run
+from draftsmith.runs.estimates import card_prediction
+from draftsmith.runs.pipeline import run_pipeline
+from draftsmith.runs.run import Run
 from draftsmith.targets.embedded import EMBEDDED
 
 pytestmark = pytest.mark.engines
@@ -26,7 +27,7 @@ def recipe():
     values["regenerate"] |= {"max_tokens": 3000, "max_new_tokens": 64}
     values["train"] |= {"epochs": 8}
     values["evaluate"] |= {"prompts": 6, "max_new_tokens": 48, "temperatures": [0.0], "lossless_prompts": 3}
-    values["evaluate"]["shapes"] = [{"steps": 3, "topk": 1, "draft_tokens": 4}]
+    values["evaluate"]["shapes"] = ["3/1/4"]
 
     def made(engine: str):
         serve = {"engine": engine, "program": engine_program(engine), "port": free_port(), "context": 512}
@@ -50,13 +51,12 @@ def test_an_instruct_models_draft_serves_as_it_was_measured(recipe, directory, e
     with contextlib.closing(Run(judged, directory, ["test"])) as run:
         assert run.draft_engines == ("vllm", "sglang")
         run_pipeline(run, "evaluate")
-    own = read_json(directory / "evaluate" / "results.json")
-    theirs = read_json(directory / f"evaluate-{engine}" / "results.json")
-    assert own["lossless"]["identical"]
-    assert theirs["lossless"]["identical"]
-    a, b = own["acceptance"][0], theirs["acceptance"][0]
-    assert a["tau_with_loops"] > 1.15
+    own, theirs = (Results.load(run.files.results[name]) for name in ("embedded", engine))
+    assert lossless_verdict(own.lossless).state == "yes"
+    assert lossless_verdict(theirs.lossless).state == "yes"
+    a, b = own.acceptance[0], theirs.acceptance[0]
+    assert a.tau_with_loops > 1.15
     # SGLang counts the step that the end of a text cuts short
-    assert b["tau_with_loops"] == pytest.approx(a["tau_with_loops"], abs=0.03 if engine == "vllm" else 0.12)
+    assert b.tau_with_loops == pytest.approx(a.tau_with_loops, abs=0.03 if engine == "vllm" else 0.12)
     with contextlib.closing(Run(chosen, directory, ["test"])) as run:
         assert EMBEDDED[NAME].hub_name in write_card(run, card_prediction(run)).read_text()

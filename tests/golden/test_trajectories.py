@@ -1,6 +1,5 @@
 """Equal trajectories across settings that must not matter, and exact resumption."""
 
-import dataclasses
 import shutil
 
 import pytest
@@ -8,14 +7,16 @@ import torch
 from models import save_tiny_target, tiny_recipe, write_prompts
 from safetensors.torch import load_file
 
+from draftsmith.core.errors import CheckpointError, TrainingError
+from draftsmith.core.records.training import Best, MetricsRow
+from draftsmith.core.run_files import RunFiles
 from draftsmith.data.prompts import gather
-from draftsmith.data.regenerate import regenerate
+from draftsmith.data.regenerate import Regeneration
 from draftsmith.data.templates import ChatFormat
 from draftsmith.data.vocabulary import build_vocabulary
-from draftsmith.errors import CheckpointError, TrainingError
-from draftsmith.files import read_json, read_jsonl
 from draftsmith.targets.base import Capture
 from draftsmith.targets.local import LocalTarget
+from draftsmith.training.checkpoints import load_state
 from draftsmith.training.trainer import Trainer
 
 
@@ -28,8 +29,8 @@ def data(tmp_path_factory):
     gather(recipe, out)
     target = LocalTarget(model, dtype="fp32", device="cpu", batch_size=4)
     target.eos_ids = frozenset()  # long completions
-    regenerate(recipe, target, ChatFormat(target.tokenizer, None), out / "prompts.jsonl", out / "completions")
-    vocabulary = build_vocabulary(recipe, out / "completions", target.identity.vocab_size, {0, 1}, out)
+    Regeneration(recipe, target, ChatFormat(target.tokenizer, None), out / "prompts.jsonl", out / "completions").run()
+    vocabulary = build_vocabulary(recipe, out / "completions", target.identity.vocab_size, {0, 1}, RunFiles(out))
     return out, target, vocabulary
 
 
@@ -40,7 +41,7 @@ def trainer(data, out, **changes) -> Trainer:
 
 
 def losses(out) -> list[float]:
-    return [row["loss"] for row in read_jsonl(out / "metrics.jsonl") if "loss" in row]
+    return [row.loss for row in MetricsRow.read_rows(out / "metrics.jsonl") if row.loss is not None]
 
 
 def weights(out) -> dict[str, torch.Tensor]:
@@ -51,9 +52,9 @@ def test_loss_falls_and_tau_rises(data, tmp_path):
     summary = trainer(data, tmp_path, **{"train.epochs": 8}).train()
     curve = losses(tmp_path)
     assert curve[-1] < 0.8 * curve[0]
-    held_out = [row["held_out"]["tau_3"] for row in read_jsonl(tmp_path / "metrics.jsonl") if "held_out" in row]
+    held_out = [row.held_out.tau[3] for row in MetricsRow.read_rows(tmp_path / "metrics.jsonl") if row.held_out]
     assert held_out[-1] > held_out[0]
-    assert summary["tau_held_out"] == held_out[-1]
+    assert summary.tau_held_out == held_out[-1]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -82,7 +83,7 @@ def test_a_resumed_run_is_bit_identical(data, tmp_path, optimizer):
 
 def test_accumulation_equals_one_larger_batch(data, tmp_path):
     """Four packs in one step, however they are grouped, give the gradient of their union."""
-    from draftsmith.data.packing import make_pack
+    from draftsmith.drafts.packing import make_pack
 
     whole, parts = trainer(data, tmp_path / "a"), trainer(data, tmp_path / "b")
     rows = whole.rows[:8]
@@ -91,7 +92,7 @@ def test_accumulation_equals_one_larger_batch(data, tmp_path):
     for _ in range(3):
         whole._optimiser_step([make_pack(rows, limit)], capture)
         parts._optimiser_step([make_pack(rows[i : i + 2], limit) for i in range(0, 8, 2)], capture)
-    assert whole.sums["last_loss"] == pytest.approx(parts.sums["last_loss"], rel=1e-5)
+    assert whole.sums.last_loss == pytest.approx(parts.sums.last_loss, rel=1e-5)
     for a, b in zip(whole.draft.parameters(), parts.draft.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
 
@@ -129,10 +130,10 @@ class Poisoned:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_samples_with_broken_hidden_states_are_quarantined(data, tmp_path, value):
     run = trainer(data, tmp_path)
-    bad = [run.rows[0]["id"], run.rows[5]["id"]]
+    bad = [run.rows[0].id, run.rows[5].id]
     run._capture_source = lambda: Poisoned(data[1], bad, value)
     summary = run.train()
-    assert sorted(summary["quarantined"]) == sorted(bad)
+    assert sorted(summary.quarantined) == sorted(bad)
     assert all(loss == loss for loss in losses(tmp_path))
 
 
@@ -154,22 +155,22 @@ def test_a_checkpoint_of_another_recipe_is_refused(data, tmp_path):
 
 def test_checkpoints_know_where_they_came_from(data, tmp_path):
     trainer(data, tmp_path).train()
-    state = read_json(sorted(tmp_path.glob("checkpoint-*"))[-1] / "state.json")
-    assert state["target"] == dataclasses.asdict(data[1].identity)
-    assert state["vocabulary"] == data[2].name
-    assert state["status"] in ("preview", "converged")
+    state = load_state(sorted(tmp_path.glob("checkpoint-*"))[-1])
+    assert state.belongs.target == data[1].identity
+    assert state.belongs.vocabulary == data[2].name
+    assert state.status in ("preview", "converged")
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
 
 
 def test_the_best_draft_is_kept_and_exported_not_the_newest(data, tmp_path, monkeypatch):
     """Accept length passes its peak while the loss still falls."""
-    from draftsmith.drafts.checkpoint import load_draft
-    from draftsmith.publishing.export import export
+    from draftsmith.drafts.directories import load_draft
     from draftsmith.training import trainer as module
+    from draftsmith.training.export import export
 
     peaks = iter([1.5, 2.4, 2.4, 1.9, 1.8, 1.7, 1.6, 1.5, 1.4, 1.3])
     real = module.evaluate_heldout
-    monkeypatch.setattr(module, "evaluate_heldout", lambda *a: {**real(*a), "tau_3": next(peaks)})
+    monkeypatch.setattr(module, "evaluate_heldout", lambda *a: real(*a).model_copy(update={"tau": {3: next(peaks)}}))
     at_step = {}
     running = trainer(
         data, tmp_path, **{"train.evaluate_every": 2, "train.checkpoint_every": 100, "train.max_steps": 8}
@@ -183,20 +184,19 @@ def test_the_best_draft_is_kept_and_exported_not_the_newest(data, tmp_path, monk
     running._evaluate = evaluate
     summary = running.train()
     assert sorted(at_step) == [2, 4, 6, 8]
-    assert summary["best"] == {"step": 4, "tau_held_out": 2.4}
-    assert summary["tau_held_out"] == 1.9
+    assert summary.best == Best(step=4, tau_held_out=2.4)
+    assert summary.tau_held_out == 1.9
     best = load_file(tmp_path / "best" / "draft.safetensors")
     assert all(torch.equal(best[name], at_step[4][name]) for name in best)
-    exported = export(tmp_path, data[2], tmp_path / "export", {"version": "0", "commit": None})
-    draft, _ = load_draft(exported, torch.float32, 6)
+    export(tmp_path, data[2], tmp_path / "draft", {"version": "0", "commit": None})
+    draft, _ = load_draft(tmp_path / "draft", torch.float32, 6)
     assert torch.equal(draft.fc.weight, at_step[4]["fc.weight"].bfloat16().float())
     assert not torch.equal(draft.fc.weight, at_step[8]["fc.weight"].bfloat16().float())
     # killed between the two renames: the weights that were set aside are still the best
     (tmp_path / "best").rename(tmp_path / ".old-best")
     export(tmp_path, data[2], tmp_path / "again", {"version": "0", "commit": None})
-    assert (tmp_path / "again" / "draft" / "model.safetensors").read_bytes() == (
-        tmp_path / "export" / "draft" / "model.safetensors"
-    ).read_bytes()
+    name = "model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "draft" / name).read_bytes()
 
 
 def test_a_run_that_gained_in_its_second_half_has_not_converged():

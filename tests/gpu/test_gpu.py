@@ -6,22 +6,24 @@ import pytest
 import torch
 from models import tiny_lm, tiny_recipe, trained_draft, write_prompts
 
-from draftsmith.data.packing import make_pack
+from draftsmith.core.records.data import Completion
+from draftsmith.core.shape import Shape
 from draftsmith.decoding.sampling import Sampling
-from draftsmith.decoding.speculate import Decoder, Eagle3Drafter
-from draftsmith.decoding.tree import Shape
+from draftsmith.decoding.speculate import Decoder
+from draftsmith.drafts.eagle3.drafter import Eagle3Drafter
+from draftsmith.drafts.eagle3.loss import TTTLoss
+from draftsmith.drafts.objectives import Objective, pack_inputs
+from draftsmith.drafts.packing import make_pack
 from draftsmith.targets.local import LocalTarget
-from draftsmith.training.objectives import Objective
-from draftsmith.training.ttt_loss import TTTLoss, prepare
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 def gradients(target, draft, ids, device):
-    completions = [{"id": "a", "ids": list(range(1, 40)), "spans": [[6, 39]]}]
+    completions = [Completion(id="a", ids=list(range(1, 40)), spans=[[6, 39]])]
     pack = make_pack(completions, 512)
     states = target.capture(pack.documents, draft.config.taps)
-    inputs = prepare(
+    inputs = pack_inputs(
         pack,
         states.taps_TKH.clone(),
         states.last_TH.clone(),
@@ -60,8 +62,8 @@ def test_decoding_is_lossless(shape):
 def test_a_whole_run(tmp_path):
     from models import save_tiny_target
 
-    from draftsmith.pipeline import run_pipeline
-    from draftsmith.run import Run
+    from draftsmith.runs.pipeline import run_pipeline
+    from draftsmith.runs.run import Run
 
     model = save_tiny_target(tmp_path / "model")
     changes = {"device": "cuda", "target.dtype": "bf16", "train.dtype": "bf16"}

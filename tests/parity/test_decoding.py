@@ -4,11 +4,16 @@ import pytest
 import torch
 from models import VOCAB, tiny_lm, tiny_target, trained_draft
 
-from draftsmith.data.packing import make_pack
+from draftsmith.core.records.data import Completion
+from draftsmith.core.shape import Shape
 from draftsmith.decoding.sampling import Sampling
-from draftsmith.decoding.speculate import Decoder, Eagle3Drafter
-from draftsmith.decoding.tree import DraftTree, Shape
-from draftsmith.training.ttt_loss import chain_walk, greedy_matches, prepare
+from draftsmith.decoding.speculate import Decoder
+from draftsmith.decoding.tree import DraftTree
+from draftsmith.drafts.eagle3.drafter import Eagle3Drafter
+from draftsmith.drafts.objectives import pack_inputs
+from draftsmith.drafts.packing import make_pack
+from draftsmith.evaluation.acceptance import count
+from draftsmith.training.metrics import chain_walk, greedy_matches
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3", "minimax_m2"]
 CHAIN, TREE = Shape(3, 1, 4), Shape(3, 4, 8)
@@ -56,7 +61,7 @@ def test_greedy_output_is_that_of_plain_decoding(architecture, shape):
         drafted = decoder.generate(prompt, Sampling(), 40, shape)
         assert drafted.ids == plain.ids
         assert drafted.finish_reason == plain.finish_reason
-        accepted += sum(step.accepted for step in drafted.steps)
+        accepted += sum(drafted.verified)
     assert accepted > 0, "a draft that is never right proves nothing"
 
 
@@ -94,12 +99,12 @@ def test_fake_drafts_drive_the_loop(mode, limit):
         text = Decoder(target).generate(prompt, Sampling(), 24).ids
         drafted = Decoder(target, OracleDrafter(text, mode)).generate(prompt, Sampling(), limit, CHAIN)
         assert drafted.ids == text[:limit]
-        inner = drafted.counted_steps(3)
-        if mode == "always":
-            assert all(step.accepted == 3 for step in inner)
+        if mode == "always":  # every step that the end does not cut short
+            counted = count("", "", drafted, 3)
+            assert counted.accepted + counted.looping_accepted == 3 * (counted.steps + counted.looping_steps)
         if mode == "never":
-            assert all(step.accepted == 0 for step in drafted.steps)
-            assert len(drafted.steps) == len(drafted.ids) - 1
+            assert not any(drafted.verified)
+            assert len(drafted.verified) == len(drafted.ids) - 1
 
 
 def test_an_end_token_inside_a_step_ends_the_text():
@@ -121,15 +126,17 @@ def test_acceptance_in_training_is_acceptance_when_decoding(architecture):
     completions, accepted, verified = [], 0, 0
     for i, prompt in enumerate(prompts(8)):
         decoded = decoder.generate(prompt, Sampling(), 40, CHAIN)
-        counted = decoded.counted_steps(3)
-        accepted += sum(step.accepted for step in counted)
-        verified += len(counted)
+        counted = count("", "", decoded, 3)
+        accepted += counted.accepted + counted.looping_accepted
+        verified += counted.steps + counted.looping_steps
         span = [len(prompt), len(prompt) + len(decoded.ids)]
-        completions.append({"id": str(i), "ids": prompt + decoded.ids, "spans": [span]})
+        completions.append(Completion(id=str(i), ids=prompt + decoded.ids, spans=[span]))
     pack = make_pack(completions, 512)
     states = target.capture(pack.documents, draft.config.taps)
     rows = target.head_rows(ids)
-    inputs = prepare(pack, states.taps_TKH, states.last_TH, target.embedding_rows(), rows, None, None, torch.float32)
+    inputs = pack_inputs(
+        pack, states.taps_TKH, states.last_TH, target.embedding_rows(), rows, None, None, torch.float32
+    )
     step_rows, matches, _ = greedy_matches(draft, inputs, ids, 3)
     assert chain_walk(pack, step_rows, matches, 3) == (accepted, verified)
     assert 0 < accepted < 3 * verified

@@ -4,20 +4,33 @@ import pytest
 import torch
 from models import VOCAB, tiny_target, trained_draft
 
+from draftsmith.core.records.machine import Probe
+from draftsmith.core.shape import Shape
 from draftsmith.decoding.sampling import Sampling
-from draftsmith.decoding.speculate import Decoder, Eagle3Drafter
-from draftsmith.decoding.tree import Shape
+from draftsmith.decoding.speculate import Decoder
+from draftsmith.drafts.directories import ReadyDraft
+from draftsmith.evaluation.acceptance import count
 from draftsmith.evaluation.profile import DEPTH, accept_profile, rank_table, rank_walks
 from draftsmith.hardware.accept_length import MeasuredProfile
 from draftsmith.hardware.cost_model import MeasuredCosts, predict
-from draftsmith.hardware.probe import describe, probe_embedded
+from draftsmith.hardware.probe import embedded_times, page
 
 GENERATOR = torch.Generator().manual_seed(7)
 PROMPTS = [torch.randint(1, VOCAB, (11 + i,), generator=GENERATOR).tolist() for i in range(8)]
 
 
+def ready(target, draft, ids):
+    return ReadyDraft(draft, ids, target.embedding_rows())
+
+
+def real_tau(answers, steps):
+    """As decoding counts it, loops included."""
+    rows = [count("", "", answer, steps) for answer in answers]
+    return 1 + sum(r.accepted + r.looping_accepted for r in rows) / sum(r.steps + r.looping_steps for r in rows)
+
+
 def decoded(target, draft, ids, shape, tokens=60):
-    decoder = Decoder(target, Eagle3Drafter(draft, ids, target.embedding_rows()))
+    decoder = Decoder(target, ready(target, draft, ids).drafter())
     return [decoder.generate(prompt, Sampling(), tokens, shape) for prompt in PROMPTS]
 
 
@@ -25,10 +38,10 @@ def decoded(target, draft, ids, shape, tokens=60):
 def test_a_chains_accept_length_is_exactly_that_of_decoding(steps):
     target, draft, ids = trained_draft()
     shape = Shape(steps, 1, steps + 1)
-    made = decoded(target, draft, ids, shape)
-    walks = rank_walks(target, draft, ids, [(p, d.ids) for p, d in zip(PROMPTS, made, strict=True)])
-    counted = [step for d in made for step in d.counted_steps(steps)]
-    real = 1 + sum(step.accepted for step in counted) / len(counted)
+    answers = decoded(target, draft, ids, shape)
+    texts = [(p, answer.ids) for p, answer in zip(PROMPTS, answers, strict=True)]
+    walks = rank_walks(target, ready(target, draft, ids), texts)
+    real = real_tau(answers, steps)
     assert real > 1.02, "a draft that is never right proves nothing"
     assert MeasuredProfile(walks).tau(shape) == pytest.approx(real, abs=1e-9)
 
@@ -36,10 +49,10 @@ def test_a_chains_accept_length_is_exactly_that_of_decoding(steps):
 def test_a_trees_accept_length_is_near_that_of_decoding():
     target, draft, ids = trained_draft()
     shape = Shape(3, 4, 8)
-    made = decoded(target, draft, ids, shape)
-    walks = rank_walks(target, draft, ids, [(p, d.ids) for p, d in zip(PROMPTS, made, strict=True)])
-    counted = [step for d in made for step in d.counted_steps(3)]
-    real = 1 + sum(step.accepted for step in counted) / len(counted)
+    answers = decoded(target, draft, ids, shape)
+    texts = [(p, answer.ids) for p, answer in zip(PROMPTS, answers, strict=True)]
+    walks = rank_walks(target, ready(target, draft, ids), texts)
+    real = real_tau(answers, 3)
     profile = MeasuredProfile(walks)
     assert profile.tau(shape) == pytest.approx(real, rel=0.15)  # a static tree for a dynamic one
     assert profile.tau(shape) > profile.tau(Shape(3, 1, 4))
@@ -47,11 +60,11 @@ def test_a_trees_accept_length_is_near_that_of_decoding():
 
 def test_the_profile_of_results_has_a_share_for_every_depth_and_rank():
     target, draft, ids = trained_draft()
-    profile = accept_profile(target, draft, ids, PROMPTS, 60)
-    assert profile["prompts"] == len(PROMPTS)
-    assert profile["positions"] == sum(len(walk) for walk in profile["walks"])
-    assert 1 <= len(profile["table"]) <= DEPTH
-    assert all(0 <= share <= 1 and sum(row) <= 1 + 1e-9 for row in profile["table"] for share in row)
+    profile = accept_profile(target, ready(target, draft, ids), PROMPTS, 60)
+    assert profile.prompts == len(PROMPTS)
+    assert profile.positions == sum(len(walk) for walk in profile.walks)
+    assert 1 <= len(profile.table) <= DEPTH
+    assert all(0 <= share <= 1 and sum(row) <= 1 + 1e-9 for row in profile.table for share in row)
 
 
 def test_ranks_count_where_the_choices_before_were_right():
@@ -64,15 +77,15 @@ def test_ranks_count_where_the_choices_before_were_right():
 
 def test_a_probe_tells_the_time_of_a_step():
     target, draft, ids = trained_draft()
-    drafter = Eagle3Drafter(draft, ids, target.embedding_rows())
-    told_s, real_s = [], []
+    drafter = ready(target, draft, ids).drafter()
+    predicted_s, real_s = [], []
     for _ in range(3):  # other work on the machine only ever slows: the fastest of each is compared
-        parts = {**probe_embedded(target, drafter, PROMPTS[1]), "machine": "here"}
-        told = predict(MeasuredCosts(parts), MeasuredProfile([["111"] * 20]), Shape(3, 1, 4))
-        told_s.append(told.verify_s + told.draft_s + told.overhead_s)
-        made = decoded(tiny_target(), draft, ids, Shape(3, 1, 4))
-        real_s.append(min(d.seconds / len(d.steps) for d in made))
-    assert [tokens for tokens, _ in parts["forward"]][:3] == [1, 2, 3]
-    assert all(seconds > 0 for _, seconds in parts["forward"])
-    assert min(told_s) == pytest.approx(min(real_s), rel=0.6)
-    assert "forward ms" in describe(parts)
+        probe = Probe(engine="embedded", machine="here", times=embedded_times(target, drafter, PROMPTS[1]))
+        step = predict(MeasuredCosts(probe), MeasuredProfile([["111"] * 20]), Shape(3, 1, 4))
+        predicted_s.append(step.verify_s + step.draft_s + step.overhead_s)
+        answers = decoded(tiny_target(), draft, ids, Shape(3, 1, 4))
+        real_s.append(min(answer.seconds / len(answer.verified) for answer in answers))
+    assert [tokens for tokens, _ in probe.times.forward][:3] == [1, 2, 3]
+    assert all(seconds > 0 for _, seconds in probe.times.forward)
+    assert min(predicted_s) == pytest.approx(min(real_s), rel=0.6)
+    assert "forward ms" in page(probe)

@@ -3,9 +3,9 @@
 import torch
 from transformers import AutoModelForCausalLM
 
+from draftsmith.core.recipe_file import parse_recipe
 from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.sampling import Sampling
-from draftsmith.recipe import parse_recipe
 from draftsmith.targets.embedded import materialise
 from draftsmith.targets.local import LocalTarget
 

@@ -5,10 +5,11 @@ import torch
 import transformers as tf
 from models import COMMON, tiny_draft
 
+from draftsmith.core.errors import TargetError
+from draftsmith.core.shape import Shape
 from draftsmith.decoding.sampling import Sampling
-from draftsmith.decoding.speculate import Decoder, Eagle3Drafter
-from draftsmith.decoding.tree import Shape
-from draftsmith.errors import TargetError
+from draftsmith.decoding.speculate import Decoder
+from draftsmith.drafts.eagle3.drafter import Eagle3Drafter
 from draftsmith.targets.local import LocalTarget
 
 HYBRID = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
@@ -129,9 +130,8 @@ def test_a_tree_on_the_librarys_forward_is_one_line():
 
 
 def test_a_context_ends_every_text(target):
-    import dataclasses
 
-    target.identity = dataclasses.replace(target.identity, max_position_embeddings=12)
+    target.identity = target.identity.model_copy(update={"max_position_embeddings": 12})
     made = dict(target.generate([PROMPTS[0], PROMPTS[2]], Sampling(), 40))
     assert [len(made[i].ids) for i in range(2)] == [7, 8]
     assert {g.finish_reason for g in made.values()} == {"length"}

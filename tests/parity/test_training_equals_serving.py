@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from draftsmith.data.packing import make_pack
-from draftsmith.drafts import chain_attention
-from draftsmith.drafts.eagle3 import DraftCache, Eagle3Config, Eagle3Draft
-from draftsmith.drafts.ttt import ttt_outputs
+from draftsmith.core.records.data import Completion
+from draftsmith.drafts.eagle3 import chain_attention
+from draftsmith.drafts.eagle3.model import DraftCache, Eagle3Config, Eagle3Draft
+from draftsmith.drafts.eagle3.ttt import ttt_outputs
+from draftsmith.drafts.packing import make_pack
 
 STEPS = 7
 
@@ -38,7 +39,7 @@ def completions():
     generator = torch.Generator().manual_seed(3)
 
     def row(name, length, spans):
-        return {"id": name, "ids": torch.randint(0, 50, (length,), generator=generator).tolist(), "spans": spans}
+        return Completion(id=name, ids=torch.randint(0, 50, (length,), generator=generator).tolist(), spans=spans)
 
     # a prompt, a document of one completion from its second token, a two-turn conversation, a one-token completion
     return [row("a", 17, [[6, 17]]), row("b", 9, [[1, 9]]), row("c", 25, [[4, 11], [15, 25]]), row("d", 6, [[5, 6]])]

@@ -1,25 +1,27 @@
 import pytest
 
-from draftsmith.decoding.speculate import Decoded, Step
-from draftsmith.evaluation.acceptance import bootstrap_tau, count, oracle_walk, paired_difference, summarise, tau_text
-from draftsmith.evaluation.evaluate import balanced, verdict_line
-from draftsmith.evaluation.lossless import first_difference
+from draftsmith.core.records.data import Prompt
+from draftsmith.core.records.evaluation import Difference, Lossless, PromptCounts
+from draftsmith.core.shape import Shape
+from draftsmith.decoding.generation import Generation
+from draftsmith.evaluation.acceptance import bootstrap_tau, count, oracle_walk, paired_difference, summarise
+from draftsmith.evaluation.evaluate import balanced
+from draftsmith.evaluation.lossless import first_difference, lossless_verdict
 from draftsmith.training.metrics import converged
 
+CHAIN, TREE = Shape(3, 1, 4), Shape(3, 4, 8)
 
-def decoded(accepted: list[int], ids: list[int] | None = None) -> Decoded:
-    steps, root = [], 0
-    for a in accepted:
-        steps.append(Step(root, 3, a))
-        root += a + 1
-    return Decoded(ids or list(range(root + 10)), "length", steps)
+
+def decoded(accepted: list[int], ids: list[int] | None = None) -> Generation:
+    length = sum(accepted) + len(accepted) + 10
+    return Generation(ids or list(range(length)), "length", tuple(accepted))
 
 
 def test_tau_counts_the_bonus_and_not_the_prefill_token():
     row = count("p", "chat", decoded([3, 0, 1]), 3)
-    summary = summarise([row])
-    assert summary["all"]["tau"] == pytest.approx(1 + 4 / 3)
-    assert summary["acceptance_by_depth"] == [2 / 3, 1 / 2, 1 / 1]
+    summary = summarise([row], CHAIN, 0.0)
+    assert summary.all.tau == pytest.approx(1 + 4 / 3)
+    assert summary.acceptance_by_depth == [2 / 3, 1 / 2, 1 / 1]
 
 
 def test_steps_cut_short_by_the_end_are_left_out():
@@ -32,43 +34,55 @@ def test_looping_text_is_left_out_but_reported():
     row = count("p", "chat", decoded([0] * 18 + [3] * 12, ids=text), 3)
     assert row.looping_tokens == 80 - 21
     assert row.steps == 18
-    summary = summarise([row])
-    assert summary["all"]["tau"] == 1.0
-    assert summary["tau_with_loops"] > 2
-    assert summary["looping_share"] == pytest.approx(59 / 80)
+    summary = summarise([row], CHAIN, 0.0)
+    assert summary.all.tau == 1.0
+    assert summary.tau_with_loops > 2
+    assert summary.looping_share == pytest.approx(59 / 80)
+
+
+def test_steps_that_are_told_without_order_count_whole_completions():
+    """SGLang's histogram: steps cut short by the end count, and a completion that loops is left out."""
+    row = count("p", "chat", Generation(list(range(7)), "length", (0, 1, 3), in_order=False), 3)
+    assert (row.steps, row.accepted, row.looping_steps) == (3, 4, 0)
+    looping = count("p", "chat", Generation([7] * 60, "length", (1, 3), in_order=False), 3)
+    assert (looping.steps, looping.looping_steps, looping.looping_accepted) == (0, 2, 4)
 
 
 def test_interval_holds_the_value_and_shrinks_with_prompts():
     few = bootstrap_tau([3, 9, 6, 2] * 3, [5, 6, 5, 5] * 3)
     many = bootstrap_tau([3, 9, 6, 2] * 48, [5, 6, 5, 5] * 48)
-    assert few["tau"] == many["tau"] == 1 + 20 / 21
-    assert few["low"] < few["tau"] < few["high"]
-    assert many["high"] - many["low"] < 0.3 * (few["high"] - few["low"])
-    assert bootstrap_tau([0], [0])["tau"] is None
+    assert few.tau == many.tau == 1 + 20 / 21
+    assert few.low < few.tau < few.high
+    assert many.high - many.low < 0.3 * (few.high - few.low)
+    assert bootstrap_tau([0], [0]).tau is None
 
 
 def test_under_ten_prompts_no_interval_is_told():
     nine = bootstrap_tau([3] * 9 + [0], [5] * 9 + [0])  # the tenth was too short to count
-    assert (nine["low"], nine["high"], nine["prompts"]) == (None, None, 9)
-    assert tau_text(nine) == "1.60"
-    assert tau_text(bootstrap_tau([3] * 10, [5] * 10)) == "1.60 [1.60, 1.60]"
-    assert tau_text(bootstrap_tau([], [])) == tau_text(None) == "-"
+    assert (nine.low, nine.high, nine.prompts) == (None, None, 9)
+    assert str(nine) == "1.60"
+    assert str(bootstrap_tau([3] * 10, [5] * 10)) == "1.60 [1.60, 1.60]"
+    assert str(bootstrap_tau([], [])) == "-"
+
+
+def counts(name: str, accepted: int, steps: int) -> PromptCounts:
+    return PromptCounts(id=name, category="chat", tokens=0, looping_tokens=0, steps=steps, accepted=accepted)
 
 
 def test_a_paired_difference_is_sharper_than_two_intervals():
     """Prompts differ far more than the two drafts: only the pairs tell that the second is better."""
     steps, easy = [20] * 40, [i % 4 for i in range(40)]
-    ours = [{"id": str(i), "accepted": 10 * e, "steps": s} for i, (e, s) in enumerate(zip(easy, steps, strict=True))]
-    others = [{**row, "accepted": row["accepted"] + 2} for row in reversed(ours)]
-    told = paired_difference(ours, others)
-    assert (told["difference"], told["prompts"]) == (pytest.approx(0.1), 40)
-    assert told["low"] == pytest.approx(0.1)
-    assert told["high"] == pytest.approx(0.1)
-    alone = bootstrap_tau([row["accepted"] for row in ours], steps)
-    assert alone["high"] - alone["low"] > 0.3
+    ours = [counts(str(i), 10 * e, s) for i, (e, s) in enumerate(zip(easy, steps, strict=True))]
+    others = [counts(row.id, row.accepted + 2, row.steps) for row in reversed(ours)]
+    paired = paired_difference(ours, others)
+    assert (paired.difference, paired.prompts) == (pytest.approx(0.1), 40)
+    assert paired.low == pytest.approx(0.1)
+    assert paired.high == pytest.approx(0.1)
+    alone = bootstrap_tau([row.accepted for row in ours], steps)
+    assert alone.high - alone.low > 0.3
     few = paired_difference(ours[:9], others)
-    assert (few["low"], few["prompts"]) == (None, 9)
-    assert paired_difference(ours, [{"id": "else", "accepted": 1, "steps": 1}])["difference"] is None
+    assert (few.low, few.prompts) == (None, 9)
+    assert paired_difference(ours, [counts("else", 1, 1)]).difference is None
 
 
 def test_the_oracle_accepts_runs_of_first_choices():
@@ -79,8 +93,8 @@ def test_the_oracle_accepts_runs_of_first_choices():
 
 
 def test_a_few_prompts_are_as_many_of_each_category():
-    prompts = [{"id": i, "category": "a" if i < 6 else "b"} for i in range(8)]
-    assert [p["id"] for p in balanced(prompts, 5)] == [0, 6, 1, 7, 2]
+    prompts = [Prompt(id=str(i), category="a" if i < 6 else "b", source="s", messages=[]) for i in range(8)]
+    assert [p.id for p in balanced(prompts, 5)] == ["0", "6", "1", "7", "2"]
     assert len(balanced(prompts, None)) == 8
 
 
@@ -97,7 +111,7 @@ def test_the_stop_rule():
     assert not converged([1.04, 1.041, 1.042, 1.045], patience=3)  # an untrained draft that has begun to learn
 
 
-PROOF = {"prompts": 9, "tokens_per_prompt": 64, "tokens": 512, "shapes": ["3/1/4", "3/1/4", "3/4/8"]}
+PROOF = {"prompts": 9, "tokens_per_prompt": 64, "tokens": 512, "shapes": (CHAIN, CHAIN, TREE)}
 
 
 @pytest.mark.parametrize(
@@ -113,8 +127,8 @@ PROOF = {"prompts": 9, "tokens_per_prompt": 64, "tokens": 512, "shapes": ["3/1/4
     ],
 )
 def test_only_ties_within_what_a_dtype_rounds_are_excused(dtype, gaps, verdict):
-    differences = [{"shape": "3/1/4", "id": "p", "token": 3, "logit_gap": gap} for gap in gaps]
-    assert verdict_line({**PROOF, "dtype": dtype, "differences": differences}).startswith(verdict)
-    assert verdict_line({**PROOF, "dtype": dtype, "differences": differences, "tokens": 0}).startswith(
-        "lossless: not tested"
-    )
+    differences = [Difference(shape=CHAIN, id="p", token=3, logit_gap=gap) for gap in gaps]
+    proof = Lossless(**PROOF, dtype=dtype, differences=differences)
+    assert str(lossless_verdict(proof)).startswith(verdict)
+    assert str(lossless_verdict(proof.model_copy(update={"tokens": 0}))).startswith("lossless: not tested")
+    assert str(lossless_verdict(None)).startswith("lossless: not tested")

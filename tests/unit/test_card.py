@@ -6,66 +6,147 @@ import pytest
 import yaml
 from models import tiny_draft, tiny_target
 
-from draftsmith.drafts.checkpoint import write_draft
-from draftsmith.errors import DataError
-from draftsmith.files import read_json, write_json
+from draftsmith.core import run_files
+from draftsmith.core.errors import DataError
+from draftsmith.core.files import read_json, write_json
+from draftsmith.core.recipe_file import parse_recipe
+from draftsmith.core.records.data import CompletionsSummary, Coverage, PromptsSummary
+from draftsmith.core.records.evaluation import (
+    Acceptance,
+    Difference,
+    EvaluationSettings,
+    Lossless,
+    Results,
+    Speed,
+    Tau,
+)
+from draftsmith.core.records.machine import Prediction, Predictions
+from draftsmith.core.records.run import Hardware, Provenance
+from draftsmith.core.records.training import TrainingSummary
+from draftsmith.drafts.directories import write_draft
 from draftsmith.publishing.card import make_card, write_card
-from draftsmith.recipe import parse_recipe
-from draftsmith.run import Run
+from draftsmith.runs.estimates import results_of
+from draftsmith.runs.run import Run
 
-NOTHING = {"sentence": "", "rows": []}
+NOTHING = Predictions(rows=[])
+MADE_BY = Provenance(
+    command="draftsmith run r.yaml",
+    commit="abc1234",
+    versions={},
+    seed=1,
+    hardware=Hardware(cpu="Test CPU", cores=2, gpus=(), system="Test"),
+)
+SETTINGS = EvaluationSettings(
+    engine="embedded",
+    prompts=180,
+    prompts_available=180,
+    max_new_tokens=128,
+    top_p=1.0,
+    top_k=0,
+    target="tiny",
+    dtype="bf16",
+)
 
 
 def tau(value):
     low, high = (None, None) if value is None else (value - 0.137, value + 0.141)
-    return {"tau": value, "low": low, "high": high, "prompts": 60, "steps": 2402}
+    return Tau(tau=value, low=low, high=high, prompts=60, steps=2402)
 
 
 def acceptance(shape, temperature, value):
-    return {
-        "shape": shape,
-        "temperature": temperature,
-        "all": tau(value),
-        "by_category": {"chat": tau(value - 0.466), "code": tau(None)},
-        "acceptance_by_depth": [0.5749, 0.6459, None],
-        "looping_share": 0.2814,
-        "tau_with_loops": value + 0.2011,
-        "tokens": 7945,
-        "prompts": [],
-    }
+    return Acceptance(
+        shape=shape,
+        temperature=temperature,
+        all=tau(value),
+        by_category={"chat": tau(value - 0.466), "code": tau(None)},
+        acceptance_by_depth=[0.5749, 0.6459, None],
+        looping_share=0.2814,
+        tau_with_loops=value + 0.2011,
+        tokens=7945,
+        prompts=[],
+    )
 
 
 def results(**changes):
-    return {
-        "schema": 1,
-        "created_with": {"commit": "abc1234", "hardware": {"cpu": "Test CPU", "cores": 2, "gpus": []}},
-        "settings": {"prompts": 180, "prompts_available": 180, "max_new_tokens": 128, "dtype": "bf16"},
-        "acceptance": [acceptance("3/1/4", 0.0, 2.2015), acceptance("3/4/8", 1.0, 1.6641)],
-        "lossless": {
-            "dtype": "fp32",
-            "prompts": 51,
-            "tokens_per_prompt": 128,
-            "tokens": 6480,
-            "shapes": ["3/1/4", "3/4/8"],
-            "differences": [],
-            "identical": True,
-        },
-        "speed": [
-            {
-                "shape": "3/1/4",
-                "prompts": 12,
-                "tokens": 399,
-                "plain_tokens_per_s": 16.1686,
-                "drafted_tokens_per_s": 30.3628,
-                "speedup": 1.7205,
-                "tau": 2.4483,
-                "dtype": "bf16",
-                "differences": [],
-            }
+    found = Results(
+        created_with=MADE_BY,
+        settings=SETTINGS,
+        acceptance=[acceptance("3/1/4", 0.0, 2.2015), acceptance("3/4/8", 1.0, 1.6641)],
+        lossless=Lossless(
+            dtype="fp32",
+            prompts=51,
+            tokens_per_prompt=128,
+            tokens=6480,
+            shapes=("3/1/4", "3/4/8"),
+            differences=[],
+        ),
+        speed=[
+            Speed(
+                shape="3/1/4",
+                batch=1,
+                prompts=12,
+                tokens=399,
+                plain_tokens_per_s=16.1686,
+                drafted_tokens_per_s=30.3628,
+                speedup=1.7205,
+                tau=2.4483,
+                dtype="bf16",
+            )
         ],
-        "partial": False,
-        **changes,
-    }
+    )
+    return found.model_copy(update=changes)
+
+
+def save(run, engine, found):
+    """As `evaluate` does on that engine."""
+    found.save(run_files.results(run.files.stage("evaluate", engine)))
+
+
+def save_training(files, vocabulary):
+    """What the stages before `export` tell of themselves."""
+    PromptsSummary(
+        prompts=18385,
+        evaluation_prompts=180,
+        duplicates_dropped=0,
+        contaminated_dropped=0,
+        bad_rows_skipped=0,
+        rows_without_prompt=0,
+        left_out={},
+        by_category={},
+        by_source={"gsm8k": 7473, "ours": 10912},
+    ).save(run_files.summary(files.stage("prompts")))
+    CompletionsSummary(
+        completion_tokens=291375,
+        completions=3059,
+        finish_reasons={},
+        empty=0,
+        prompts_too_long=0,
+        prompts_refused=0,
+        tokens_by_category={},
+    ).save(run_files.summary(files.completions))
+    Coverage(
+        name="v",
+        sizes=[vocabulary],
+        coverage={"all": [0.9966]},
+        distinct_tokens=60,
+        loss_tokens=291375,
+        chosen_size=vocabulary,
+        chosen={"all": 0.9966},
+    ).save(files.coverage)
+    TrainingSummary(
+        steps=3400,
+        parameters=1,
+        completions=3025,
+        held_out_completions=32,
+        completions_left_out=0,
+        completions_cut=0,
+        tokens=3120564,
+        quarantined=[],
+        status="preview",
+        tau_held_out=2.3,
+        best=None,
+        checkpoint="checkpoint-003400",
+    ).save(run_files.summary(files.train))
 
 
 @pytest.fixture
@@ -80,21 +161,17 @@ def make(tmp_path):
             "target": {"model": target, "dtype": "bf16", "num_layers": 6},
             "status": "preview",
         }
-        write_draft(tmp_path / "export" / "draft", draft, ids, [1, 3, 4], provenance)
-        prompts = {"prompts": 18385, "by_source": {"gsm8k": 7473, "ours": 10912}}
-        write_json(tmp_path / "prompts" / "summary.json", prompts)
-        write_json(tmp_path / "completions" / "summary.json", {"completions": 3059, "completion_tokens": 291375})
-        write_json(tmp_path / "vocab" / "coverage.json", {"sizes": [len(ids)], "coverage": {"all": [0.9966]}})
-        trained = {"status": "preview", "steps": 3400, "tokens": 3120564, "completions": 3025}
-        write_json(tmp_path / "train" / "summary.json", trained)
-        write_json(tmp_path / "evaluate" / "results.json", results())
         recipe = {
             "name": "small",
             "target": {"model": target},
             "prompts": {"sources": [{"name": "gsm8k"}, {"name": "/data/ours.jsonl"}]},
             "card": {"repo": "me/small", **card},
         }
-        return Run(parse_recipe(recipe, "test"), tmp_path, [])
+        run = Run(parse_recipe(recipe, "test"), tmp_path, [])
+        write_draft(run.files.draft, draft, ids, 6, provenance)
+        save_training(run.files, len(ids))
+        save(run, "embedded", results())
+        return run
 
     return made
 
@@ -123,14 +200,15 @@ def numbers(value):
 
 def test_every_figure_is_the_rounding_of_one_in_the_results(make):
     run = make()
-    engine = results(
-        acceptance=[acceptance("3/1/4", 0.0, 2.2524)],
-        settings={"prompts": 24, "prompts_available": 180, "max_new_tokens": 128, "dtype": "fp32"},
-        partial=True,
-    )
-    write_json(run.path("evaluate-vllm", "results.json"), engine)
+    settings = SETTINGS.model_copy(update={"engine": "vllm", "prompts": 24, "dtype": "fp32"})
+    engine = results(acceptance=[acceptance("3/1/4", 0.0, 2.2524)], settings=settings)
+    save(run, "vllm", engine)
     told = re.findall(r"(?<![\w/.])\d+\.\d+", quality(make_card(run, NOTHING)))
-    known = {f"{number:.{digits}f}" for number in numbers([results(), engine]) for digits in (1, 2)}
+    known = {
+        f"{number:.{digits}f}"
+        for number in numbers([found.model_dump(mode="json") for found in (results(), engine)])
+        for digits in (1, 2)
+    }
     assert len(told) > 20
     assert set(told) - known == set()
 
@@ -146,23 +224,47 @@ def test_each_setting_has_its_own_figures(make):
 
 def test_an_engines_partial_run_is_marked_on_its_row_alone(make):
     run = make()
-    engine = results(settings={**results()["settings"], "prompts": 60}, partial=True)
-    write_json(run.path("evaluate-sglang", "results.json"), engine)
+    save(run, "sglang", results(settings=SETTINGS.model_copy(update={"engine": "sglang", "prompts": 60})))
     card = make_card(run, NOTHING)
     assert row(card, "SGLang (60 of 180 prompts)", "bf16", "3/1/4", "0")
     assert row(card, "draftsmith", "bf16", "3/1/4", "0")
     assert "A partial evaluation" not in card
 
 
+def test_temperatures_at_which_an_engine_does_not_draw_are_told(make):
+    run = make()
+    save(run, "sglang", results(settings=SETTINGS.model_copy(update={"engine": "sglang"}), left_out=[0.7, 1.0]))
+    card = make_card(run, NOTHING)
+    assert "\nSGLang: nothing at T=0.7, 1.0, as the server drafted greedily at any temperature.\n" in card
+    assert "draftsmith: nothing at" not in card
+
+
+def test_the_hub_is_told_what_was_measured(make):
+    (model,) = front_matter(make_card(make(), NOTHING))["model-index"]
+    told = {metric["name"]: metric["value"] for result in model["results"] for metric in result["metrics"]}
+    assert told == pytest.approx(
+        {"tau at 3/1/4, T=0, on draftsmith": 2.2015, "tau at 3/4/8, T=1, on draftsmith": 1.6641}, abs=6e-4
+    )
+
+
+def test_predictions_rest_on_an_engine_that_drafts_trees_before_one_that_does_not(make):
+    run = make()
+    for engine in ("vllm", "sglang"):
+        save(run, engine, results(settings=SETTINGS.model_copy(update={"engine": engine})))
+    assert results_of(run).settings.engine == "embedded"
+    run.files.results["embedded"].unlink()
+    assert results_of(run).settings.engine == "sglang"
+
+
 def test_a_set_aside_evaluation_is_not_told(make):
     run = make()
-    write_json(run.path("evaluate-vllm.a95163c3", "results.json"), results())
+    results().save(run_files.results(run.files.root / "evaluate-vllm.a95163c3"))
     assert "| vLLM" not in make_card(run, NOTHING)
 
 
 def test_what_was_not_measured_is_said(make):
     run = make()
-    write_json(run.path("evaluate", "results.json"), results(lossless=None, speed=[]))
+    save(run, "embedded", results(lossless=None, speed=[]))
     card = make_card(run, NOTHING)
     assert "Losslessness was not measured." in card
     assert "Lossless on" not in card
@@ -173,22 +275,30 @@ def test_what_was_not_measured_is_said(make):
 
 def test_a_difference_is_told_and_never_called_lossless(make):
     run = make()
-    proof = {
-        **results()["lossless"],
-        "identical": False,
-        "differences": [{"id": "a", "token": 1, "logit_gap": 0.7}] * 2,
-    }
-    write_json(run.path("evaluate", "results.json"), results(lossless=proof))
+    parted = Difference(id="a", shape="3/1/4", token=1, logit_gap=0.7)
+    proof = results().lossless.model_copy(update={"differences": [parted] * 2})
+    save(run, "embedded", results(lossless=proof))
     card = make_card(run, NOTHING)
     assert "NOT lossless on draftsmith: 2 differences in greedy output on 51 prompts" in card
     assert "Lossless on" not in card
 
 
 def test_predictions_are_rows_of_their_own_and_called_so(make):
-    rows = [
-        {"machine": "h100-1", "shape": "3/4/8", "batch": 1, "c": 1.504, "speedup": 0.987, "batches": "no batch gains"}
-    ]
-    card = make_card(make(), {"sentence": "", "rows": rows})
+    told = Prediction(
+        machine="h100-1",
+        shape="3/4/8",
+        batch=1,
+        context=512,
+        tau=1.4844,
+        decode_s=1.0,
+        verify_s=1.1,
+        draft_s=0.4,
+        overhead_s=0.004,
+        c=1.504,
+        speedup=0.987,
+        batches="no batch gains",
+    )
+    card = make_card(make(), Predictions(rows=[told]))
     assert row(card, "h100-1", "3/4/8") == "| h100-1 | 3/4/8 | 1.50 | 0.99x | no batch gains |"
     assert card.index("not measured:") < card.index("| h100-1")
 
@@ -233,30 +343,28 @@ def test_the_commands_name_the_hub_and_no_path_of_this_machine(make):
     assert '"model": "me/small", "num_speculative_tokens": 3}' in use
     assert "google/gemma-3-270m" in use
     assert "SGLANG_EXTERNAL_MODEL_PACKAGE=draftsmith_sglang" in use
-    assert str(run.directory) not in card
+    assert str(run.files.root) not in card
     assert "site-packages" not in use
 
 
 def test_a_draft_of_tap_0_is_for_vllm_alone(make):
     run = make()
     assert run.draft_engines == ("vllm", "sglang")
-    config = read_json(run.draft_directory / "config.json")
+    place = run.files.draft / "config.json"
+    config = read_json(place)
     ids = {"eagle_aux_hidden_state_layer_ids": [0, 3, 4], "eagle_config": {"use_aux_hidden_state": True}}
-    write_json(
-        run.draft_directory / "config.json",
-        {**config, **ids, "draftsmith": {**config["draftsmith"], "taps": [0, 3, 4]}},
-    )
+    write_json(place, {**config, **ids, "draftsmith": {**config["draftsmith"], "taps": [0, 3, 4]}})
     use = make_card(run, NOTHING).split("## Use")[1].split("## How")[0]
     assert '"model": "me/small"' in use
     assert "SGLang" not in use
     assert set(run.serve_commands) == {"vllm"}
-    with pytest.raises(DataError, match="SGLang cannot capture tap 0"):
+    with pytest.raises(DataError, match="SGLang cannot capture all of them, so the draft serves on vLLM"):
         run.draft_for("sglang")
-    assert write_card(run, NOTHING) == run.path("export", "draft", "README.md")
+    assert write_card(run, NOTHING) == run.files.root / "export" / "draft" / "README.md"
 
 
 def test_an_unmeasured_draft_gets_no_card(make):
     run = make()
-    run.path("evaluate", "results.json").unlink()
+    run.files.results["embedded"].unlink()
     with pytest.raises(DataError, match="run: draftsmith evaluate RECIPE"):
         make_card(run, NOTHING)

@@ -8,13 +8,14 @@ import torch
 from models import tiny_draft, tiny_target
 from safetensors.torch import load_file, save_file
 
+from draftsmith.core.records.training import Belongs, TrainingState
+from draftsmith.core.shape import Shape
 from draftsmith.data.vocabulary import DraftVocabulary
-from draftsmith.decoding.speculate import Decoded, Step
-from draftsmith.decoding.tree import Shape
-from draftsmith.publishing.check import compare_engines
-from draftsmith.publishing.export import damages, export
-from draftsmith.targets.base import Generation
+from draftsmith.decoding.generation import Generation
+from draftsmith.evaluation.check import compare_engines
+from draftsmith.evaluation.evaluate import Question
 from draftsmith.training.checkpoints import save_checkpoint
+from draftsmith.training.export import damages, export
 
 
 @pytest.fixture
@@ -23,11 +24,20 @@ def exported(tmp_path):
     target = tiny_target()
     draft, ids = tiny_draft(target)
     vocabulary = DraftVocabulary(ids, target.identity.vocab_size)
-    identity = {"model": "t", "dtype": "fp32", "num_layers": 6, "max_position_embeddings": 256}
-    state = {"step": 1, "vocabulary": vocabulary.name, "draft": draft.config.to_dict(), "target": identity}
-    save_checkpoint(tmp_path / "train", draft, [], {**state, "status": "preview"}, 1)
-    directory = export(tmp_path / "train", vocabulary, tmp_path / "export", {"version": "test", "commit": None})
-    return directory, tmp_path / "train", vocabulary
+    belongs = Belongs(
+        method="eagle3",
+        draft=draft.config.model_dump(mode="json"),
+        vocabulary=vocabulary.name,
+        target=target.identity,
+        train={},
+        seed=0,
+        data="",
+    )
+    save_checkpoint(
+        tmp_path / "train", draft, [torch.optim.SGD(draft.parameters())], TrainingState(belongs=belongs, step=1), 1
+    )
+    export(tmp_path / "train", vocabulary, tmp_path / "draft", {"version": "test", "commit": None})
+    return tmp_path / "draft", tmp_path / "train", vocabulary
 
 
 def tensors(change):
@@ -95,26 +105,18 @@ def test_a_damage_is_named(exported, wanted):
     assert any(wanted in problem for problem in found), found
 
 
-def told(accepted, size=40):
-    return Generation(list(range(size)), "length", tuple(accepted), in_order=True)
-
-
 def decoded(accepted, size=40):
-    steps, root = [], 0
-    for a in accepted:
-        steps.append(Step(root, 3, a))
-        root += a + 1
-    return Decoded(list(range(size)), "length", steps)
+    return Generation(list(range(size)), "length", tuple(accepted))
 
 
 def test_engines_that_differ_beyond_noise_are_told_apart():
-    prompts = [(str(i), "chat", [1]) for i in range(6)]
+    questions = [Question(str(i), "chat", [1]) for i in range(6)]
     accepted = [[i % 4, 2, 1, 3, 0, 2, 1, 2, 3, 1] for i in range(6)]
     shape = Shape(3, 1, 4)
     ours = [decoded(a) for a in accepted]
-    same = compare_engines("vllm", shape, prompts, ours, [told(a) for a in accepted])
-    assert (same.problems, same.engine_tau, same.same_tokens) == ([], same.embedded_tau, 6)
-    worse = compare_engines("vllm", shape, prompts, ours, [told([0, 1] * 10) for _ in accepted])
+    same = compare_engines("vllm", shape, questions, ours, [decoded(a) for a in accepted])
+    assert (same.problems, same.theirs, same.same_tokens) == ([], same.ours, 6)
+    worse = compare_engines("vllm", shape, questions, ours, [decoded([0, 1] * 10) for _ in accepted])
     assert "vllm accepts tau 1.5" in worse.problems[0]
-    other = compare_engines("vllm", shape, prompts, ours, [told(a, 39) for a in accepted])
+    other = compare_engines("vllm", shape, questions, ours, [decoded(a, 39) for a in accepted])
     assert "agree on only 0 of 6 prompts" in other.problems[0]

@@ -1,7 +1,6 @@
 """Bad input: one clear line, exit code 2, nothing lost. As a table."""
 
 import errno
-import json
 import sys
 
 import pytest
@@ -9,8 +8,12 @@ import torch
 import yaml
 from models import save_tiny_target, tiny_recipe, write_prompts
 
-from draftsmith import cli, pipeline
-from draftsmith.recipe import dump_recipe
+from draftsmith import cli
+from draftsmith.core.recipe_file import dump_recipe
+from draftsmith.core.records.evaluation import Results
+from draftsmith.core.records.run import Manifest
+from draftsmith.evaluation.lossless import lossless_verdict
+from draftsmith.runs import pipeline
 from draftsmith.targets import local
 
 
@@ -52,12 +55,12 @@ TABLE = {
     "empty recipe": (lambda w, t: ["run", file_with(t, "r.yaml", "")], "a recipe is a mapping"),
     "unknown key": (lambda w, t: ["run", edited(w, t, **{"train.epoch": 3})], "train.epoch: unknown key; did you mean"),
     "wrong type": (lambda w, t: ["run", edited(w, t, **{"vocab.size": "big"})], "vocab.size: 'big' given"),
-    "bad flag value": (lambda w, t: ["run", w / "recipe.yaml", "--vocab.size", "0"], "vocab.size: 0 given"),
-    "unknown flag": (lambda w, t: ["run", w / "recipe.yaml", "--train.epoch", "3"], "flags: "),
-    "flag before the recipe": (
-        lambda w, t: ["run", "--dry-run", w / "recipe.yaml"],
-        "give the recipe right after the command",
+    "bad flag value": (lambda w, t: ["run", w / "recipe.yaml", "--vocab.size", "0"], "vocab.size: '0' given"),
+    "unknown flag": (
+        lambda w, t: ["run", w / "recipe.yaml", "--train.epoch", "3"],
+        "--train.epoch 3; did you mean --train.epochs?",
     ),
+    "no recipe": (lambda w, t: ["run", "--dry-run"], "usage: draftsmith run RECIPE [flags]"),
     "prompts are a directory": (
         lambda w, t: ["run", edited(w, t, **{"prompts.sources": [{"name": str(t)}]})],
         "is no file",
@@ -138,12 +141,12 @@ def test_a_run_a_skip_and_a_changed_recipe(world, tmp_path, monkeypatch, capsys)
     code, _ = run(monkeypatch, capsys, "run", world / "recipe.yaml", "--out", out)
     assert code == 0
     assert (out / "report.html").stat().st_size > 10_000
-    manifest = json.loads((out / "manifest.json").read_text())
-    assert set(manifest["stages"]) == {stage.name for stage in pipeline.STAGES}
-    assert manifest["versions"]["torch"] == torch.__version__
-    results = json.loads((out / "evaluate" / "results.json").read_text())
-    assert results["lossless"]["identical"] is True
-    assert len(results["acceptance"]) == 4
+    manifest = Manifest.load(out / "manifest.json")
+    assert set(manifest.stages) == {stage.name for stage in pipeline.STAGES}
+    assert manifest.created_with.versions["torch"] == torch.__version__
+    results = Results.load(out / "evaluate" / "results.json")
+    assert lossless_verdict(results.lossless).state == "yes"
+    assert len(results.acceptance) == 4
 
     code, err = run(monkeypatch, capsys, "run", world / "recipe.yaml", "--out", out)
     assert code == 0

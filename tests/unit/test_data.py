@@ -12,15 +12,17 @@ import pytest
 import torch
 from models import VOCAB, WORDS, save_tiny_target, tiny_lm, tiny_recipe, tiny_target, tiny_tokenizer, write_prompts
 
-from draftsmith.data.loops import loop_onset
-from draftsmith.data.packing import epoch_packs, make_pack, schedule
-from draftsmith.data.prompts import BUNDLED, HUB, gather, messages_of, normalised, read_source
-from draftsmith.data.regenerate import read_completions, regenerate
+from draftsmith.core.errors import CheckpointError, DataError
+from draftsmith.core.recipe import Source, Template
+from draftsmith.core.records.data import Completion, CompletionsSummary, Prompt
+from draftsmith.data.prompts import gather, normalised, read_source
+from draftsmith.data.regenerate import Regeneration, read_completions
+from draftsmith.data.rows import messages_of
+from draftsmith.data.sources import BUNDLED, HUB
 from draftsmith.data.templates import ChatFormat
-from draftsmith.data.vocabulary import DraftVocabulary, choose, coverage_table
-from draftsmith.errors import CheckpointError, DataError
-from draftsmith.files import read_json, read_jsonl
-from draftsmith.recipe import Source, Template
+from draftsmith.data.vocabulary import DraftVocabulary, choose, coverage_of
+from draftsmith.decoding.stopping import loop_onset
+from draftsmith.drafts.packing import epoch_packs, make_pack, schedule
 from draftsmith.targets.local import LocalTarget
 
 USER = [{"role": "user", "content": "hello"}]
@@ -66,13 +68,13 @@ def test_a_bad_line_names_file_line_and_reason(tmp_path):
     with pytest.raises(DataError, match=r"p\.jsonl:2: not JSON.*--prompts\.skip-bad"):
         read_source(Source(name=str(path)), 1, False, 0)
     prompts, bad = read_source(Source(name=str(path)), 1, True, 0)
-    assert ([p["messages"][0]["content"] for p in prompts], bad) == (["one", "two"], 2)
+    assert ([p.users[0] for p in prompts], bad) == (["one", "two"], 2)
 
 
 def test_parquet_is_read_like_jsonl(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["one", "two"]}), tmp_path / "p.parquet")
     prompts, _ = read_source(Source(name=str(tmp_path / "p.parquet"), category="chat"), 1, False, 0)
-    assert [(p["messages"][0]["content"], p["category"]) for p in prompts] == [("one", "chat"), ("two", "chat")]
+    assert [(p.users[0], p.category) for p in prompts] == [("one", "chat"), ("two", "chat")]
 
 
 @pytest.mark.parametrize(
@@ -95,8 +97,8 @@ def test_hub_columns_are_mapped(monkeypatch, name, row, text):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     prompts, _ = read_source(Source(name=name, limit=1), 1, False, 0)
-    assert prompts[0]["messages"][0]["content"] == text
-    assert prompts[0]["category"] == HUB[name].category
+    assert prompts[0].users == [text]
+    assert prompts[0].category == HUB[name].category
     assert asked[0][0] == HUB[name].path
 
 
@@ -109,8 +111,8 @@ def test_duplicates_and_evaluation_prompts_are_dropped(tmp_path):
         "m", str(tmp_path / "train.jsonl"), **{"prompts.evaluation": [{"name": str(tmp_path / "dev.jsonl")}]}
     )
     summary = gather(recipe, tmp_path / "out")
-    assert (summary["prompts"], summary["duplicates_dropped"], summary["contaminated_dropped"]) == (2, 1, 1)
-    kept = {normalised(p) for p in read_jsonl(tmp_path / "out" / "prompts.jsonl")}
+    assert (summary.prompts, summary.duplicates_dropped, summary.contaminated_dropped) == (2, 1, 1)
+    kept = {normalised(p) for p in Prompt.read_rows(tmp_path / "out" / "prompts.jsonl")}
     assert kept == {"a cat .", "a bird ."}
 
 
@@ -136,23 +138,23 @@ def regenerated(tmp_path):
     target = tiny_target(batch_size=4)
     target.tokenizer = tiny_tokenizer()
     arguments = (recipe, target, ChatFormat(target.tokenizer, None), tmp_path / "prompts.jsonl")
-    regenerate(*arguments, tmp_path / "completions")
+    Regeneration(*arguments, tmp_path / "completions").run()
     return arguments, tmp_path / "completions"
 
 
 def test_stored_ids_are_what_the_target_generated(regenerated):
     (_, target, chat, prompts), out = regenerated
-    by_id = {p["id"]: p for p in read_jsonl(prompts)}
+    by_id = {p.id: p for p in Prompt.read_rows(prompts)}
     rows = list(read_completions(out))
-    assert {row["id"] for row in rows} == set(by_id)
+    assert {row.id for row in rows} == set(by_id)
     lm = tiny_lm()
-    greedy = [row for row in rows if row["sampling"][0] == 0]
+    greedy = [row for row in rows if row.sampling[0] == 0]
     assert 0 < len(greedy) < len(rows)
     for row in greedy:
-        start = row["spans"][0][0]
-        assert row["ids"][:start] == chat.first_turn(by_id[row["id"]]["messages"][0]["content"])
-        expected = lm.generate(torch.tensor([row["ids"][:start]]), max_new_tokens=24, do_sample=False)[0].tolist()
-        assert row["ids"] == expected
+        start = row.spans[0][0]
+        assert row.ids[:start] == chat.first_turn(by_id[row.id].users[0])
+        expected = lm.generate(torch.tensor([row.ids[:start]]), max_new_tokens=24, do_sample=False)[0].tolist()
+        assert row.ids == expected
     assert target.identity.vocab_size == VOCAB
 
 
@@ -162,7 +164,7 @@ def test_an_interrupted_regeneration_ends_with_the_same_files(regenerated, tmp_p
     again.mkdir()
     (again / "00000.jsonl").write_bytes((out / "00000.jsonl").read_bytes())
     (again / ".00001.jsonl.tmp").write_bytes(b'{"id": "torn')  # what a kill leaves of the file in flight
-    regenerate(*arguments, again)
+    Regeneration(*arguments, again).run()
     names = sorted(p.name for p in out.glob("0*.jsonl"))
     assert names == sorted(p.name for p in again.glob("0*.jsonl"))
     for name in [*names, "summary.json"]:
@@ -174,7 +176,7 @@ def asked_for(recipe, out, max_tokens):
     target = LocalTarget(recipe.target.model, dtype="fp32", device="cpu", batch_size=recipe.regenerate.batch_size)
     settings = recipe.regenerate.model_copy(update={"max_tokens": max_tokens})
     recipe = recipe.model_copy(update={"regenerate": settings})
-    regenerate(recipe, target, ChatFormat(target.tokenizer, None), out.parent / "prompts.jsonl", out)
+    Regeneration(recipe, target, ChatFormat(target.tokenizer, None), out.parent / "prompts.jsonl", out).run()
     return {path.name: path.read_bytes() for path in sorted(out.glob("[0-9]*.jsonl"))}
 
 
@@ -215,13 +217,13 @@ def test_a_template_that_stops_at_once_is_an_error(tmp_path):
     target = LocalTarget(model, dtype="fp32", device="cpu")
     target.eos_ids = frozenset()
     with pytest.raises(DataError, match="no loss tokens"):
-        regenerate(
+        Regeneration(
             recipe,
             target,
             ChatFormat(target.tokenizer, Template(**template)),
             tmp_path / "prompts.jsonl",
             tmp_path / "completions",
-        )
+        ).run()
 
 
 def test_vocabulary_is_the_most_frequent_tokens():
@@ -230,9 +232,9 @@ def test_vocabulary_is_the_most_frequent_tokens():
     assert vocabulary.d2t.tolist() == [0, 4, 5, 6]
     assert vocabulary.t2d.nonzero().flatten().tolist() == [0, 5, 7, 9]
     assert choose(Counter({5: 1}), 3, 20, {0}).ids_D.tolist() == [0, 1, 5]
-    table = coverage_table({"a": Counter({5: 3, 7: 1})}, {0})
-    assert table["coverage"]["a"][0] == 1.0
-    assert (table["loss_tokens"], table["distinct_tokens"]) == (4, 2)
+    table = coverage_of(vocabulary, {"a": Counter({5: 3, 7: 1})}, {0})
+    assert table.coverage["a"][0] == 1.0
+    assert (table.loss_tokens, table.distinct_tokens, table.chosen) == (4, 2, {"all": 1.0, "a": 1.0})
     with pytest.raises(DataError, match="larger than the target's vocabulary"):
         choose(Counter(), 21, 20, set())
 
@@ -248,13 +250,13 @@ def test_a_vocabulary_is_checked_when_read(tmp_path):
 
 
 def test_chains_are_where_serving_drafts():
-    pack = make_pack([{"id": "a", "ids": list(range(10)), "spans": [[4, 10]]}], 64)
+    pack = make_pack([Completion(id="a", ids=list(range(10)), spans=[[4, 10]])], 64)
     # the first completion token, 4, comes from the prompt's forward; drafting starts beside it and predicts token 5
     assert pack.chains_R.tolist() == [3, 4, 5, 6, 7]
     assert pack.step_rows(0).tolist() == [0, 1, 2, 3, 4]
     assert pack.step_rows(2).tolist() == [0, 1, 2]
     assert pack.step_rows(6).tolist() == []
-    cut = make_pack([{"id": "a", "ids": list(range(10)), "spans": [[4, 10]]}], 7)
+    cut = make_pack([Completion(id="a", ids=list(range(10)), spans=[[4, 10]])], 7)
     assert (len(cut.ids_T), cut.chains_R.tolist()) == (7, [3, 4])
 
 
@@ -288,8 +290,8 @@ def test_loops_are_found_where_they_begin(ids, onset):
 
 def test_summary_counts_what_happened(regenerated):
     _, out = regenerated
-    summary = read_json(out / "summary.json")
+    summary = CompletionsSummary.load(out / "summary.json")
     rows = list(read_completions(out))
-    assert summary["completions"] == len(rows)
-    assert summary["completion_tokens"] == sum(e - s for row in rows for s, e in row["spans"])
-    assert sum(summary["finish_reasons"].values()) == len(rows)
+    assert summary.completions == len(rows)
+    assert summary.completion_tokens == sum(e - s for row in rows for s, e in row.spans)
+    assert sum(summary.finish_reasons.values()) == len(rows)

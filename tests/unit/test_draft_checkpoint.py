@@ -1,26 +1,25 @@
 """Export, strict reading, and the damages that engines would serve in silence."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 from models import tiny_draft, tiny_target
 from safetensors.torch import load_file, save_file
 
+from draftsmith.commands.inspect import page as describe
+from draftsmith.core.errors import CheckpointError
 from draftsmith.data.vocabulary import DraftVocabulary
-from draftsmith.drafts.checkpoint import inspect_draft, load_draft, write_draft
-from draftsmith.drafts.config_file import IDS
-from draftsmith.errors import CheckpointError
-from draftsmith.publishing.export import named_taps
-from draftsmith.publishing.inspect import describe
+from draftsmith.drafts.directories import inspect_draft, load_draft, write_draft
+from draftsmith.drafts.eagle3.config_file import IDS
+from draftsmith.drafts.eagle3.files import engine_config
 
 
 @pytest.fixture
 def exported(tmp_path):
     draft, ids = tiny_draft(tiny_target(), fc_norm=True)
     target = {"model": "tiny", "dtype": "fp32", "num_layers": 6}
-    write_draft(tmp_path / "d", draft, ids, [1, 3, 4], {"version": "0", "commit": None, "target": target})
+    write_draft(tmp_path / "d", draft, ids, 6, {"version": "0", "commit": None, "target": target})
     return tmp_path / "d", draft, ids
 
 
@@ -59,12 +58,19 @@ def test_the_files_are_as_the_engines_read_them(exported):
     assert config["tie_word_embeddings"] is False
 
 
-def test_taps_that_no_engine_takes_by_itself_are_named():
-    assert named_taps((2, 31, 59), 62) is None
-    assert named_taps((2, 9, 15), 18) is None
-    assert named_taps((2, 9, 16), 18) == [2, 9, 16]
-    assert named_taps((0, 9, 15), 18) == [0, 9, 15]
-    assert named_taps((2, 9), 18) == [2, 9]
+@pytest.mark.parametrize(
+    ("taps", "layers", "named"),
+    [
+        ((2, 31, 59), 62, None),
+        ((2, 9, 15), 18, None),
+        ((2, 9, 16), 18, [2, 9, 16]),
+        ((0, 9, 15), 18, [0, 9, 15]),
+        ((2, 9), 18, [2, 9]),
+    ],
+)
+def test_taps_that_no_engine_takes_by_itself_are_named(taps, layers, named):
+    draft, _ = tiny_draft(tiny_target())
+    assert engine_config(draft.config.model_copy(update={"taps": taps}), layers, {}).get(IDS) == named
 
 
 @pytest.mark.parametrize(
@@ -77,14 +83,14 @@ def test_taps_that_no_engine_takes_by_itself_are_named():
 )
 def test_a_directory_names_its_taps_to_each_engine(tmp_path, taps, ids):
     draft, rows = tiny_draft(tiny_target())
-    draft.config = replace(draft.config, taps=taps)
+    draft.config = draft.config.model_copy(update={"taps": taps})
     target = {"model": "tiny", "dtype": "fp32", "num_layers": 7}
-    write_draft(tmp_path, draft, rows, named_taps(taps, 7), {"target": target})
+    write_draft(tmp_path, draft, rows, 7, {"target": target})
     config = json.loads((tmp_path / "config.json").read_text())
     assert config.get(IDS) == ids.get("top")
     assert config["eagle_config"].get(IDS) == ids.get("nested")
     assert load_draft(tmp_path)[0].config.taps == taps
-    for reading in ("auto", "sglang", "vllm"):
+    for reading in ("auto", "outputs", "inputs"):
         assert load_draft(tmp_path, layers=7, reading=reading)[0].config.taps == taps
 
 
@@ -200,12 +206,12 @@ def test_other_spellings_are_read(exported):
     [
         ({}, "auto", (2, 8, 13)),  # the engines' default for 16 layers
         ({"eagle_config": {IDS: [1, 7, 12]}}, "auto", (2, 8, 13)),
-        ({"eagle_config": {IDS: [1, 7, 12]}}, "vllm", (1, 7, 12)),
+        ({"eagle_config": {IDS: [1, 7, 12]}}, "inputs", (1, 7, 12)),
         ({IDS: [2, 8, 13]}, "auto", (2, 8, 13)),
-        ({IDS: [2, 8, 13]}, "sglang", (3, 9, 14)),
+        ({IDS: [2, 8, 13]}, "outputs", (3, 9, 14)),
         ({IDS: [2, 8, 13], "eagle_config": {IDS: [1, 7, 12]}}, "auto", (2, 8, 13)),  # both say the same
-        ({IDS: [2, 8, 13], "eagle_config": {IDS: [2, 8, 13]}}, "vllm", (2, 8, 13)),
-        ({IDS: [2, 8, 13], "eagle_config": {IDS: [2, 8, 13]}}, "sglang", (3, 9, 14)),
+        ({IDS: [2, 8, 13], "eagle_config": {IDS: [2, 8, 13]}}, "inputs", (2, 8, 13)),
+        ({IDS: [2, 8, 13], "eagle_config": {IDS: [2, 8, 13]}}, "outputs", (3, 9, 14)),
     ],
 )
 def test_drafts_of_others_are_read_by_their_own_convention(exported, ids, reading, taps):
@@ -228,7 +234,7 @@ def test_two_keys_that_differ_have_to_be_chosen_from(exported):
     config["eagle_config"][IDS] = config[IDS]
     (directory / "config.json").write_text(json.dumps(config))
     assert problems(directory) == ["vLLM would capture taps [1, 3, 4], SGLang [2, 4, 5]"]
-    with pytest.raises(CheckpointError, match="say whose are right with --taps vllm or --taps sglang"):
+    with pytest.raises(CheckpointError, match="say which are right with --taps inputs or --taps outputs"):
         load_draft(directory, layers=6, reading="auto")
 
 

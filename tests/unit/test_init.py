@@ -10,8 +10,8 @@ from models import save_tiny_target, write_prompts
 from transformers import AutoConfig
 
 from draftsmith import cli
-from draftsmith.init import init
-from draftsmith.recipe import load_recipe
+from draftsmith.core.recipe_file import load_recipe
+from draftsmith.runs.init import init
 
 
 def model_of(tmp_path, generation=None, config=None, **tokenizer):

@@ -13,15 +13,14 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from draftsmith import cli
+from draftsmith.commands.inspect import page as describe
+from draftsmith.core.errors import CheckpointError
+from draftsmith.core.shape import Shape
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.speculate import Decoder
-from draftsmith.decoding.tree import Shape
-from draftsmith.drafts.checkpoint import inspect_draft, load_draft
-from draftsmith.drafts.eagle3 import DraftCache
-from draftsmith.errors import CheckpointError
-from draftsmith.evaluation.evaluate import drafter_for
+from draftsmith.drafts.directories import inspect_draft, load_draft, ready_draft
+from draftsmith.drafts.eagle3.model import DraftCache
 from draftsmith.evaluation.profile import rank_walks
-from draftsmith.publishing.inspect import describe
 
 H, INNER, HEADS, KV, HEAD, V, D = 32, 40, 4, 2, 8, 64, 40
 CONFIG = {
@@ -234,13 +233,12 @@ def test_a_narrow_draft_needs_embeddings_of_its_own(write):
     directory = write(config, narrow)
     assert inspect_draft(directory).blocking() == []
     with pytest.raises(CheckpointError, match=r"embeddings 16 wide, but those of .* are 32 wide; it needs an embed"):
-        drafter_for(target, directory, "fp32", "auto")
-    drafter = drafter_for(target, write(config, narrow | {"embed_tokens.weight": rows(V, size)}), "fp32", "auto")
-    decoded = Decoder(target, drafter).generate([1, 5, 9], Sampling(), 24, Shape(3, 2, 6))
+        ready_draft(target, directory, "auto")
+    ready = ready_draft(target, write(config, narrow | {"embed_tokens.weight": rows(V, size)}), "auto")
+    decoded = Decoder(target, ready.drafter()).generate([1, 5, 9], Sampling(), 24, Shape(3, 2, 6))
     plain = Decoder(target).generate([1, 5, 9], Sampling(), 24, None)
     assert decoded.ids == plain.ids
-    ids = torch.tensor(drafter.ids)
-    assert rank_walks(target, drafter.draft, ids, [([1, 5, 9], plain.ids)], drafter.embedding_VH)
+    assert rank_walks(target, ready, [([1, 5, 9], plain.ids)])
     wrong = write(config, narrow | {"embed_tokens.weight": rows(V, 32)})
     assert inspect_draft(wrong).blocking() == ["embed_tokens.weight has shape [64, 32] of float32, wanted [64, 16]"]
 
@@ -248,7 +246,7 @@ def test_a_narrow_draft_needs_embeddings_of_its_own(write):
 def test_a_draft_of_a_target_of_another_width_is_refused(write):
     directory = write(CONFIG | {"target_hidden_size": 80}, eagle3(240))
     with pytest.raises(CheckpointError, match="made for hidden size 80 and 64 tokens, but"):
-        drafter_for(tiny_target(), directory, "fp32", "auto")
+        ready_draft(tiny_target(), directory, "auto")
 
 
 # --- quantised weights -----------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from draftsmith.training.objectives import HeadLoss, Objective, teacher_probabilities
+from draftsmith.drafts.objectives import HeadLoss, Objective, teacher_probabilities
 
 NAMES = ["soft_ce", "lk_alpha", "lk_lambda"]
 

@@ -5,18 +5,22 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from draftsmith.drafts.eagle3 import Eagle3Config
-from draftsmith.errors import DraftsmithError
-from draftsmith.files import read_json, write_json
+from draftsmith.core.errors import DraftsmithError
+from draftsmith.core.recipe_file import load_recipe, parse_recipe
+from draftsmith.core.records.machine import Probe
+from draftsmith.core.records.training import TrainingSummary
+from draftsmith.core.run_files import RunFiles, summary
+from draftsmith.drafts import METHODS
+from draftsmith.drafts.eagle3.model import Eagle3Config
+from draftsmith.drafts.eagle3.shape import draft_config
 from draftsmith.hardware import counting
-from draftsmith.hardware.commands import draft_size, plan_of, roofline
 from draftsmith.hardware.cost_model import RooflineCosts
-from draftsmith.hardware.plan import against, describe, describe_against, plan
 from draftsmith.hardware.presets import Machine, preset
-from draftsmith.hardware.sizes import DraftSize, TargetSize, target_config
-from draftsmith.recipe import load_recipe, parse_recipe
-from draftsmith.run import Run
-from draftsmith.training.shape import draft_config
+from draftsmith.hardware.sizes import TargetSize
+from draftsmith.runs.estimates import draft_size, plan_of, roofline
+from draftsmith.runs.plan import against, page, page_against, plan
+from draftsmith.runs.run import Run
+from draftsmith.targets.configs import target_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 GEMMA = AutoConfig.for_model(  # of gemma3-270m, which need not be installed to plan for it
@@ -37,13 +41,14 @@ def planned(name="minimax-m2.7-eagle3", machine="h200-nvlink-8", trainer_gpus=No
     config = GEMMA if name.startswith("gemma") else target_config(recipe.target.model)
     target = TargetSize.of(recipe.target.model, config, recipe.target.dtype)
     text = config.get_text_config()
-    draft = draft_config(recipe, text, text.num_hidden_layers, recipe.vocab.size)
+    draft = draft_config(recipe.draft, text, text.num_hidden_layers, recipe.vocab.size)
     chosen = machine if isinstance(machine, Machine) else preset(machine)
     if name.startswith("gemma"):
-        costs = RooflineCosts(chosen, target, DraftSize.of(draft))
+        costs = RooflineCosts(chosen, target, METHODS["eagle3"].size(draft))
     else:
-        costs = roofline(recipe, chosen)
-        assert draft_size(recipe, config) == costs.draft
+        run = Run(recipe, Path("nowhere"), [])
+        costs = roofline(run, chosen)
+        assert draft_size(run, draft) == costs.draft
     return plan(recipe, costs, chosen, target, draft, trainer_gpus, completion_tokens)
 
 
@@ -55,28 +60,28 @@ def test_the_reference_run_is_that_of_a_quarter_billion_draft():
     assert told.numbers["all of them"] == pytest.approx(told.numbers["document tokens"] * 24576)
     assert told.numbers["target weights"] == pytest.approx(230e9, rel=0.02)  # fp8
     assert told.numbers["target weights"] / 8 < told.numbers["target"] < told.numbers["target weights"] / 4
-    text = describe(told)
+    text = page(told)
     assert "sets the pace" in text
     assert "no GPU run of draftsmith stands behind these hours yet" in text
 
 
 def test_what_does_not_fit_is_said_with_what_would():
-    text = describe(planned(machine="h100-1"))
+    text = page(planned(machine="h100-1"))
     assert "DOES NOT FIT: 8 such would hold it" in text
 
 
 def test_more_trainers_and_a_slow_network():
     few, many = planned(trainer_gpus=1), planned(trainer_gpus=8)
     assert few.numbers["train"] > many.numbers["train"]
-    assert "the trainer sets the pace" in describe(few)
-    assert "the network sets the pace" in describe(many)
+    assert "the trainer sets the pace" in page(few)
+    assert "the network sets the pace" in page(many)
 
 
 def test_known_lengths_replace_the_assumed_ones():
     assumed, told = planned(), planned(completion_tokens=600)
     assert assumed.numbers["completion tokens"] > told.numbers["completion tokens"]
     assert told.numbers["completion tokens"] == pytest.approx(600 * told.numbers["completions"])
-    assert "a completion has 600 tokens; a prompt" in describe(told)
+    assert "a completion has 600 tokens; a prompt" in page(told)
 
 
 def test_the_recorded_cpu_run_is_met_within_a_quarter():
@@ -99,18 +104,43 @@ def test_the_recorded_cpu_run_is_met_within_a_quarter():
 
 def test_a_finished_run_is_set_beside_its_plan(tmp_path):
     told = planned()
-    write_json(tmp_path / "train" / "summary.json", {"parameters": 252_444_672, "steps": 17_000, "tokens": 5e8})
-    rows = against(told, tmp_path)
+    finished = RunFiles(tmp_path)
+    TrainingSummary(
+        steps=17_000,
+        parameters=252_444_672,
+        completions=1,
+        held_out_completions=1,
+        completions_left_out=0,
+        completions_cut=0,
+        tokens=500_000_000,
+        quarantined=[],
+        status="preview",
+        tau_held_out=None,
+        best=None,
+        checkpoint="checkpoint-017000",
+    ).save(summary(finished.train))
+    rows = against(told, finished)
     assert [what for what, _, _ in rows] == ["draft parameters", "training steps", "tokens trained on"]
-    assert "1.00" in describe_against(rows).splitlines()[1]
-    assert against(told, tmp_path / "nothing") == []
+    assert "1.00" in page_against(rows).splitlines()[1]
+    assert against(told, RunFiles(tmp_path / "nothing")) == []
 
 
 def test_the_preset_of_this_machine_is_near_its_probe():
-    recorded = dict(read_json(RECIPES.parent / "benchmarks" / "results" / "probe-epyc-2.json")["forward"])
+    recorded = dict(Probe.load(RECIPES.parent / "benchmarks" / "results" / "probe-epyc-2.json").times.forward)
     target = TargetSize.of("gemma3-270m", GEMMA)
-    draft = DraftSize.of(Eagle3Config(640, 2048, 4, 1, 256, 262144, 8192, (2, 9, 15), 1e6, 32768))
-    costs = RooflineCosts(preset("cpu-epyc-2"), target, draft)
+    draft = Eagle3Config(
+        hidden_size=640,
+        intermediate_size=2048,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        vocab_size=262144,
+        draft_vocab_size=8192,
+        taps=(2, 9, 15),
+        rope_theta=1e6,
+        max_position_embeddings=32768,
+    )
+    costs = RooflineCosts(preset("cpu-epyc-2"), target, METHODS["eagle3"].size(draft))
     assert costs.forward_s(1, 1, 128) == pytest.approx(recorded[1], rel=0.15)
     assert costs.forward_s(4, 1, 128) == pytest.approx(recorded[4], rel=0.15)
 
@@ -125,7 +155,7 @@ def test_a_target_of_experts_alone_is_planned_for(tmp_path, capsys):
     AutoConfig.for_model("qwen3_5_moe").save_pretrained(tmp_path)
     values = {"name": "x", "target": {"engine": "vllm", "model": str(tmp_path)}, "server": {"urls": ["http://h:1"]}}
     run = Run(parse_recipe(values, "test"), tmp_path / "run", ["test"])
-    told = plan_of(run, roofline(run.recipe, preset("h100-1")))
+    told = plan_of(run, roofline(run, preset("h100-1")))
     assert told.numbers["target weights"] == pytest.approx(2 * 34.7e9, rel=0.01)
     assert "intermediate_size 6144 of a dense draft" in capsys.readouterr().err
 
@@ -133,7 +163,7 @@ def test_a_target_of_experts_alone_is_planned_for(tmp_path, capsys):
 def test_what_could_not_be_counted_is_said(monkeypatch):
     monkeypatch.setattr(counting, "_build", lambda config: None)
     monkeypatch.setattr(counting, "_KNOWN", {})
-    assert "transformers cannot build minimax_m2 here" in describe(planned())
+    assert "transformers cannot build minimax_m2 here" in page(planned())
 
 
 def test_capturing_layers_of_an_unknown_target_are_one_line(tmp_path):

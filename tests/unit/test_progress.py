@@ -1,4 +1,4 @@
-import draftsmith.progress as progress
+import draftsmith.core.progress as progress
 
 
 def lines(capsys, monkeypatch, total):

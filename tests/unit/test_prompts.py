@@ -11,13 +11,13 @@ import pyarrow.parquet
 import pytest
 from models import tiny_recipe
 
-from draftsmith.data.prompts import gather, messages_of, read_source
-from draftsmith.data.rows import NothingToAsk, map_columns, read_row
+from draftsmith.core.errors import DataError, RecipeError
+from draftsmith.core.recipe import Source
+from draftsmith.core.records.data import Prompt, PromptsSummary
+from draftsmith.data.prompts import gather, read_source
+from draftsmith.data.rows import NothingToAsk, map_columns, messages_of, read_row
 from draftsmith.data.sources import data_files, hub_source
-from draftsmith.errors import DataError, RecipeError
-from draftsmith.files import read_json, read_jsonl
-from draftsmith.hardware.plan import _source
-from draftsmith.recipe import Source
+from draftsmith.runs.plan import source_size
 
 ASKED = "weather in Oslo?"
 USER = {"role": "user", "content": ASKED}
@@ -210,8 +210,8 @@ def gathered(tmp_path, *sources, **settings):
     changes = {"prompts.sources": sources, "prompts.held_out": 1}
     recipe = tiny_recipe("m", "p", **changes, **{f"prompts.{key}": value for key, value in settings.items()})
     summary = gather(recipe, tmp_path / "out")
-    assert summary == read_json(tmp_path / "out" / "summary.json")
-    return summary, list(read_jsonl(tmp_path / "out" / "prompts.jsonl"))
+    assert summary == PromptsSummary.load(tmp_path / "out" / "summary.json")
+    return summary, list(Prompt.read_rows(tmp_path / "out" / "prompts.jsonl"))
 
 
 def jsonl(path, rows):
@@ -280,9 +280,9 @@ def test_formats_of_files(name, tmp_path):
     path = tmp_path / name
     path.write_bytes(FORMATS[name])
     prompts, bad = read_source(Source(name=str(path)), 1, False, 0)
-    assert [p["messages"][0]["content"] for p in prompts] == [f"Who built house {i}?" for i in range(4)]
+    assert [p.users[0] for p in prompts] == [f"Who built house {i}?" for i in range(4)]
     assert bad == 0
-    assert _source(Source(name=str(path)), 1) == (4, 1.0, 8.0)
+    assert source_size(Source(name=str(path)), 1) == (4, 1.0, 8.0)
 
 
 def test_a_long_array_is_read_in_pieces(tmp_path, monkeypatch):
@@ -310,11 +310,11 @@ def test_rows_of_many_shapes_in_one_file(array, tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(json.dumps(MIXED).encode() if array else lines(MIXED))
     summary, kept = gathered(tmp_path, path, evaluation=[{"name": "bundled-dev"}])
-    texts = {row["messages"][-1]["content"]: row for row in kept}
+    texts = {row.messages[-1]["content"]: row for row in kept}
     assert set(texts) == {"one", "two", "three", "four", "five", "six", "se\x00ven\ufffd"}
-    assert "tools" not in texts["one"]
-    assert texts["two"]["tools"] == texts["three"]["tools"] == [TOOL]
-    assert summary["bad_rows_skipped"] == 0
+    assert texts["one"].tools == []
+    assert texts["two"].tools == texts["three"].tools == [TOOL]
+    assert summary.bad_rows_skipped == 0
 
 
 def test_a_key_that_comes_late_is_read(tmp_path):
@@ -322,13 +322,13 @@ def test_a_key_that_comes_late_is_read(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"prompt": f"{i} {'x' * 999}"} for i in range(11_000)])
     with path.open("a") as file:
         file.write(json.dumps({"messages": [USER]}) + "\n")
-    assert read_source(Source(name=str(path)), 1, False, 0)[0][-1]["messages"] == [USER]
+    assert read_source(Source(name=str(path)), 1, False, 0)[0][-1].messages == [USER]
 
 
 def test_a_cell_is_a_text(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,category\nNA,x\n12,x\nnull\n")
     prompts, _ = read_source(Source(name=str(tmp_path / "a.csv")), 1, False, 0)
-    assert [(p["messages"][0]["content"], p["category"]) for p in prompts] == [
+    assert [(p.users[0], p.category) for p in prompts] == [
         ("NA", "x"),
         ("12", "x"),
         ("null", "other"),
@@ -345,7 +345,7 @@ def test_a_folder_is_its_files(tmp_path):
     (folder / "dataset_info.json").write_text("{}")
     source = Source(name=str(folder))
     assert [path.name for path in data_files(source)] == ["a.jsonl.gz", "b.jsonl", "a.parquet"]
-    assert [p["messages"][0]["content"] for p in read_source(source, 1, False, 0)[0]] == ["one", "two", "three"]
+    assert [p.users[0] for p in read_source(source, 1, False, 0)[0]] == ["one", "two", "three"]
 
 
 BROKEN = {
@@ -405,8 +405,8 @@ def test_rows_with_nothing_to_ask_are_counted_by_reason(tmp_path, capsys):
     ]
     summary, kept = gathered(tmp_path, jsonl(tmp_path / "a.jsonl", rows), max_turns=2)
     assert len(kept) == 4
-    assert summary["left_out"] == {"image_url in a user turn": 2, "tool turn": 1, "empty user turn": 1}
-    assert (summary["rows_without_prompt"], summary["bad_rows_skipped"]) == (3, 0)
+    assert summary.left_out == {"image_url in a user turn": 2, "tool turn": 1, "empty user turn": 1}
+    assert (summary.rows_without_prompt, summary.bad_rows_skipped) == (3, 0)
     assert "prompts: left out, in rows: image_url in a user turn: 2, " in capsys.readouterr().err
     with pytest.raises(
         DataError, match=r"2 rows without a prompt \(image_url in a user turn: 2\); keys found: messages"
@@ -421,12 +421,8 @@ def test_columns_name_what_is_not_known(tmp_path):
     rows = [{"q": f"Who built house {i}?", "prompt": "no", "who": "Be short.", "nr": i, "kind": "x"} for i in range(3)]
     columns = {"prompt": "q", "system": "who", "id": "nr", "category": "kind"}
     prompts, _ = read_source(Source(name=str(jsonl(tmp_path / "a.jsonl", rows)), columns=columns), 1, False, 0)
-    assert prompts[0] == {
-        "id": "0",
-        "category": "x",
-        "source": "a",
-        "messages": [SYSTEM, {"role": "user", "content": "Who built house 0?"}],
-    }
+    messages = [SYSTEM, {"role": "user", "content": "Who built house 0?"}]
+    assert prompts[0] == Prompt(id="0", category="x", source="a", messages=messages)
 
 
 @pytest.mark.parametrize(
@@ -491,10 +487,10 @@ def test_any_set_on_the_hub_is_a_source(name, asked, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     prompts, _ = read_source(Source(name=name, limit=3), 1, False, 0)
     assert calls == [asked]
-    assert [(p["category"], p["source"]) for p in prompts] == [("math", "set")] * 3
-    assert _source(Source(name=name, limit=1000), 1)[0] == 1000
+    assert [(p.category, p.source) for p in prompts] == [("math", "set")] * 3
+    assert source_size(Source(name=name, limit=1000), 1)[0] == 1000
     with pytest.raises(RecipeError, match="give it a limit"):
-        _source(Source(name=name), 1)
+        source_size(Source(name=name), 1)
 
 
 def test_splits_to_choose_from_and_a_hub_that_does_not_answer_are_one_line(monkeypatch):
@@ -539,28 +535,28 @@ def test_a_file_that_is_not_there_is_no_set_on_the_hub(name):
 )
 def test_duplicates_agree_in_all_that_is_asked(rows, dropped, tmp_path):
     summary, kept = gathered(tmp_path, jsonl(tmp_path / "a.jsonl", rows), max_turns=2)
-    assert summary["duplicates_dropped"] == dropped
+    assert summary.duplicates_dropped == dropped
     assert len(kept) == len(rows) - dropped - 1
 
 
 def test_turns_that_are_not_kept_do_not_tell_prompts_apart(tmp_path):
     rows = [{"messages": [{"role": "user", "content": word}, MORE]} for word in ("one", "one ", "two")]
     rows[1]["messages"][1] = USER
-    assert gathered(tmp_path, jsonl(tmp_path / "a.jsonl", rows), max_turns=1)[0]["duplicates_dropped"] == 1
+    assert gathered(tmp_path, jsonl(tmp_path / "a.jsonl", rows), max_turns=1)[0].duplicates_dropped == 1
 
 
 def test_conversations_that_begin_with_an_evaluation_question_are_dropped(tmp_path):
     rows = [{"system": "x", "messages": [USER, MORE]}, {"messages": [MORE, USER]}, {"prompt": "Weather, in Oslo?"}]
     evaluation = jsonl(tmp_path / "dev.jsonl", [{"prompt": "WEATHER in  Oslo ?"}, {"prompt": ASKED}])
     summary, kept = gathered(tmp_path, jsonl(tmp_path / "a.jsonl", rows), evaluation=[{"name": str(evaluation)}])
-    assert (summary["contaminated_dropped"], summary["evaluation_prompts"]) == (1, 1)
-    assert {row["messages"][0]["content"] for row in kept} == {MORE["content"], "Weather, in Oslo?"}
+    assert (summary.contaminated_dropped, summary.evaluation_prompts) == (1, 1)
+    assert {row.messages[0]["content"] for row in kept} == {MORE["content"], "Weather, in Oslo?"}
 
 
 def test_what_is_held_out_begins_as_nothing_else_where_that_can_be(tmp_path):
     rows = [{"messages": [USER, {"role": "user", "content": f"{i}?"}]} for i in range(9)] + [{"messages": [MORE, USER]}]
     gathered(tmp_path, jsonl(tmp_path / "a.jsonl", rows), max_turns=2)
-    assert [row["messages"] for row in read_jsonl(tmp_path / "out" / "evaluation.jsonl")] == [[MORE, USER]]
+    assert [row.messages for row in Prompt.read_rows(tmp_path / "out" / "evaluation.jsonl")] == [[MORE, USER]]
 
 
 def test_ids_that_clash_are_made_unique_the_same_way_each_time(tmp_path):
@@ -570,12 +566,12 @@ def test_ids_that_clash_are_made_unique_the_same_way_each_time(tmp_path):
     two = jsonl(tmp_path / "two.jsonl", [{"id": i, "prompt": f"two {i}"} for i in range(2)])
     dev = [{"name": str(jsonl(tmp_path / "dev.jsonl", [{"id": 0, "prompt": f"dev {i}"} for i in range(2)]))}]
     _, kept = gathered(tmp_path, one, two, evaluation=dev)
-    ids = {row["messages"][0]["content"]: row["id"] for row in kept}
+    ids = {row.messages[0]["content"]: row.id for row in kept}
     assert len(set(ids.values())) == 5
     assert (ids["x"], ids["two 1"], ids["two 0"]) == ("x", "1", "two-0")
     assert ids["one 0"].startswith("one-0-")
-    assert [row["id"][:6] for row in read_jsonl(tmp_path / "out" / "evaluation.jsonl")] == ["dev-0-"] * 2
-    assert {row["messages"][0]["content"]: row["id"] for row in gathered(tmp_path, two, one, evaluation=dev)[1]} == ids
+    assert [row.id[:6] for row in Prompt.read_rows(tmp_path / "out" / "evaluation.jsonl")] == ["dev-0-"] * 2
+    assert {row.messages[0]["content"]: row.id for row in gathered(tmp_path, two, one, evaluation=dev)[1]} == ids
 
 
 @pytest.mark.parametrize(
@@ -594,12 +590,12 @@ def test_ids_that_clash_are_made_unique_the_same_way_each_time(tmp_path):
 def test_ids_are_the_rows_own_or_a_digest(row, name, tmp_path):
     path = jsonl(tmp_path / "set.jsonl", [{**row, "prompt": ASKED}])
     (prompt,), _ = read_source(Source(name=str(path)), 1, False, 0)
-    assert prompt["id"] == name if name else prompt["id"].startswith("set-")
+    assert prompt.id == name if name else prompt.id.startswith("set-")
 
 
 def test_limit_chooses_among_all_rows_of_a_file(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"prompt": f"{i}?"} for i in range(100)])
-    chosen = [p["messages"][0]["content"] for p in read_source(Source(name=str(path), limit=5), 1, False, 0)[0]]
+    chosen = [p.users[0] for p in read_source(Source(name=str(path), limit=5), 1, False, 0)[0]]
     assert len(set(chosen)) == 5
     assert chosen != [f"{i}?" for i in range(5)]
-    assert _source(Source(name=str(path), limit=5), 1)[0] == 5
+    assert source_size(Source(name=str(path), limit=5), 1)[0] == 5

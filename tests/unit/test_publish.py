@@ -8,8 +8,8 @@ import threading
 import pytest
 from models import tiny_draft, tiny_target
 
-from draftsmith.drafts.checkpoint import write_draft
-from draftsmith.errors import CheckpointError, DataError, PublishError, RecipeError
+from draftsmith.core.errors import CheckpointError, DataError, PublishError, RecipeError
+from draftsmith.drafts.directories import write_draft
 from draftsmith.publishing.publish import publish
 
 TOKEN = "hf_secret"
@@ -62,17 +62,17 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def make(tmp_path):
-    """Makes an export directory with a card and some files that have no business on the hub."""
+    """Makes a draft directory with a card and some files that have no business on the hub."""
 
     def made():
         draft, ids = tiny_draft(tiny_target())
         target = {"model": "tiny", "dtype": "fp32", "num_layers": 6}
-        root = tmp_path / "export"
-        write_draft(root / "draft", draft, ids, [1, 3, 4], {"version": "0", "commit": None, "target": target})
-        (root / "draft" / "optimizer.pt").write_bytes(b"pickle")
-        (root / "draft" / ".env").write_text("HF_TOKEN=other")
-        (root / "draft" / "README.md").write_text("# card\n")
-        (root / "stage.json").write_text("{}")
+        root = tmp_path / "export" / "draft"
+        write_draft(root, draft, ids, 6, {"version": "0", "commit": None, "target": target})
+        (root / "optimizer.pt").write_bytes(b"pickle")
+        (root / ".env").write_text("HF_TOKEN=other")
+        (root / "README.md").write_text("# card\n")
+        (root.parent / "stage.json").write_text("{}")
         return root
 
     return made
@@ -95,12 +95,12 @@ def test_a_dry_run_lists_the_files_and_asks_nobody(make, hub, monkeypatch):
 
 
 def test_exactly_the_draft_and_its_card_are_committed(make, hub):
-    export = make()
-    told = publish(export, "me/draft", really=True)
+    draft = make()
+    told = publish(draft, "me/draft", really=True)
     assert told.startswith(f"uploaded to {hub.url}/me/draft/commit/")
     sent = committed(hub)
     assert set(sent) == {"README.md", "config.json", "model.safetensors"}
-    assert all(content == (export / "draft" / name).read_bytes() for name, content in sent.items())
+    assert all(content == (draft / name).read_bytes() for name, content in sent.items())
     assert {authorisation for _, authorisation, _ in hub.seen} == {f"Bearer {TOKEN}"}
     assert TOKEN not in told
 
@@ -123,19 +123,19 @@ def test_a_hub_that_refuses_is_one_line_without_the_token(make, hub, status):
 
 
 def test_a_damaged_draft_never_leaves(make, hub):
-    export = make()
-    config = export / "draft" / "config.json"
+    draft = make()
+    config = draft / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "draft_vocab_size": 7}))
     with pytest.raises(CheckpointError, match="see: draftsmith inspect"):
-        publish(export, "me/draft", really=True)
+        publish(draft, "me/draft", really=True)
     assert hub.seen == []
 
 
 def test_a_draft_without_a_card_never_leaves(make, hub):
-    export = make()
-    (export / "draft" / "README.md").unlink()
+    draft = make()
+    (draft / "README.md").unlink()
     with pytest.raises(DataError, match="run: draftsmith card RECIPE"):
-        publish(export, "me/draft", really=True)
+        publish(draft, "me/draft", really=True)
     assert hub.seen == []
 
 
@@ -148,4 +148,4 @@ def test_a_repository_is_owner_and_name(make, hub, repo):
 
 def test_there_has_to_be_a_draft(tmp_path):
     with pytest.raises(DataError, match="run: draftsmith run RECIPE"):
-        publish(tmp_path, "me/draft", really=False)
+        publish(tmp_path / "draft", "me/draft", really=False)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import MiniMaxM2Config
 
-from draftsmith.drafts.checkpoint import expected_shapes
-from draftsmith.errors import RecipeError
-from draftsmith.recipe import dump_recipe, load_recipe, parse_recipe
-from draftsmith.training.trainer import draft_config
+from draftsmith.core.errors import RecipeError
+from draftsmith.core.recipe_file import dump_recipe, load_recipe, parse_recipe
+from draftsmith.drafts.eagle3.files import expected_shapes
+from draftsmith.drafts.eagle3.shape import draft_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MINIMAL = {"name": "x", "target": {"model": "m"}}
@@ -21,8 +21,8 @@ MINIMAL = {"name": "x", "target": {"model": "m"}}
         ({**MINIMAL, "trian": {}}, "trian: unknown key; did you mean 'train'?"),
         ({**MINIMAL, "train": {"learning_rte": 1}}, "train.learning_rte: unknown key; did you mean 'learning_rate'?"),
         (
-            {**MINIMAL, "evaluate": {"shapes": [{"steps": 3, "topk": 1, "draft_tokens": 4, "step": 4}]}},
-            "did you mean 'steps'?",
+            {**MINIMAL, "evaluate": {"shapes": ["3/1"]}},
+            "evaluate.shapes.0: '3/1' is no shape; write steps/topk/draft_tokens, such as 3/4/8",
         ),
         ({"name": "x"}, "target: missing"),
         ({**MINIMAL, "vocab": {"size": "many"}}, "vocab.size: 'many' given"),
@@ -30,8 +30,11 @@ MINIMAL = {"name": "x", "target": {"model": "m"}}
         ({**MINIMAL, "train": {"objective": "mse"}}, "train.objective: 'mse' given"),
         ({**MINIMAL, "draft": {"taps": [5, 2]}}, "draft.taps: [5, 2] must be ascending"),
         ({**MINIMAL, "target": {"model": "m", "template": {"user": "hi"}}}, "does not contain {content}"),
-        ({**MINIMAL, "evaluate": {"shapes": [{"steps": 3, "topk": 1, "draft_tokens": 8}]}}, "a chain of 3 steps"),
-        ({**MINIMAL, "evaluate": {"shapes": [{"steps": 1, "topk": 2, "draft_tokens": 9}]}}, "not in 2..3"),
+        ({**MINIMAL, "evaluate": {"shapes": ["3/1/8"]}}, "a chain of 3 steps"),
+        (
+            {**MINIMAL, "evaluate": {"shapes": ["1/2/9"]}},
+            "evaluate.shapes.0: 1/2/9: 1 steps of top-k 2 verify 2 to 3",
+        ),
         ([], "a recipe is a mapping"),
     ],
 )
@@ -60,7 +63,7 @@ def test_yaml_errors_name_the_line(tmp_path):
 
 def test_the_recipe_imports_nothing_heavy():
     heavy = "{'torch', 'transformers', 'numpy'}"
-    code = f"import sys, draftsmith.recipe, draftsmith.errors; assert not {heavy} & set(sys.modules)"
+    code = f"import sys, draftsmith.core.recipe, draftsmith.core.errors; assert not {heavy} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -70,7 +73,7 @@ def test_the_reference_card_draft_has_its_size():
     target = MiniMaxM2Config(
         vocab_size=200064, hidden_size=3072, num_hidden_layers=62, num_attention_heads=48, num_key_value_heads=8
     )
-    config = draft_config(recipe, target, 62, recipe.vocab.size)
+    config = draft_config(recipe.draft, target, 62, recipe.vocab.size)
     assert config.taps == (2, 31, 59)
     assert config.rope_theta == 5e6
     shapes = expected_shapes(config)

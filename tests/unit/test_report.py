@@ -4,14 +4,29 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import orjson
 import pytest
 import torch
 
+from draftsmith.core import run_files
+from draftsmith.core.recipe import Recipe
+from draftsmith.core.recipe_file import dump_recipe
+from draftsmith.core.records.base import Decodes, write_rows
+from draftsmith.core.records.data import Completion, CompletionsSummary, Coverage, PromptsSummary, Timing
+from draftsmith.core.records.evaluation import (
+    Acceptance,
+    Difference,
+    EvaluationSettings,
+    Lossless,
+    Results,
+    Speed,
+    Tau,
+)
+from draftsmith.core.records.run import Hardware, Provenance
+from draftsmith.core.records.training import HeldOut, MetricsRow, StepTiming, TrainingSummary
+from draftsmith.core.run_files import RunFiles
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.evaluation.report import write_report
 from draftsmith.evaluation.report_sections import sample_completions, token_texts
-from draftsmith.recipe import Recipe, dump_recipe
 
 PIECES = ["<bos>", "Say", " hi", "<script>alert(1)</script>", " & more", "é", "!", " rare"]
 UNKNOWN_BYTE = "\ufffd"
@@ -25,143 +40,158 @@ class FakeTokenizer:
         return raw.decode("utf-8", errors="replace")
 
 
-def write(path: Path, *rows: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"\n".join(orjson.dumps(row) for row in rows))
+def completion(name: str, category: str) -> Completion:
+    return Completion(
+        id=name,
+        category=category,
+        source="test",
+        ids=[0, 1, 2, 3, 4, 7],
+        spans=[(3, 6)],
+        finish_reason="stop",
+        sampling=(0.8, 0.95, 64),
+    )
 
 
-def completion(name: str, category: str) -> dict:
-    return {
-        "id": name,
-        "category": category,
-        "source": "test",
-        "ids": [0, 1, 2, 3, 4, 7],
-        "spans": [[3, 6]],
-        "finish_reason": "stop",
-        "sampling": [0.8, 0.95, 64],
-    }
+def tau(value: float) -> Tau:
+    return Tau(tau=value, low=value - 0.1, high=value + 0.1, prompts=9, steps=400)
 
 
-def tau(value: float) -> dict:
-    return {"tau": value, "low": value - 0.1, "high": value + 0.1, "prompts": 9, "steps": 400}
+def acceptance(shape: str, temperature: float, value: float) -> Acceptance:
+    return Acceptance(
+        shape=shape,
+        temperature=temperature,
+        all=tau(value),
+        by_category={"chat": tau(value - 0.2), "code": tau(value + 0.2)},
+        acceptance_by_depth=[0.61, 0.52, None],
+        looping_share=0.0625,
+        tau_with_loops=value + 0.03,
+        tokens=1152,
+        prompts=[],
+    )
 
 
-def acceptance(shape: str, temperature: float, value: float) -> dict:
-    return {
-        "shape": shape,
-        "temperature": temperature,
-        "all": tau(value),
-        "by_category": {"chat": tau(value - 0.2), "code": tau(value + 0.2)},
-        "acceptance_by_depth": [0.61, 0.52, None],
-        "looping_share": 0.0625,
-        "tau_with_loops": value + 0.03,
-        "tokens": 1152,
-        "prompts": [],
-    }
+def speed(shape: str, drafted: float, speedup: float, tau: float, differences: list[Difference]) -> Speed:
+    return Speed(
+        shape=shape,
+        batch=1,
+        prompts=6,
+        tokens=768,
+        plain_tokens_per_s=20.0,
+        drafted_tokens_per_s=drafted,
+        speedup=speedup,
+        tau=tau,
+        dtype="bf16",
+        differences=differences,
+    )
 
 
-def results() -> dict:
-    chain_warm = {**acceptance("3/1/4", 1.0, 1.71), "oracle": tau(2.66), "share_of_oracle": 0.43}
-    speed = {"prompts": 6, "tokens": 768, "plain_tokens_per_s": 20.0, "dtype": "bf16"}
-    tie = {"id": "tied-prompt", "token": 57, "plain": 4, "drafted": None, "logit_gap": 0.0625}
-    return {
-        "schema": 1,
-        "created_with": {"command": "draftsmith run r.yaml", "commit": "abc1234", "hardware": {"cpu": "Test CPU"}},
-        "settings": {"prompts": 9, "max_new_tokens": 128, "target": "tiny", "dtype": "bf16", "threads": 1},
-        "acceptance": [acceptance("3/1/4", 0.0, 1.91), acceptance("3/4/8", 0.0, 2.27), chain_warm],
-        "lossless": {
-            "dtype": "fp32",
-            "prompts": 50,
-            "tokens_per_prompt": 128,
-            "tokens": 6400,
-            "shapes": ["3/1/4", "3/4/8"],
-            "differences": [],
-            "identical": True,
-        },
-        "speed": [
-            {
-                **speed,
-                "shape": "3/1/4",
-                "drafted_tokens_per_s": 24.6,
-                "speedup": 1.23,
-                "tau": 1.9,
-                "differences": [tie],
-            },
-            {**speed, "shape": "3/4/8", "drafted_tokens_per_s": 27.4, "speedup": 1.37, "tau": 2.3, "differences": []},
-        ],
-        "partial": False,
-    }
+LOSSLESS = Lossless(
+    dtype="fp32", prompts=50, tokens_per_prompt=128, tokens=6400, shapes=("3/1/4", "3/4/8"), differences=[]
+)
+SETTINGS = EvaluationSettings(
+    engine="embedded",
+    prompts=9,
+    prompts_available=9,
+    max_new_tokens=128,
+    top_p=1.0,
+    top_k=0,
+    target="tiny",
+    dtype="bf16",
+    threads=1,
+)
+
+
+def results(**changes: object) -> Results:
+    chain_warm = acceptance("3/1/4", 1.0, 1.71).model_copy(update={"oracle": tau(2.66), "share_of_oracle": 0.43})
+    tie = Difference(id="tied-prompt", shape="3/1/4", token=57, plain=4, drafted=None, logit_gap=0.0625)
+    found = Results(
+        created_with=Provenance(
+            command="draftsmith run r.yaml",
+            commit="abc1234",
+            versions={},
+            seed=0,
+            hardware=Hardware(cpu="Test CPU", cores=2, gpus=(), system="Test"),
+        ),
+        settings=SETTINGS,
+        acceptance=[acceptance("3/1/4", 0.0, 1.91), acceptance("3/4/8", 0.0, 2.27), chain_warm],
+        lossless=LOSSLESS,
+        speed=[speed("3/1/4", 24.6, 1.23, 1.9, [tie]), speed("3/4/8", 27.4, 1.37, 2.3, [])],
+    )
+    return found.model_copy(update=changes)
+
+
+def save(run: RunFiles, found: Results, engine: Decodes = "embedded") -> None:
+    """As `evaluate` does on that engine."""
+    found.save(run_files.results(run.stage("evaluate", engine)))
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path: Path) -> RunFiles:
+    files = RunFiles(tmp_path)
     recipe = Recipe.model_validate({"name": "tiny-run", "target": {"model": "tiny"}, "train": {"epochs": 3}})
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
-    write(
-        tmp_path / "prompts" / "summary.json",
-        {
-            "prompts": 1234,
-            "evaluation_prompts": 9,
-            "duplicates_dropped": 17,
-            "contaminated_dropped": 5,
-            "bad_rows_skipped": 2,
-            "by_category": {"chat": 700, "code": 534},
-            "by_source": {"test": 1234},
-        },
-    )
-    write(
-        tmp_path / "completions" / "00000.jsonl", *(completion(f"{c}-{i}", c) for c in ("chat", "code") for i in "ab")
-    )
-    write(
-        tmp_path / "completions" / "summary.json",
-        {
-            "completion_tokens": 12,
-            "completions": 4,
-            "finish_reasons": {"eos": 0, "stop": 3, "length": 0, "loop": 1},
-            "empty": 0,
-            "prompts_too_long": 0,
-            "tokens_by_category": {"chat": 6, "code": 6},
-        },
-    )
-    write(tmp_path / "completions" / "timing.json", {"completion_tokens": 12, "seconds": 3.0, "tokens_per_s": 4.0})
-    DraftVocabulary(torch.arange(7), 128).save(tmp_path / "vocab" / "vocab.safetensors")
-    write(
-        tmp_path / "vocab" / "coverage.json",
-        {
-            "sizes": [1024, 2048],
-            "coverage": {"all": [0.875, 0.96], "chat": [0.8, 0.9], "code": [0.9, 1.0]},
-            "distinct_tokens": 4000,
-            "loss_tokens": 12,
-            "chosen_size": 1024,
-            "chosen": {"all": 0.875, "chat": 0.8, "code": 0.9},
-        },
-    )
-    held_out = {"match": [0.6, 0.5], "alpha": [0.58, 0.49], "tau_2": 1.77, "verifications": 300}
-    logged = [{"step": s, "loss": 5.0 / s, "alpha": [0.1 * s, 0.05 * s]} for s in (1, 2, 3)]
-    write(tmp_path / "train" / "metrics.jsonl", *logged, {"step": 3, "held_out": held_out})
-    write(tmp_path / "train" / "timing.jsonl", *({"step": s, "tokens": 500, "seconds": 2.0} for s in (1, 2, 3)))
-    write(
-        tmp_path / "train" / "summary.json",
-        {
-            "steps": 3,
-            "parameters": 13_000_000,
-            "completions": 3,
-            "held_out_completions": 1,
-            "tokens": 1500,
-            "quarantined": [],
-            "status": "preview",
-            "tau_held_out": 1.77,
-        },
-    )
-    write(tmp_path / "evaluate" / "results.json", results())
-    return tmp_path
+    files.recipe.write_text(dump_recipe(recipe))
+    PromptsSummary(
+        prompts=1234,
+        evaluation_prompts=9,
+        duplicates_dropped=17,
+        contaminated_dropped=5,
+        bad_rows_skipped=2,
+        rows_without_prompt=0,
+        left_out={},
+        by_category={"chat": 700, "code": 534},
+        by_source={"test": 1234},
+    ).save(run_files.summary(files.stage("prompts")))
+    rows = [completion(f"{c}-{i}", c) for c in ("chat", "code") for i in "ab"]
+    write_rows(files.completions / "00000.jsonl", rows)
+    CompletionsSummary(
+        completion_tokens=12,
+        completions=4,
+        finish_reasons={"eos": 0, "stop": 3, "length": 0, "loop": 1},
+        empty=0,
+        prompts_too_long=0,
+        prompts_refused=0,
+        tokens_by_category={"chat": 6, "code": 6},
+    ).save(run_files.summary(files.completions))
+    Timing(completion_tokens=12, seconds=3.0, tokens_per_s=4.0).save(run_files.timing(files.completions))
+    vocabulary = DraftVocabulary(torch.arange(7), 128)
+    vocabulary.save(files.vocabulary)
+    Coverage(
+        name=vocabulary.name,
+        sizes=[1024, 2048],
+        coverage={"all": [0.875, 0.96], "chat": [0.8, 0.9], "code": [0.9, 1.0]},
+        distinct_tokens=4000,
+        loss_tokens=12,
+        chosen_size=1024,
+        chosen={"all": 0.875, "chat": 0.8, "code": 0.9},
+    ).save(files.coverage)
+    held_out = HeldOut(match=[0.6, 0.5], alpha=[0.58, 0.49], tau={2: 1.77}, verifications=300)
+    logged = [MetricsRow(step=s, loss=5.0 / s, alpha=[0.1 * s, 0.05 * s]) for s in (1, 2, 3)]
+    write_rows(run_files.metrics(files.train), [*logged, MetricsRow(step=3, held_out=held_out)])
+    steps = [StepTiming(step=s, tokens=500, seconds=2.0) for s in (1, 2, 3)]
+    write_rows(run_files.step_timing(files.train), steps)
+    TrainingSummary(
+        steps=3,
+        parameters=13_000_000,
+        completions=3,
+        held_out_completions=1,
+        completions_left_out=0,
+        completions_cut=0,
+        tokens=1500,
+        quarantined=[],
+        status="preview",
+        tau_held_out=1.77,
+        best=None,
+        checkpoint="checkpoint-000003",
+    ).save(run_files.summary(files.train))
+    save(files, results())
+    return files
 
 
-def report(run: Path) -> str:
+def report(run: RunFiles) -> str:
     return write_report(run, FakeTokenizer(), {"vllm": "vllm serve tiny --spec", "sglang": "sglang it"}).read_text()
 
 
-def test_the_figures_are_there(run: Path) -> None:
+def test_the_figures_are_there(run: RunFiles) -> None:
     page = report(run)
     assert "13.0 M parameters" in page
     assert "<b>2.27</b>" in page, "tau of the fastest shape"
@@ -183,70 +213,72 @@ def test_the_figures_are_there(run: Path) -> None:
     assert "tau</b> = 1 + accepted draft tokens / verification steps" in page
 
 
-def test_what_to_run_next_fits_the_run(run: Path) -> None:
+def test_what_to_run_next_fits_the_run(run: RunFiles) -> None:
     page = report(run)
     assert "--train.epochs 6" in page, "a preview trains longer"
     assert "<p>Serve on vLLM:</p>\n<pre>vllm serve tiny --spec</pre>" in page
     assert "<p>Serve on SGLang:</p>\n<pre>sglang it</pre>" in page
 
 
-def test_text_of_the_run_is_escaped(run: Path) -> None:
+def test_text_of_the_run_is_escaped(run: RunFiles) -> None:
     page = report(run)
     assert "<script" not in page
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 5, "the mask and four answers"
 
 
-def test_a_hostile_category_reaches_neither_page_nor_plots_raw(run: Path) -> None:
-    changed = results()
-    for entry in changed["acceptance"]:
-        entry["by_category"] = {"_<script>$x^2$ $": tau(1.5)}
-    write(run / "evaluate" / "results.json", changed)
+def test_a_hostile_category_reaches_neither_page_nor_plots_raw(run: RunFiles) -> None:
+    hostile = {"by_category": {"_<script>$x^2$ $": tau(1.5)}}
+    save(run, results(acceptance=[entry.model_copy(update=hostile) for entry in results().acceptance]))
     assert "<script" not in report(run)
 
 
-def test_nothing_is_loaded_from_elsewhere(run: Path) -> None:
+def test_nothing_is_loaded_from_elsewhere(run: RunFiles) -> None:
     page = report(run)
     assert not re.search(r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//""", page)
     assert not re.search(r"@import|url\((?!#)", page)
     assert not re.search(r"<(?:script|link|img|iframe)\b", page)
 
 
-def test_the_mask_tells_prompt_loss_and_outside_tokens_apart(run: Path) -> None:
+def test_the_mask_tells_prompt_loss_and_outside_tokens_apart(run: RunFiles) -> None:
     page = report(run)
     assert '<span class="prompt" title="2"> hi</span>' in page
     assert '<span class="loss" title="4"> &amp; more</span>' in page
     assert '<span class="loss outside" title="7"> rare</span>' in page
-    (run / "vocab" / "vocab.safetensors").unlink()
+    run.vocabulary.unlink()
     assert '<span class="loss" title="7"> rare</span>' in report(run)
 
 
-def test_a_partial_evaluation_says_so_loudly(run: Path) -> None:
+def test_a_partial_evaluation_says_so_loudly(run: RunFiles) -> None:
     assert "PARTIAL" not in report(run)
-    write(run / "evaluate" / "results.json", {**results(), "partial": True})
+    save(run, results(settings=SETTINGS.model_copy(update={"prompts_available": 180})))
     assert "PARTIAL EVALUATION: only 9 prompts" in report(run)
 
 
-def test_what_engines_measured_stands_beside_the_embedded_figures(run: Path) -> None:
+def test_what_engines_measured_stands_beside_the_embedded_figures(run: RunFiles) -> None:
     assert "draftsmith evaluate RECIPE --evaluate.engine vllm" in report(run)
-    served = results()
-    served["settings"] |= {"engine": "vllm"}
-    served["acceptance"] = [acceptance("3/1/4", 0.0, 1.87)]
-    served["speed"] = [{**served["speed"][0], "batch": 4, "speedup": 1.19}]
-    parted = {"shape": "3/1/4", "id": "far", "token": 3, "logit_gap": 0.8}
-    served["lossless"] |= {"identical": False, "differences": [parted, parted], "dtype": "bf16"}
-    write(run / "evaluate-vllm" / "results.json", served)
-    write(run / "evaluate-vllm.0123abcd" / "results.json", served)  # kept aside, of another recipe
+    parted = Difference(shape="3/1/4", id="far", token=3, logit_gap=0.8)
+    served = results(
+        settings=SETTINGS.model_copy(update={"engine": "vllm"}),
+        acceptance=[acceptance("3/1/4", 0.0, 1.87)],
+        speed=[results().speed[0].model_copy(update={"batch": 4, "speedup": 1.19})],
+        lossless=LOSSLESS.model_copy(update={"differences": [parted, parted], "dtype": "bf16"}),
+    )
+    save(run, served, "vllm")
+    served.save(run_files.results(run.root / "evaluate-vllm.0123abcd"))  # kept aside, of another recipe
     page = report(run)
     assert page.count("<th>vllm (bf16), 3/1/4, T=0</th><td>1.87 [") == 1
     assert "<th>vllm, 3/1/4</th><td>4</td><td>20.0</td><td>24.6</td><td>1.19\N{MULTIPLICATION SIGN}</td>" in page
     assert "vllm: NOT lossless; 2 differences in greedy output on 50 prompts x 128 tokens in bf16" in page
 
 
-def test_a_difference_turns_the_verdict(run: Path) -> None:
-    changed = results()
-    difference = {"shape": "3/4/8", "id": "broken-prompt", "token": 3, "plain": 1, "drafted": 2, "logit_gap": 4.5}
-    changed["lossless"] |= {"identical": False, "differences": [difference]}
-    write(run / "evaluate" / "results.json", changed)
+def test_temperatures_at_which_an_engine_does_not_draw_are_told(run: RunFiles) -> None:
+    save(run, results(settings=SETTINGS.model_copy(update={"engine": "sglang"}), left_out=[0.7]), "sglang")
+    assert "sglang: nothing at T=0.7; this server drafts greedily at any temperature" in report(run)
+
+
+def test_a_difference_turns_the_verdict(run: RunFiles) -> None:
+    difference = Difference(shape="3/4/8", id="broken-prompt", token=3, plain=1, drafted=2, logit_gap=4.5)
+    save(run, results(lossless=LOSSLESS.model_copy(update={"differences": [difference]})))
     page = report(run)
     assert '<div class="card bad"><span class="label">Lossless</span><b>NO</b>' in page
     assert "broken-prompt" in page
@@ -262,47 +294,43 @@ def test_a_difference_turns_the_verdict(run: Path) -> None:
     ],
     ids=["a text that ended", "a served run", "a tie"],
 )
-def test_differences_of_every_kind_are_shown(run: Path, difference: dict, cell: str) -> None:
-    changed = results()
-    changed["lossless"] |= {
-        "identical": False,
-        "differences": [{"shape": "3/1/4", "id": "parted", "token": 3, **difference}],
-    }
-    write(run / "evaluate" / "results.json", changed)
+def test_differences_of_every_kind_are_shown(run: RunFiles, difference: dict, cell: str) -> None:
+    parted = Difference(shape="3/1/4", id="parted", token=3, **difference)
+    save(run, results(lossless=LOSSLESS.model_copy(update={"differences": [parted]})))
     page = report(run)
     assert cell in page
     assert ("<b>up to ties</b>" in page) == (difference["logit_gap"] == 2e-4)
 
 
-def test_a_server_of_others_without_losslessness_makes_a_page(run: Path) -> None:
-    write(run / "evaluate" / "results.json", {**results(), "lossless": None, "speed": []})
+def test_a_server_of_others_without_losslessness_makes_a_page(run: RunFiles) -> None:
+    save(run, results(lossless=None, speed=[]))
     page = report(run)
     assert "<b>not tested</b>" in page
     assert "no output was compared with plain decoding" in page
 
 
-def test_stages_that_have_not_run_take_one_line_each(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    (run / "evaluate" / "results.json").unlink()
+def test_stages_that_have_not_run_take_one_line_each(run: RunFiles, tmp_path_factory: pytest.TempPathFactory) -> None:
+    run.results["embedded"].unlink()
     page = report(run)
     assert "stage evaluate has not run" in page
     assert "draftsmith evaluate" in page
     assert "Training loss" in page
-    empty = report(tmp_path_factory.mktemp("empty"))
+    empty = report(RunFiles(tmp_path_factory.mktemp("empty")))
     for stage in ("prompts", "regenerate", "vocab", "train", "evaluate"):
         assert f"stage {stage} has not" in empty
 
 
-def test_the_same_run_gives_the_same_page(run: Path) -> None:
+def test_the_same_run_gives_the_same_page(run: RunFiles) -> None:
     assert report(run) == report(run)
 
 
 def test_answers_come_evenly_from_the_categories() -> None:
     rows = [completion(f"chat-{i}", "chat") for i in range(500)] + [completion(f"code-{i}", "code") for i in range(30)]
-    rows += [completion("math-0", "math"), {**completion("math-1", "math"), "spans": []}]
+    rows += [completion("math-0", "math"), completion("math-1", "math").model_copy(update={"spans": []})]
     chosen = sample_completions(iter(rows), 20, seed=0)
-    assert Counter(row["category"] for row in chosen) == {"chat": 10, "code": 9, "math": 1}
-    assert len({row["id"] for row in chosen}) == 20
-    assert max(int(row["id"].split("-")[1]) for row in chosen) > 100, "not just the beginning"
+    assert Counter(row.category for row in chosen) == {"chat": 10, "code": 9, "math": 1}
+    assert len({row.id for row in chosen}) == 20
+    assert max(int(row.id.split("-")[1]) for row in chosen) > 100, "not just the beginning"
 
 
 def test_a_character_of_two_tokens_stands_at_the_second() -> None:

@@ -1,18 +1,27 @@
 """probe, predict, tune, compare, card and publish on a tiny run, as a user types them."""
 
+import importlib.util
 import json
+import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from models import save_tiny_target, tiny_recipe, write_prompts
 
+import draftsmith
 from draftsmith import cli
-from draftsmith.errors import RecipeError
-from draftsmith.files import read_json, write_json
+from draftsmith.core.errors import RecipeError
+from draftsmith.core.recipe_file import dump_recipe
+from draftsmith.core.records.evaluation import Comparison, Results
+from draftsmith.core.records.machine import Predictions, Probe, Tuned
+from draftsmith.core.run_files import RunFiles
+from draftsmith.core.shape import Shape
+from draftsmith.data.licences import data_licences, licence_of
 from draftsmith.hardware import probe
-from draftsmith.publishing.licences import data_licences, licence_of
-from draftsmith.recipe import dump_recipe
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "from_python.py"
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +51,17 @@ def run(monkeypatch, capsys, world, command, *flags):
     return code, capsys.readouterr()
 
 
+def files(world):
+    return RunFiles(world / "run")
+
+
 def test_predict_tells_of_the_probed_machine(monkeypatch, capsys, world):
     code, told = run(monkeypatch, capsys, world, "predict")
     assert code == 0, told.err
-    result = read_json(world / "run" / "predict" / "probe.json")
-    assert {row["batch"] for row in result["rows"]} == {1}
-    assert result["sentence"] in told.out
+    result = Predictions.load(files(world).prediction("probe"))
+    assert {row.batch for row in result.rows} == {1}
+    assert result.sentence
+    assert result.sentence in told.out
     assert (world / "run" / "predict" / "probe.svg").read_text().lstrip().startswith("<?xml")
 
 
@@ -55,44 +69,43 @@ def test_predict_tells_of_a_named_machine_and_a_published_tau(monkeypatch, capsy
     flags = ("--hardware", "h100-1", "--tau", "2.2", "--shape", "3/1/4", "--batches", "1", "64")
     code, told = run(monkeypatch, capsys, world, "predict", *flags)
     assert code == 0, told.err
-    rows = read_json(world / "run" / "predict" / "h100-1.json")["rows"]
-    assert [row["tau"] for row in rows if row["shape"] == "3/1/4"] == pytest.approx([2.2, 2.2], abs=1e-4)
-    assert {row["batch"] for row in rows} == {1, 64}
+    rows = Predictions.load(files(world).prediction("h100-1")).rows
+    assert [row.tau for row in rows if row.shape == Shape(3, 1, 4)] == pytest.approx([2.2, 2.2], abs=1e-4)
+    assert {row.batch for row in rows} == {1, 64}
 
 
 def test_tune_measures_and_serve_takes_it(monkeypatch, capsys, world):
     code, told = run(monkeypatch, capsys, world, "tune", "--budget-s", "30")
     assert code == 0, told.err
-    path = world / "run" / "tune-embedded.json"
-    result = read_json(path)
-    assert result["tried"]
-    best = max(row["speedup"] for row in result["tried"])
-    assert (result["shape"] is None) == (best < 1.02) or result["shape"] in {r["shape"] for r in result["tried"]}
-    write_json(path, {**result, "shape": "5/4/16", "chain": "5/1/6"})
+    path = files(world).tuned("embedded")
+    result = Tuned.load(path)
+    assert result.tried
+    best = max(tried.speedup for tried in result.tried)
+    assert (result.shape is None) == (best < 1.02) or result.shape in {tried.shape for tried in result.tried}
+    result.model_copy(update={"shape": Shape(5, 4, 16), "chain": Shape(5, 1, 6)}).save(path)
     _, served = run(monkeypatch, capsys, world, "serve", "--print")
     assert '"num_speculative_tokens": 5' in served.out
     _, served = run(monkeypatch, capsys, world, "serve", "--print", "--serve.engine", "sglang")
     assert "--speculative-num-draft-tokens 16" in served.out
-    _, served = run(monkeypatch, capsys, world, "serve", "--print", "--serve.no-tuned")
+    _, served = run(monkeypatch, capsys, world, "serve", "--print", "--no-serve.tuned")
     assert '"num_speculative_tokens": 3' in served.out
-    asked = ("--serve.shape.steps", "2", "--serve.shape.draft-tokens", "3")
+    asked = ("--serve.shape", "2/1/3")
     _, served = run(monkeypatch, capsys, world, "serve", "--print", *asked)
     assert '"num_speculative_tokens": 2' in served.out
-    write_json(path, {**result, "shape": None, "chain": None})
+    result.model_copy(update={"shape": None, "chain": None}).save(path)
     _, served = run(monkeypatch, capsys, world, "serve", "--print")
     assert "nothing beat plain decoding" in served.err
     assert '"num_speculative_tokens": 3' in served.out
 
 
 def test_compare_sets_drafts_side_by_side(monkeypatch, capsys, world):
-    own = world / "run" / "export" / "draft"
-    shutil.copytree(own, world / "other", dirs_exist_ok=True)
+    shutil.copytree(files(world).draft, world / "other", dirs_exist_ok=True)
     code, told = run(monkeypatch, capsys, world, "compare", "--drafts", world / "other")
     assert code == 0, told.err
-    rows = read_json(world / "run" / "compare" / "compare.json")["drafts"]
+    rows = Comparison.load(files(world).comparison).drafts
     assert len(rows) == 2
-    assert rows[0]["acceptance"][0]["all"] == rows[1]["acceptance"][0]["all"]  # the same draft twice
-    assert 0 < rows[0]["coverage"] <= 1
+    assert rows[0].acceptance[0].all == rows[1].acceptance[0].all  # the same draft twice
+    assert 0 < rows[0].coverage <= 1
     assert "M parameters" in told.out
     code, told = run(monkeypatch, capsys, world, "compare")
     assert code == 2
@@ -108,19 +121,27 @@ def test_compare_sets_drafts_side_by_side(monkeypatch, capsys, world):
     [
         ("predict", ("--hardware", "h200"), "--hardware: 'h200' given; a probe's JSON file or one of h100-nvlink-8"),
         ("predict", ("--tau", "9"), "--tau: 9 given; above 1 and below 4"),
-        ("predict", ("--tau", "2", "--shape", "3-1"), "--shape: '3-1' given; write steps/topk/draft_tokens"),
-        ("predict", ("--batches", "0"), "--batches and --context: whole numbers of at least 1"),
-        ("predict", ("--correlation", "2"), "--correlation: 2 given; between 0"),
-        ("probe", ("--url", "http://127.0.0.1:9"), "--url: http://127.0.0.1:9 does not answer as vllm does"),
+        (
+            "predict",
+            ("--tau", "2", "--shape", "3-1"),
+            "flags: --shape: '3-1' is no shape; write steps/topk/",
+        ),
+        ("predict", ("--batches", "0"), "flags: --batches.0: '0' given; input should be greater than 0"),
+        ("predict", ("--correlation", "2"), "flags: --correlation: '2' given; input should be less than or equal to 1"),
+        ("probe", ("--url", "http://127.0.0.1:9"), "--url: no server answers; http://127.0.0.1:9: "),
         ("probe", ("--draft-url", "http://127.0.0.1:9"), "--draft-url: give --url too"),
         ("tune", ("--target.engine", "vllm", "--engine", "embedded"), "--engine: embedded given; the target runs on"),
-        ("compare", ("--target.engine", "vllm"), "target.engine: compare decodes with the embedded engine"),
+        (
+            "compare",
+            ("--target.engine", "vllm", "--drafts", "other"),
+            "server.urls: none given; target.engine vllm needs at least one URL",
+        ),
         (
             "plan",
-            ("--prompts.sources.0.name", "/no.jsonl"),
+            ("--prompts.sources", "/no.jsonl"),
             "prompts.sources: '/no.jsonl' is no file; allowed are",
         ),
-        ("plan", ("--network-gbit", "0"), "--network-gbit: 0 given; more than 0"),
+        ("plan", ("--network-gbit", "0"), "flags: --network-gbit: '0' given; input should be greater than 0"),
         ("evaluate", ("--evaluate.url", "http://127.0.0.1:9"), "evaluate.url: given, but the embedded engine decodes"),
         ("publish", (), "publish: no repository given; set card.repo or give --repo owner/name"),
     ],
@@ -139,23 +160,23 @@ def test_a_machine_alone_is_probed_where_the_target_runs_on_servers(monkeypatch,
         monkeypatch.setattr(sys, "argv", ["draftsmith", *map(str, arguments)])
         assert cli.main() == 0
     told = capsys.readouterr().out
-    assert "the target runs on servers: give --url to measure one" in told
-    parts = read_json(tmp_path / "probe.json")
-    assert parts["forward"] is None
-    assert parts["bandwidth_bytes_s"] > 1e8
-    assert {row["machine"] for row in read_json(tmp_path / "predict" / "probe.json")["rows"]} == {parts["machine"]}
+    assert re.search(r"target +runs on servers: give --url to measure one", told)
+    alone = Probe.load(RunFiles(tmp_path).probe())
+    assert alone.times is None
+    assert alone.rates.bandwidth_bytes_s > 1e8
+    assert {row.machine for row in Predictions.load(RunFiles(tmp_path).prediction("probe")).rows} == {alone.machine}
 
 
 def test_a_tuned_shape_of_another_draft_is_left_out(monkeypatch, capsys, world):
-    path = world / "run" / "tune-embedded.json"
-    kept = read_json(path)
+    path = files(world).tuned("embedded")
+    kept = Tuned.load(path)
     try:
-        write_json(path, {**kept, "chain": "5/1/6", "draft": "another"})
+        kept.model_copy(update={"chain": Shape(5, 1, 6), "draft": "another"}).save(path)
         _, served = run(monkeypatch, capsys, world, "serve", "--print")
         assert "of another draft or machine, so left out" in served.err
         assert '"num_speculative_tokens": 3' in served.out
     finally:
-        write_json(path, kept)
+        kept.save(path)
 
 
 def test_a_file_that_is_no_probe_is_refused(monkeypatch, capsys, world, tmp_path):
@@ -169,16 +190,7 @@ def test_a_file_that_is_no_probe_is_refused(monkeypatch, capsys, world, tmp_path
 
 
 def card_of(world):
-    return (world / "run" / "export" / "draft" / "README.md").read_text()
-
-
-def values_in(value):
-    """Every number in a JSON value."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        return [number for part in value for number in values_in(part)]
-    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+    return files(world).card.read_text()
 
 
 def test_a_target_of_unknown_licence_gets_no_card(monkeypatch, capsys, world):
@@ -240,8 +252,8 @@ def test_data_licences_are_listed_and_gaps_named():
 def test_publish_says_what_it_would_do(monkeypatch, capsys, world):
     assert run(monkeypatch, capsys, world, "card", *OURS)[0] == 0
     assert card_of(world).startswith("---\nbase_model: me/tiny\nlicense: mit\n")
-    rows = read_json(world / "run" / "predict" / "card.json")["rows"]
-    assert {row["shape"] for row in rows} == {"3/1/4", "3/4/8"}
+    rows = Predictions.load(files(world).prediction("card")).rows
+    assert {str(row.shape) for row in rows} == {"3/1/4", "3/4/8"}
     code, told = run(monkeypatch, capsys, world, "publish", "--repo", "me/draft")
     assert code == 0, told.err
     assert "would upload to me/draft" in told.out
@@ -254,3 +266,17 @@ def test_a_wrong_repository_is_one_line(monkeypatch, capsys, world, repo):
     code, told = run(monkeypatch, capsys, world, "publish", "--repo", repo)
     assert code == 2
     assert "write owner/name" in told.err
+
+
+def test_the_same_from_python(world):
+    spec = importlib.util.spec_from_file_location("example", EXAMPLE)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    text, tau = example.main(str(world / "recipe.yaml"), "w9 w20 w7", world / "run")
+    assert text
+    assert 1 <= tau <= 4
+    results = draftsmith.evaluate(world / "recipe.yaml", world / "run")
+    assert results == Results.load(files(world).results["embedded"])
+    assert draftsmith.run(world / "recipe.yaml", world / "run").exists()
+    with pytest.raises(AttributeError, match="no attribute 'tune'"):
+        draftsmith.tune  # noqa: B018

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from models import tiny_recipe
 
-from draftsmith.errors import ServeError
-from draftsmith.serving.launch import launch, running
+from draftsmith.core.errors import ServeError
+from draftsmith.engines import SERVERS
+from draftsmith.engines.process import launch, running
 
 ENGINE = """
 import http.server, os, signal, subprocess, sys
@@ -51,6 +52,11 @@ def engine(tmp_path):
     return recipe, pids
 
 
+def launched(recipe, model, purpose, layers=()):
+    """What starts the recipe's engine."""
+    return launch(SERVERS[recipe.serve.engine], recipe, model, Path("d"), purpose, layers)
+
+
 def alive(pids: Path) -> list[int]:
     """Those of the engine's processes that still run."""
     found = []
@@ -70,9 +76,9 @@ def gone(pids: Path) -> bool:
 
 @pytest.mark.parametrize("extra", ["", "--stubborn"])
 def test_an_engine_is_healthy_inside_and_gone_outside(engine, monkeypatch, extra):
-    monkeypatch.setattr("draftsmith.serving.launch.STOP_S", 0.5)
+    monkeypatch.setattr("draftsmith.engines.process.STOP_S", 0.5)
     recipe, pids = engine
-    with running(launch(recipe(extra=extra), "m", Path("d"), "plain", ()), 20):
+    with running(launched(recipe(extra=extra), "m", "plain"), 20):
         assert len(alive(pids)) == 2
     assert gone(pids)
 
@@ -115,24 +121,22 @@ def test_what_cannot_start_is_told_in_one_line(engine):
         ),
     }
     for wanted, given in cases.items():
-        launched = launch(given, "m", Path("d"), "plain", ())
-        with pytest.raises(ServeError) as caught, running(launched, given.serve.patience_s):
+        with pytest.raises(ServeError) as caught, running(launched(given, "m", "plain"), given.serve.patience_s):
             pass
         assert wanted in str(caught.value)
         assert "\n" not in str(caught.value)
-    launched = launch(recipe(), "m", Path("d"), "plain", ())
+    started = launched(recipe(), "m", "plain")
     with (
-        running(launched, 20),
+        running(started, 20),
         pytest.raises(ServeError, match=r"serve\.port: something already answers at http"),
-        running(launched, 20),
+        running(started, 20),
     ):
         pass
 
 
 def test_commands_are_the_engines_own():
-    tree = {"steps": 3, "topk": 4, "draft_tokens": 8}
-    sglang = {"engine": "sglang", "shape": tree, "tensor_parallel": 8, "port": 30000, "peer_to_peer": False}
-    command = str(launch(tiny_recipe("m", "p", serve=sglang), "org/model", Path("d"), "draft", ()))
+    sglang = {"engine": "sglang", "shape": "3/4/8", "tensor_parallel": 8, "port": 30000, "peer_to_peer": False}
+    command = str(launched(tiny_recipe("m", "p", serve=sglang), "org/model", "draft"))
     assert command.startswith("NCCL_P2P_DISABLE=1 ")
     assert command.endswith(
         "-m sglang.launch_server --model-path org/model --tp-size 8 --speculative-algorithm EAGLE3 "
@@ -141,25 +145,23 @@ def test_commands_are_the_engines_own():
         "--port 30000 --dtype float32 --disable-custom-all-reduce"
     )
     linked = {**sglang, "peer_to_peer": True, "pcie": True}
-    cards = launch(tiny_recipe("m", "p", serve=linked), "org/model", Path("d"), "plain", ())
+    cards = launched(tiny_recipe("m", "p", serve=linked), "org/model", "plain")
     assert "--enable-p2p-check" in cards.command
     assert cards.environment == {"SGLANG_ENABLE_PCIE_IPC_ALLREDUCE": "1"}
-    gemma = launch(tiny_recipe("m", "p", serve=sglang), "google/gemma-3-1b-it", Path("d"), "draft", ())
+    gemma = launched(tiny_recipe("m", "p", serve=sglang), "google/gemma-3-1b-it", "draft")
     assert gemma.environment["SGLANG_EXTERNAL_MODEL_PACKAGE"] == "draftsmith_sglang"
     assert (Path(gemma.environment["PYTHONPATH"].split(":")[0]) / "draftsmith_sglang" / "gemma3.py").exists()
     assert '{"draftsmith_residual": true}' in gemma.command
-    plain = launch(tiny_recipe("m", "p", serve=sglang), "google/gemma-3-1b-it", Path("d"), "plain", ())
+    plain = launched(tiny_recipe("m", "p", serve=sglang), "google/gemma-3-1b-it", "plain")
     assert "SGLANG_EXTERNAL_MODEL_PACKAGE" not in plain.environment
-    chat = launch(tiny_recipe("m", "p"), "unsloth/gemma-3-1b-it", Path("d"), "draft", ())
+    chat = launched(tiny_recipe("m", "p"), "unsloth/gemma-3-1b-it", "draft")
     assert "--model-impl transformers" in str(chat)
-    own = launch(
-        tiny_recipe("m", "p", serve={"extra": "--model-impl vllm"}), "google/gemma-3-1b-it", Path("d"), "draft", ()
-    )
+    own = launched(tiny_recipe("m", "p", serve={"extra": "--model-impl vllm"}), "google/gemma-3-1b-it", "draft")
     assert "transformers" not in str(own)
-    chain = launch(tiny_recipe("m", "p", serve={"context": 4096}), "org/model", Path("d"), "draft", ())
+    chain = launched(tiny_recipe("m", "p", serve={"context": 4096}), "org/model", "draft")
     assert chain.url == "http://127.0.0.1:8000"
     assert '{"method": "eagle3", "model": "d", "num_speculative_tokens": 3}' in chain.command
-    capture = launch(tiny_recipe("m", "p"), "org/model", Path("d"), "capture", (2, 31, 59, 62))
+    capture = launched(tiny_recipe("m", "p"), "org/model", "capture", (2, 31, 59, 62))
     assert any('"eagle_aux_hidden_state_layer_ids": [2, 31, 59, 62]' in part for part in capture.command)
-    with pytest.raises(ServeError, match="3/4/8 is a tree, and vLLM drafts chains; give topk: 1, draft_tokens: 4"):
-        launch(tiny_recipe("m", "p", serve={"shape": tree}), "org/model", Path("d"), "draft", ())
+    with pytest.raises(ServeError, match="3/4/8 is a tree, and vLLM drafts chains; give 3/1/4"):
+        launched(tiny_recipe("m", "p", serve={"shape": "3/4/8"}), "org/model", "draft")

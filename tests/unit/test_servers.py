@@ -1,10 +1,11 @@
 """Regeneration against servers, with every fault a network and an engine can have."""
 
 import contextlib
+import itertools
+import json
 import shutil
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,18 +14,28 @@ from models import save_tiny_target, tiny_recipe, tiny_target, write_prompts
 from safetensors.torch import load_file, save_file
 from servers import FaultyServer, serving, tiny_engine
 
-from draftsmith.data.regenerate import answer, open_conversations, read_completions
-from draftsmith.data.regenerate_served import ServedRegeneration
+from draftsmith.core import run_files
+from draftsmith.core.errors import DraftsmithError, TargetError
+from draftsmith.core.records.base import write_rows
+from draftsmith.core.records.data import CompletionsSummary, Coverage, Prompt
+from draftsmith.core.records.evaluation import Results
+from draftsmith.core.records.training import MetricsRow
+from draftsmith.core.run_files import RunFiles
+from draftsmith.core.shape import Shape
+from draftsmith.data.regenerate import Regeneration, open_conversations, read_completions
 from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.sampling import Sampling
-from draftsmith.errors import DraftsmithError, TargetError
-from draftsmith.evaluation.served import ServedEvaluation
-from draftsmith.files import read_json, read_jsonl, write_jsonl
-from draftsmith.pipeline import run_pipeline
-from draftsmith.run import Run
-from draftsmith.targets.endings import first_stop
+from draftsmith.decoding.stopping import Ends
+from draftsmith.engines import SERVERS
+from draftsmith.engines.base import Setup
+from draftsmith.engines.served import ServedTarget
+from draftsmith.evaluation.evaluate import Evaluation
+from draftsmith.evaluation.lossless import lossless_verdict
+from draftsmith.hardware import probe
+from draftsmith.runs.pipeline import run_pipeline
+from draftsmith.runs.probing import probe_server
+from draftsmith.runs.run import Run
 from draftsmith.targets.local import LocalTarget, load_tokenizer
-from draftsmith.targets.servers import ServedTarget
 from draftsmith.training.capture import StreamedCapture
 
 
@@ -41,9 +52,13 @@ def target(model):
 @pytest.fixture
 def prompts(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    rows = list(read_jsonl(Path(write_prompts(tmp_path / "raw.jsonl"))))
-    write_jsonl(path, [{**r, "source": "t", "messages": [{"role": "user", "content": r.pop("prompt")}]} for r in rows])
+    rows = [json.loads(line) for line in Path(write_prompts(tmp_path / "raw.jsonl")).read_text().splitlines()]
+    write_rows(path, [Prompt(source="t", messages=[{"role": "user", "content": r.pop("prompt")}], **r) for r in rows])
     return path
+
+
+def names(prompts):
+    return sorted(prompt.id for prompt in Prompt.read_rows(prompts))
 
 
 def recipe_for(model, urls, engine="vllm", **changes):
@@ -51,9 +66,14 @@ def recipe_for(model, urls, engine="vllm", **changes):
     return tiny_recipe(model, "unused", **{"target.engine": engine, "server": server, "regenerate.max_new_tokens": 12})
 
 
+def target_of(recipe):
+    """The target behind the recipe's servers, until the block ends."""
+    return contextlib.closing(ServedTarget(recipe.target, recipe.server, SERVERS[recipe.target.engine], "cpu"))
+
+
 def regenerate(recipe, prompts, out):
-    with contextlib.closing(ServedTarget(recipe.target, recipe.server, "cpu")) as served:
-        ServedRegeneration(recipe, served, ChatFormat(served.tokenizer, None), prompts, out).run()
+    with target_of(recipe) as served:
+        Regeneration(recipe, served, ChatFormat(served.tokenizer, None), prompts, out).run()
     return list(read_completions(out)), served
 
 
@@ -64,15 +84,15 @@ def test_rows_are_what_the_target_writes_whatever_the_replicas(model, target, pr
         rows, served = regenerate(recipe_for(model, urls, engine), prompts, tmp_path / "three")
         alone, _ = regenerate(recipe_for(model, urls[:1], engine), prompts, tmp_path / "one")
     assert rows == alone
-    assert sorted(r["id"] for r in rows) == sorted(r["id"] for r in read_jsonl(prompts))
+    assert sorted(r.id for r in rows) == names(prompts)
     by_body = {str(b.get("prompt") or b["input_ids"]): b for s in servers for b in s.asked}
     for row in rows:
-        start, end = row["spans"][0]
-        body = by_body[str(row["ids"][:start])]
+        start, end = row.spans[0]
+        body = by_body[str(row.ids[:start])]
         seed = body.get("seed") or body["sampling_params"]["sampling_seed"]
-        ((_, wanted),) = target.generate([row["ids"][:start]], Sampling(1.0), 12, (), seed)
-        assert row["ids"][start:end] == wanted.ids
-        assert row["finish_reason"] == wanted.finish_reason
+        ((_, wanted),) = target.generate([row.ids[:start]], Sampling(1.0), 12, (), seed)
+        assert row.ids[start:end] == wanted.ids
+        assert row.finish_reason == wanted.finish_reason
     answered = [r.answered for r in served.replicas]
     assert max(answered) - min(answered) <= 3  # fair
 
@@ -96,7 +116,7 @@ def test_a_replica_that_dies_loses_and_doubles_nothing(model, target, prompts, t
     servers = [FaultyServer(tiny_engine(target, model)), FaultyServer(tiny_engine(target, model), die)]
     with serving(*servers) as urls:
         rows, served = regenerate(recipe_for(model, urls), prompts, tmp_path / "out")
-    assert sorted(r["id"] for r in rows) == sorted(r["id"] for r in read_jsonl(prompts))
+    assert sorted(r.id for r in rows) == names(prompts)
     assert [r.answered for r in served.replicas] == [len(rows) - 2, 2]
     assert f"server {urls[1]}: " in capsys.readouterr().err
 
@@ -117,18 +137,21 @@ def test_all_dead_stops_and_the_same_command_goes_on(model, target, prompts, tmp
         server.dead, server.fault, server.asked = False, lambda n: None, []
         rows, _ = regenerate(recipe, prompts, out)
         assert len(server.asked) == len(rows) - len(kept)
-        assert sorted(r["id"] for r in rows) == sorted(r["id"] for r in read_jsonl(prompts))
-        assert [r for r in rows if r["id"] in {k["id"] for k in kept}] == sorted(kept, key=lambda r: rows.index(r))
+        assert sorted(r.id for r in rows) == names(prompts)
+        assert [r for r in rows if r.id in {k.id for k in kept}] == sorted(kept, key=lambda r: rows.index(r))
+        whole, _ = regenerate(recipe, prompts, tmp_path / "whole")
+    assert rows == whole, "an interrupted run ends with the completions of one that ran through"
 
 
 def test_a_stop_text_is_found_afterwards_where_a_decoder_would_have_stopped(target):
     prompts, stop = [[1, 5 + i, 9] for i in range(24)], ("w7", "to in", "the")
+    ends = Ends(target.eos_ids, target.tokenizer, stop)
     for (_, free), (_, stopped) in zip(
         sorted(target.generate(prompts, Sampling(), 24)),
         sorted(target.generate(prompts, Sampling(), 24, stop)),
         strict=True,
     ):
-        assert free.ids[: first_stop(target.tokenizer, free.ids, stop)] == stopped.ids
+        assert ends.of_answer(free.ids, free.finish_reason) == (stopped.ids, stopped.finish_reason)
 
 
 def test_enough_tokens_is_enough(model, target, prompts, tmp_path):
@@ -137,26 +160,23 @@ def test_enough_tokens_is_enough(model, target, prompts, tmp_path):
         few = recipe.model_copy(update={"regenerate": recipe.regenerate.model_copy(update={"max_tokens": 40})})
         some, _ = regenerate(few, prompts, tmp_path / "out")
         more, _ = regenerate(recipe, prompts, tmp_path / "out")
-    assert read_json(tmp_path / "out" / "summary.json")["completion_tokens"] >= 40
+    assert CompletionsSummary.load(tmp_path / "out" / "summary.json").completion_tokens >= 40
     assert len(some) < len(more) == 20
 
 
 def test_several_turns_are_those_of_the_target_in_process(model, target, tmp_path):
     talk = [{"role": "user", "content": c} for c in ("the of", "to in w3", "is it")]
-    rows = [
-        {"id": f"t{i}", "category": "chat", "source": "t", "messages": [{"role": "system", "content": f"w{i}"}, *talk]}
-        for i in range(6)
-    ]
-    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    begun = [[{"role": "system", "content": f"w{i}"}, *talk] for i in range(6)]
+    prompts = tmp_path / "prompts.jsonl"
+    write_rows(prompts, [Prompt(id=f"t{i}", category="chat", source="t", messages=m) for i, m in enumerate(begun)])
     with serving(FaultyServer(tiny_engine(target, model))) as urls:
         recipe = recipe_for(model, urls)
         greedy = recipe.model_copy(update={"regenerate": recipe.regenerate.model_copy(update={"temperature": 0.0})})
-        served, _ = regenerate(greedy, tmp_path / "prompts.jsonl", tmp_path / "out")
+        served, _ = regenerate(greedy, prompts, tmp_path / "out")
     chat = ChatFormat(load_tokenizer(model), None)
-    opened = open_conversations(rows, chat, greedy.regenerate.max_prompt_tokens)
-    wanted = [row for _, row in answer(opened, target, chat, greedy.regenerate, Sampling(), 0) if row]
-    assert sorted(wanted, key=lambda r: r["id"]) == served
-    assert sum(len(r["spans"]) for r in served) > 6, "later turns were answered too"
+    Regeneration(greedy, target, chat, prompts, tmp_path / "wanted").run()
+    assert sorted(read_completions(tmp_path / "wanted"), key=lambda r: r.id) == served
+    assert sum(len(r.spans) for r in served) > 6, "later turns were answered too"
 
 
 def test_what_cannot_be_right_is_refused_in_one_line(model, target, prompts, tmp_path):
@@ -200,8 +220,7 @@ def test_what_cannot_be_right_is_refused_in_one_line(model, target, prompts, tmp
             regenerate(long, prompts, tmp_path / "long")
         # Weights that were changed between two runs are noticed by what the first one kept.
         regenerate(recipe_for(model, [good]), prompts, tmp_path / "kept")
-        kept = tmp_path / "run" / "completions"
-        shutil.copytree(tmp_path / "kept", kept)
+        shutil.copytree(tmp_path / "kept", RunFiles(tmp_path / "run").completions)
         with (
             contextlib.closing(Run(recipe_for(model, [weights]), tmp_path / "run", ["test"])) as run,
             pytest.raises(TargetError, match="nats a token away"),
@@ -217,7 +236,7 @@ def test_stages_up_to_the_vocabulary_need_no_model_in_process(model, target, tmp
             run_pipeline(run, stage)
         run.close()
     assert run.target.lm.get_input_embeddings().weight.is_meta
-    assert read_json(tmp_path / "run" / "vocab" / "coverage.json")
+    assert Coverage.load(run.files.coverage).coverage
 
 
 def served_run(model, prompts, urls, out, **changes):
@@ -243,16 +262,17 @@ def test_training_from_servers_gives_the_loss_curve_of_training_in_process(model
     assert servers[1].dead
     assert not [p for p in folder.iterdir() if p.suffix == ".safetensors"]
     local = served_run(model, prompts, [], tmp_path / "local", **{"target.engine": "transformers"})
-    shutil.copytree(tmp_path / "served" / "completions", tmp_path / "local" / "completions")
-    shutil.copytree(tmp_path / "served" / "vocab", tmp_path / "local" / "vocab")
-    (tmp_path / "local" / "vocab" / "stage.json").unlink()
+    shutil.copytree(served.files.completions, local.files.completions)
+    shutil.copytree(served.files.stage("vocab"), local.files.stage("vocab"))
+    run_files.stage_state(local.files.stage("vocab")).unlink()
     run_pipeline(local, "train")
-    curves = [list(read_jsonl(tmp_path / name / "train" / "metrics.jsonl")) for name in ("served", "local")]
-    losses = [[row["loss"] for row in curve if "loss" in row] for curve in curves]
+    curves = [list(MetricsRow.read_rows(run_files.metrics(run.files.train))) for run in (served, local)]
+    losses = [[row.loss for row in curve if row.loss is not None] for curve in curves]
     assert len(losses[0]) >= 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    taus = [row["held_out"]["tau_3"] for row in curves[0] if "held_out" in row]
-    assert taus == pytest.approx([row["held_out"]["tau_3"] for row in curves[1] if "held_out" in row], rel=1e-3)
+    taus = [[row.held_out.tau[3] for row in curve if row.held_out] for curve in curves]
+    assert taus[0]
+    assert taus[0] == pytest.approx(taus[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("fault", [503, "drop", "late", "abort"])
@@ -262,7 +282,7 @@ def test_states_come_through_faults_and_leave_no_file(model, target, tmp_path, f
     wanted = target.capture(documents, (1, 3, 4))
     with serving(FaultyServer(engine, lambda n: fault if n % 4 == 2 else None, late_s=1.8)) as urls:
         recipe = recipe_for(model, urls, deadline_s=1.5)
-        with contextlib.closing(ServedTarget(recipe.target, recipe.server, "cpu")) as served:
+        with target_of(recipe) as served:
             got = served.capture(documents, (1, 3, 4))
             time.sleep(0.5)  # what came late is written by then
     # a text alone and a pack of texts are products of other shapes, so they round otherwise
@@ -286,7 +306,7 @@ def test_a_file_that_never_comes_is_asked_for_again(model, target, tmp_path):
 
     with serving(FaultyServer(full_disk)) as urls:
         recipe = recipe_for(model, urls)
-        with contextlib.closing(ServedTarget(recipe.target, recipe.server, "cpu")) as served:
+        with target_of(recipe) as served:
             assert served.capture([[1, 2, 3]], (1, 3, 4)).taps_TKH.shape == (3, 3, 32)
     assert len(asked) == 3  # the proof of the states comes first, and its file never came
     assert not list(tmp_path.iterdir())
@@ -306,7 +326,7 @@ def test_states_that_do_not_give_the_servers_own_probabilities_are_refused(model
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
     with serving(FaultyServer(tiny_engine(target, str(other), (folder, (1, 3, 4))))) as urls:
         recipe = recipe_for(str(other), urls)
-        with contextlib.closing(ServedTarget(recipe.target, recipe.server, "cpu")) as served:
+        with target_of(recipe) as served:
             served.logit_scale = 0.125 if wrong == "scale" else 1.0
             with pytest.raises(TargetError, match=r"server\.urls: the hidden states of .* nats a token"):
                 served.capture([[1, 2, 3]], (1, 3, 4))
@@ -318,13 +338,13 @@ def test_a_served_target_does_what_one_in_process_does(model, target, engine):
     prompts = [[1, 5 + i, 9] for i in range(6)]
     with serving(FaultyServer(tiny_engine(target, model))) as urls:
         recipe = recipe_for(model, urls, engine)
-        with contextlib.closing(ServedTarget(recipe.target, recipe.server, "cpu")) as served:
+        with target_of(recipe) as served:
             made = dict(served.generate(prompts, Sampling(), 8, at_once=2))
             assert {i: (g.ids, g.finish_reason) for i, g in made.items()} == {
                 i: (g.ids, g.finish_reason) for i, g in target.generate(prompts, Sampling(), 8)
             }
             assert served.logprobs([1, 5, 9, 7]) == pytest.approx(target.logprobs([1, 5, 9, 7]), abs=1e-5)
-            assert served.identity == replace(target.identity, model=model)
+            assert served.identity == target.identity.model_copy(update={"model": model})
 
 
 def test_servers_that_keep_the_wrong_states_are_refused(model, target, tmp_path):
@@ -342,7 +362,7 @@ def test_servers_that_keep_the_wrong_states_are_refused(model, target, tmp_path)
             (urls[2], "/elsewhere", "keeps its hidden states in /elsewhere, which this machine does not see"),
         ):
             recipe = recipe_for(model, [url], hidden_states=hidden_states)
-            with contextlib.closing(ServedTarget(recipe.target, recipe.server, "cpu")) as served:
+            with target_of(recipe) as served:
                 with pytest.raises(TargetError) as caught:
                     served.capture([[1, 2, 3]], (1, 3, 4))
                 assert wanted in str(caught.value)
@@ -353,7 +373,7 @@ def test_a_gemma_whose_sglang_leaves_the_residual_stream_out_is_refused(tmp_path
     with serving(FaultyServer(tiny_engine(LocalTarget(gemma, dtype="fp32", device="cpu"), gemma))) as urls:
         recipe = recipe_for(gemma, urls, "sglang", last_urls=urls)
         with (
-            contextlib.closing(ServedTarget(recipe.target, recipe.server, "cpu")) as served,
+            target_of(recipe) as served,
             pytest.raises(TargetError, match="runs SGLang's own Gemma-3, which returns its taps without the residual"),
         ):
             served.capture([[1, 2]], (1, 3, 4))
@@ -382,8 +402,10 @@ def test_packs_are_fetched_ahead_within_bounds():
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_a_server_that_never_draws_is_noticed(model, target, prompts, tmp_path, engine):
+def test_a_server_that_never_draws_is_noticed(model, target, prompts, tmp_path, monkeypatch, engine):
     """SGLang verifies greedily at any temperature where it lacks its sampling kernel: such a tau is none at T=1."""
+    assert not SERVERS["sglang"].always_draws
+    monkeypatch.setattr(type(SERVERS[engine]), "always_draws", False)
     honest = tiny_engine(target, model)
 
     def deaf(path, body, request_id):
@@ -405,9 +427,234 @@ def test_a_server_that_never_draws_is_noticed(model, target, prompts, tmp_path, 
 
     with serving(FaultyServer(honest), FaultyServer(deaf)) as urls:
         for url, draws in zip(urls, (True, False), strict=True):
-            recipe = recipe_for(model, [url], engine)
-            served = ServedEvaluation(recipe, engine, tmp_path, prompts, tmp_path)
-            with served.server(url, None) as server:
-                opened = served.open_prompts(server)
-                assert served._samples(server, opened, 1.0) == draws
-                assert served._samples(server, opened, 0.1), "a low temperature may well draw the greedy text"
+            setup = Setup(recipe_for(model, [url], engine), tmp_path, tmp_path)
+            evaluation = Evaluation(SERVERS[engine], setup, prompts, tmp_path)
+            with SERVERS[engine].open(setup, None, url) as session:
+                questions = evaluation.questions(session)
+                assert evaluation._draws(session, questions, 1.0) == draws
+                assert evaluation._draws(session, questions, 0.1), "a low temperature may well draw the greedy text"
+
+
+def steps_of(length, depth=3):
+    """Accepted draft tokens of every step of a made-up draft, whose chains are right for 3, 0 and 1 tokens in turn."""
+    steps, left = [], length - 1  # the first token is the prompt's
+    for right in itertools.cycle((depth, 0, 1)):
+        if left <= 0:
+            return steps
+        steps.append(min(right, left - 1))
+        left -= steps[-1] + 1
+
+
+def drafting(engine, changed=lambda ids: ids):
+    """A stand-in that drafts, told as vLLM and SGLang tell it; `changed`: what becomes of its answers."""
+
+    def answer(path, body, name):
+        status, told = engine(path, body, name)
+        if "choices" in told and "prompt_logprobs" not in body:
+            choice = told["choices"][0]
+            choice["token_ids"] = changed(choice["token_ids"])
+            steps = steps_of(len(choice["token_ids"]))
+            told["metrics"] = {"speculative_decoding": {"per_step_accepted": steps}}
+        if "output_ids" in told:
+            told["output_ids"] = changed(told["output_ids"])
+            steps = steps_of(len(told["output_ids"]))
+            told["meta_info"]["spec_correct_drafts_histogram"] = [steps.count(n) for n in range(4)]
+        return status, told
+
+    return answer
+
+
+def evaluated(model, engine, urls, prompts_file, out, **changes):
+    """What `evaluate` makes of a server that drafts and one of the target alone."""
+    recipe = recipe_for(model, urls, engine)
+    asked = {"url": urls[0], "plain_url": urls[1], **changes}
+    recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=asked)})
+    evaluation = Evaluation(SERVERS[engine], Setup(recipe, out / "no-draft", out), prompts_file, out)
+    written = evaluation.run(Run(recipe, out, ["test"]).created_with)
+    assert Results.load(out / "results.json") == written
+    return written
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_server_that_drafts_is_evaluated(model, target, prompts, tmp_path, engine):
+    """tau from what it tells of its steps, speed and losslessness against the target alone."""
+    whole = tiny_engine(target, model)
+    with serving(FaultyServer(drafting(whole)), FaultyServer(whole)) as urls:
+        results = evaluated(model, engine, urls, prompts, tmp_path, batches=(1, 2, 64))
+    greedy, drawn = results.acceptance
+    assert (results.settings.engine, results.settings.prompts, results.partial) == (engine, 20, False)
+    assert [(str(entry.shape), entry.temperature) for entry in results.acceptance] == [("3/1/4", 0.0), ("3/1/4", 1.0)]
+    chat = ChatFormat(target.tokenizer, None)
+    opened = list(open_conversations(Prompt.read_rows(prompts), chat, 200))
+    lengths = {
+        opened[number].prompt.id: len(answer.ids)
+        for number, answer in target.generate([c.ids for c in opened], Sampling(), 12)
+    }
+    steps = []
+    for length in lengths.values():
+        roots = itertools.accumulate((accepted + 1 for accepted in steps_of(length)), initial=0)
+        told = zip(roots, steps_of(length), strict=False)  # SGLang tells no order, so there all of them count
+        steps += [accepted for root, accepted in told if engine == "sglang" or root + 3 < length]
+    assert {row.id: row.tokens for row in greedy.prompts} == lengths
+    assert greedy.all.tau == pytest.approx(1 + sum(steps) / len(steps))
+    assert greedy.all.steps == len(steps)
+    assert greedy.all.low < greedy.all.tau < greedy.all.high
+    assert set(greedy.by_category) == {"chat", "code", "math"}
+    assert drawn.all.tau > 1
+    assert drawn.oracle is None, "servers do not tell of the target's first choices"
+    assert results.left_out == []
+    assert [(speed.batch, speed.prompts) for speed in results.speed] == [(1, 2), (2, 2)], "20 prompts make no 64"
+    for speed in results.speed:
+        assert speed.tau > 1
+        assert min(speed.plain_tokens_per_s, speed.drafted_tokens_per_s, speed.speedup) > 0
+    assert lossless_verdict(results.lossless).state == "yes"
+    assert (results.lossless.prompts, results.lossless.shapes) == (2, (Shape(3, 1, 4),))
+    assert results.profile is None
+
+
+def test_a_server_whose_drafting_changes_the_text_is_not_lossless(model, target, prompts, tmp_path):
+    def changed(ids):
+        return [*ids[:3], (ids[3] + 1) % 64, *ids[4:]] if len(ids) > 3 else ids
+
+    whole = tiny_engine(target, model)
+    with serving(FaultyServer(drafting(whole, changed)), FaultyServer(whole)) as urls:
+        results = evaluated(model, "vllm", urls, prompts, tmp_path, temperatures=(0.0,), prompts=3)
+    found = results.lossless.differences
+    assert [difference.token for difference in found] == [3, 3]
+    for difference in found:
+        assert difference.drafted == (difference.plain + 1) % 64
+        assert difference.logit_gap > 0
+    assert lossless_verdict(results.lossless).state == "no"
+
+
+def test_servers_are_probed_by_requests_at_once(model, target, prompts, tmp_path, monkeypatch):
+    """One that takes as long for many requests as for one, and another that drafts; as many at once as there are."""
+    for name, value in {"AT_ONCE": (1, 2, 40), "DRAFTED_AT": (1, 4), "SERVER_ROUNDS": 1}.items():
+        monkeypatch.setattr(probe, name, value)
+    whole, at_once, most = tiny_engine(target, model), [], []
+
+    def steady(path, body, name):
+        """Of so many tokens as asked for, whatever would end them, in 3 ms each."""
+        if path != "/v1/completions" or "prompt_logprobs" in body:
+            return whole(path, body, name)
+        assert body["ignore_eos"]
+        at_once.append(name)
+        most.append(len(at_once))
+        time.sleep(0.003 * body["max_tokens"])
+        at_once.pop()
+        return 200, {"choices": [{"token_ids": [5] * body["max_tokens"], "finish_reason": "length"}]}
+
+    run = Run(tiny_recipe(model, "unused", **{"target.engine": "vllm"}), tmp_path, ["test"])
+    assert run.recipe.server.concurrency < 40
+    write_rows(run.files.evaluation_prompts, list(Prompt.read_rows(prompts)))
+    with serving(FaultyServer(steady), FaultyServer(drafting(steady))) as (alone, drafts):
+        found = probe_server(run, "vllm", alone, None, Shape(3, 1, 4))
+        assert (found.engine, found.machine, found.times.draft) == ("vllm", f"vllm at {alone}", None)
+        assert [tokens for tokens, _ in found.times.forward] == [1, 2, 40]
+        seconds = [seconds for _, seconds in found.times.forward]
+        assert seconds == sorted(seconds)
+        assert 0.0015 < seconds[0] < 0.03
+        assert max(most) == 40
+        monkeypatch.setattr(probe, "AT_ONCE", (1,))
+        draft = probe_server(run, "vllm", alone, drafts, Shape(3, 1, 4)).times.draft
+        assert [batch for batch, _ in draft.by_batch] == [1, 4]
+        assert all(0 <= step_s < 0.1 for _, step_s in draft.by_batch)
+        with pytest.raises(TargetError, match="--draft-url: the server tells nothing of drafting"):
+            probe_server(run, "vllm", alone, alone, Shape(3, 1, 4))
+
+
+def test_a_server_of_another_shape_or_of_none_is_refused(model, target, prompts, tmp_path):
+    whole = tiny_engine(target, model)
+    with serving(FaultyServer(drafting(whole)), FaultyServer(whole)) as urls:
+        few = {"prompts": 3, "plain_url": None}
+        with pytest.raises(TargetError, match=r"evaluate\.shapes: 1/1/2 given, but the server accepted 3 draft tokens"):
+            evaluated(model, "vllm", urls, prompts, tmp_path / "other", shapes=(Shape(1, 1, 2),), **few)
+        with pytest.raises(TargetError, match=r"tells nothing of drafting .* --per-request-spec-decode-metrics"):
+            evaluated(model, "vllm", urls[::-1], prompts, tmp_path / "none", **few)
+
+
+WRONG = {
+    "null": None,
+    "no list": 7,
+    "text": "5 6",
+    "texts": ["5", "6"],
+    "halves": [5.5],
+    "truths": [True],
+    "negative": [-1],
+    "beyond the vocabulary": [64],
+    "too many": [5] * 13,
+    "lists": [[5]],
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_ids_that_are_none_cost_one_attempt_and_are_never_kept(model, target, prompts, tmp_path, engine, what):
+    honest, asked = tiny_engine(target, model), []
+
+    def once_wrong(path, body, request_id):
+        status, answer = honest(path, body, request_id)
+        place = answer["choices"][0] if "choices" in answer else answer
+        key = "token_ids" if "token_ids" in place else "output_ids"
+        if key in place:
+            asked.append(path)
+            if len(asked) == 1:
+                place[key] = WRONG[what]
+        return status, answer
+
+    with serving(FaultyServer(once_wrong), FaultyServer(honest)) as urls:
+        wanted, _ = regenerate(recipe_for(model, urls[1:], engine), prompts, tmp_path / "honest")
+        rows, _ = regenerate(recipe_for(model, urls[:1], engine), prompts, tmp_path / "wrong")
+    assert rows == wanted
+    assert len(asked) == len(rows) + 1
+
+
+def test_a_server_that_only_talks_nonsense_is_named_in_one_line(model, target, prompts, tmp_path):
+    honest = tiny_engine(target, model)
+
+    def changed(where, change):
+        def answer(path, body, request_id):
+            status, found = honest(path, body, request_id)
+            return (status, change(found)) if path == where else (status, found)
+
+        return answer
+
+    def nan(found):
+        for row in found["choices"][0].get("prompt_logprobs", [])[1:]:
+            next(iter(row.values()))["logprob"] = None
+        return found
+
+    def long(found):
+        return {"data": [found["data"][0] | {"max_model_len": "x"}]}
+
+    def empty(found):
+        return found if "prompt_logprobs" in found["choices"][0] else {"choices": {}}
+
+    servers = {
+        "does not answer as the engine": changed(
+            "/v1/models", lambda found: {"data": [found["data"][0] | {"max_model_len": "x"}]}
+        ),
+        "does not answer as the engine ": changed("/v1/models", lambda found: []),
+        "does not answer as the engine of": changed("/tokenize", lambda found: {"tokens": "all"}),
+        "does not answer as the engine of target": changed("/v1/completions", nan),
+        "an answer without token ids": changed(
+            "/v1/completions", lambda f: f if "prompt_logprobs" in f["choices"][0] else {"choices": {}}
+        ),
+    }
+    for number, (wanted, answer) in enumerate(servers.items()):
+        with serving(FaultyServer(answer)) as urls, pytest.raises(DraftsmithError) as caught:
+            regenerate(recipe_for(model, urls, attempts=2), prompts, tmp_path / str(number))
+        assert wanted.strip() in str(caught.value)
+        assert urls[0] in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(DraftsmithError, match=r"server\.urls: http://127\.0\.0\.1:99999"):
+        regenerate(recipe_for(model, ["http://127.0.0.1:99999"]), prompts, tmp_path / "port")
+
+
+def test_a_missing_key_is_named(model, target, prompts, tmp_path):
+    wanted = r"HTTP 401: .*DRAFTSMITH_API_KEY \(server\.api_key_env\)"
+    with (
+        serving(FaultyServer(tiny_engine(target, model), lambda n: 401)) as urls,
+        pytest.raises(DraftsmithError, match=wanted),
+    ):
+        regenerate(recipe_for(model, urls), prompts, tmp_path / "out")

@@ -3,13 +3,13 @@
 import pytest
 from transformers import AutoConfig
 
-from draftsmith.recipe import parse_recipe
-from draftsmith.training.shape import draft_config, shape_note
+from draftsmith.core.recipe_file import parse_recipe
+from draftsmith.drafts.eagle3.shape import draft_config, shape_note
 
 
-def shape(config, **wish):
+def shape(config, **changes):
     """(intermediate_size, heads, key heads, head_dim), and the line that is printed."""
-    recipe = parse_recipe({"name": "x", "target": {"model": "m"}, "draft": wish}, "test")
+    recipe = parse_recipe({"name": "x", "target": {"model": "m"}, "draft": changes}, "test").draft
     text = config.get_text_config()
     draft = draft_config(recipe, text, 36, 32000)
     widths = draft.intermediate_size, draft.num_attention_heads, draft.num_key_value_heads, draft.head_dim
@@ -46,8 +46,8 @@ def test_a_plain_dense_target_gives_its_own_widths(kind, values, widths):
     ],
 )
 def test_a_dense_draft_where_the_target_has_nothing_fitting(kind, values, widths):
-    made, note = shape(AutoConfig.for_model(kind, **values))
-    assert made == widths
+    found, note = shape(AutoConfig.for_model(kind, **values))
+    assert found == widths
     assert "of a dense draft" in note
     assert "draft.* changes them" in note
     assert "\n" not in note
@@ -64,8 +64,8 @@ def test_the_note_names_whose_value_is_whose():
 def test_the_recipe_has_the_last_word():
     config = AutoConfig.for_model("deepseek_v3")
     assert shape(config, intermediate_size=40960, head_dim=64)[0] == (40960, 112, 8, 64)
-    wish = dict(intermediate_size=640, num_attention_heads=8, num_key_value_heads=2, head_dim=64)
-    assert shape(config, **wish) == ((640, 8, 2, 64), None)
+    changes = dict(intermediate_size=640, num_attention_heads=8, num_key_value_heads=2, head_dim=64)
+    assert shape(config, **changes) == ((640, 8, 2, 64), None)
 
 
 def test_small_models_have_small_drafts():

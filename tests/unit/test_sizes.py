@@ -1,16 +1,17 @@
 """Sizes against the models themselves, and against what their makers publish."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MiniMaxM2Config, Qwen3MoeConfig
 
-from draftsmith.drafts.eagle3 import Eagle3Config, Eagle3Draft
-from draftsmith.errors import TargetError
+from draftsmith.core.errors import TargetError
+from draftsmith.drafts import METHODS
+from draftsmith.drafts.eagle3.model import Eagle3Config, Eagle3Draft
 from draftsmith.hardware import counting
-from draftsmith.hardware.sizes import DraftSize, TargetSize, target_config
+from draftsmith.hardware.sizes import TargetSize
+from draftsmith.targets.configs import target_config
 
 SMALL = dict(
     vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, head_dim=16
@@ -224,10 +225,21 @@ def test_layers_have_heads_of_their_own_and_borrow_keys():
 
 @pytest.mark.parametrize("target_hidden_size", [None, 160])
 def test_draft_parameters_are_those_of_the_draft(target_hidden_size):
-    plain = Eagle3Config(64, 96, 4, 2, 16, 128, 32, (0, 1, 2), 1e4, 512)
-    config = replace(plain, target_hidden_size=target_hidden_size)
+    config = Eagle3Config(
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=128,
+        draft_vocab_size=32,
+        taps=(0, 1, 2),
+        rope_theta=1e4,
+        max_position_embeddings=512,
+        target_hidden_size=target_hidden_size,
+    )
     matrices = sum(p.numel() for p in Eagle3Draft(config).parameters() if p.ndim > 1)
-    assert DraftSize.of(config).parameters == matrices
+    assert METHODS["eagle3"].size(config).parameters == matrices
 
 
 @pytest.mark.parametrize(

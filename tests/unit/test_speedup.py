@@ -3,12 +3,16 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 
-from draftsmith.decoding.tree import Shape
-from draftsmith.drafts.eagle3 import Eagle3Config
-from draftsmith.errors import DraftsmithError, RecipeError
+from draftsmith.core.errors import RecipeError
+from draftsmith.core.records.evaluation import Acceptance, Tau
+from draftsmith.core.records.machine import DraftTimes, Link, ModelTimes, Probe
+from draftsmith.core.shape import Shape
+from draftsmith.drafts import METHODS
+from draftsmith.drafts.eagle3.model import Eagle3Config
 from draftsmith.hardware.accept_length import (
     Calibrated,
     GeometricProfile,
@@ -18,30 +22,49 @@ from draftsmith.hardware.accept_length import (
     from_results,
     published,
 )
-from draftsmith.hardware.commands import parse_shape
 from draftsmith.hardware.cost_model import GRID, MeasuredCosts, RooflineCosts, interpolate, paying_batches, predict
-from draftsmith.hardware.interconnect import SIZES, all_reduce_latency
-from draftsmith.hardware.interconnect import describe as describe_topology
-from draftsmith.hardware.predict import advice, candidate_shapes, describe, heat_map, table, where_it_pays
+from draftsmith.hardware.interconnect import SIZES, all_reduce_latency, in_words
+from draftsmith.hardware.predict import advice, candidate_shapes, heat_map, page, predict_all, where_it_pays
 from draftsmith.hardware.presets import PRESETS, preset
-from draftsmith.hardware.sizes import DraftSize, TargetSize, target_config
+from draftsmith.hardware.sizes import TargetSize
+from draftsmith.targets.configs import target_config
 
 CHAIN, TREE = Shape(3, 1, 4), Shape(3, 4, 8)
-PARTS = {
-    "engine": "vllm",
-    "machine": "made up",
-    "context": 128,
-    "context_s": 1e-6,
-    "forward": [[1, 0.010], [4, 0.012], [16, 0.030], [64, 0.110]],
-    "draft": {"extend": [[1, 0.001]], "first_s": 0.0, "step": [[1, 0.001]]},
-    "overhead_s": {"plain": 0.0, "drafted": [[1, 0.001]]},
-}
+FORWARD = ((1, 0.010), (4, 0.012), (16, 0.030), (64, 0.110))
+
+
+def measured_costs(*forward: tuple[float, float]) -> MeasuredCosts:
+    """Of a probe with these forwards, or those of FORWARD."""
+    times = ModelTimes(
+        context=128,
+        context_s=1e-6,
+        forward=forward or FORWARD,
+        draft=DraftTimes(extend=((1, 0.001),), first_s=0.0, step=((1, 0.001),)),
+        overhead_plain_s=0.0,
+        overhead_drafted=((1, 0.001),),
+    )
+    return MeasuredCosts(Probe(engine="vllm", machine="made up", times=times))
+
+
+def eagle3(hidden: int, wide: int, heads: int, vocabulary: int, taps: tuple[int, ...], theta: float) -> Eagle3Config:
+    return Eagle3Config(
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=vocabulary,
+        draft_vocab_size=32000,
+        taps=taps,
+        rope_theta=theta,
+        max_position_embeddings=4096,
+    )
 
 
 def minimax(machine: str, correlation: float = 0.0) -> RooflineCosts:
     target = TargetSize.of("m", target_config("MiniMaxAI/MiniMax-M2.7"))
-    draft = DraftSize.of(Eagle3Config(3072, 6144, 48, 8, 128, 200064, 32000, (2, 31, 59), 5e6, 4096))
-    return RooflineCosts(preset(machine), target, draft, correlation)
+    draft = eagle3(3072, 6144, 48, 200064, (2, 31, 59), 5e6)
+    return RooflineCosts(preset(machine), target, METHODS["eagle3"].size(draft), correlation)
 
 
 def llama_8b() -> RooflineCosts:
@@ -56,7 +79,7 @@ def llama_8b() -> RooflineCosts:
         vocab_size=128256,
         tie_word_embeddings=False,
     )
-    draft = DraftSize.of(Eagle3Config(4096, 14336, 32, 8, 128, 128256, 32000, (2, 16, 29), 5e5, 4096))
+    draft = METHODS["eagle3"].size(eagle3(4096, 14336, 32, 128256, (2, 16, 29), 5e5))
     return RooflineCosts(preset("h100-1"), TargetSize.of("llama", config), draft)
 
 
@@ -97,20 +120,31 @@ def test_an_impossible_tau_is_refused(tau):
 
 def test_measured_taus_correct_the_profile_by_kind():
     profile = MeasuredProfile([["111", "120", "211", "000", "111", "110", "111", "111"]])
-    corrected = Calibrated(profile, {"3/4/8": 1 + 1.1 * (profile.tau(TREE) - 1)})
+    corrected = Calibrated(profile, {TREE: 1 + 1.1 * (profile.tau(TREE) - 1)})
     assert corrected.tau(TREE) == pytest.approx(1 + 1.1 * (profile.tau(TREE) - 1))
     assert corrected.tau(CHAIN) == profile.tau(CHAIN)
 
 
 def test_results_without_a_profile_give_a_geometric_one():
-    results = {"acceptance": [{"shape": "3/1/4", "temperature": 0.0, "all": {"tau": 2.2}}]}
+    entry = Acceptance(
+        shape=CHAIN,
+        temperature=0.0,
+        all=Tau(tau=2.2, prompts=1, steps=5),
+        by_category={},
+        acceptance_by_depth=[],
+        looping_share=0.0,
+        tau_with_loops=2.2,
+        tokens=11,
+        prompts=[],
+    )
+    results = SimpleNamespace(acceptance=[entry], profile=None)
     assert from_results(results).tau(CHAIN) == pytest.approx(2.2, abs=1e-4)
     with pytest.raises(RecipeError, match="no greedy tau"):
-        from_results({"acceptance": []})
+        from_results(SimpleNamespace(acceptance=[], profile=None))
 
 
 def test_speedup_is_tau_over_c():
-    costs = MeasuredCosts(PARTS)
+    costs = measured_costs()
     told = predict(costs, GeometricProfile(0.5), CHAIN, 1, 128)
     c = (0.012 + 3 * 0.001 + 0.001) / 0.010
     assert told.c == pytest.approx(c)
@@ -119,23 +153,23 @@ def test_speedup_is_tau_over_c():
 
 
 def test_break_even_is_where_drafting_stops_paying():
-    costs, accept = MeasuredCosts({**PARTS, "forward": [*PARTS["forward"], [4096, 8.0]]}), GeometricProfile(0.5)
+    costs, accept = measured_costs(*FORWARD, (4096, 8.0)), GeometricProfile(0.5)
     ((first, last),), largest = paying_batches(costs, accept, CHAIN, 128)
     assert (first, largest) == (1, 1024)
     after = GRID[GRID.index(last) + 1]
     assert predict(costs, accept, CHAIN, last, 128).speedup > 1 >= predict(costs, accept, CHAIN, after, 128).speedup
-    flat = {**PARTS, "forward": [[1, 0.01], [8192, 0.0101]]}
-    assert paying_batches(MeasuredCosts(flat), GeometricProfile(0.6), CHAIN) == ([(1, 1024)], 1024)
+    flat = measured_costs((1, 0.01), (8192, 0.0101))
+    assert paying_batches(flat, GeometricProfile(0.6), CHAIN) == ([(1, 1024)], 1024)
 
 
 def test_nothing_is_told_beyond_what_was_measured():
-    costs, accept = MeasuredCosts(PARTS), GeometricProfile(0.9)  # forwards of up to 64 tokens
+    costs, accept = measured_costs(), GeometricProfile(0.9)  # forwards of up to 64 tokens
     assert predict(costs, accept, CHAIN, 32).speedup > 0
     assert math.isnan(predict(costs, accept, CHAIN, 33).speedup)
     assert paying_batches(costs, accept, CHAIN)[1] == 32
-    rows = table(costs, accept, [CHAIN, TREE], [1, 32], 128)
-    assert describe(rows).splitlines()[-1] == "-: beyond what was measured"
-    flat = MeasuredCosts({**PARTS, "forward": [[1, 0.0100], [64, 0.0105]]})
+    rows = predict_all(costs, accept, [CHAIN, TREE], [1, 32], 128)
+    assert page(rows).splitlines()[-1] == "-: beyond what was measured"
+    flat = measured_costs((1, 0.0100), (64, 0.0105))
     assert where_it_pays(flat, accept, rows[0][0]) == "no break-even up to batch 32, as far as is known"
 
 
@@ -176,7 +210,7 @@ def test_single_stream_rates_are_near_the_published_ones():
 def test_long_chains_beat_short_ones_and_chains_beat_trees_of_their_depth():
     accept = published(2.6, CHAIN)  # SpecBundle's means: 1.91, 2.06, 2.08; trees 1.72, 1.66
     gain = {
-        name: predict(llama_8b(), accept, parse_shape(name)).speedup
+        name: predict(llama_8b(), accept, Shape.parse(name)).speedup
         for name in ("3/1/4", "5/1/6", "7/1/8", "5/3/6", "7/4/8")
     }
     assert gain["5/1/6"] > gain["3/1/4"] > gain["5/3/6"] > gain["7/4/8"]
@@ -199,27 +233,28 @@ def test_more_bandwidth_makes_plain_decoding_faster():
 
 def test_the_table_and_the_sentence():
     costs, accept = minimax("h200-nvlink-8"), published(2.6, TREE)
-    rows = table(costs, accept, candidate_shapes(7), [1, 8, 64], 512)
+    rows = predict_all(costs, accept, candidate_shapes(7), [1, 8, 64], 512)
     assert [row[0].speedup for row in rows] == sorted((row[0].speedup for row in rows), reverse=True)
     told = advice(rows, costs, accept)
     assert re.match(r"\d+/\d+/\d+; expect 1\.\d\dx at batch 1 on h200-nvlink-8 \(accept length ", told)
     assert "; break-even above batch " in told
-    assert describe(rows).splitlines()[0].split() == ["shape", "tau", "c", "batch", "1", "batch", "8", "batch", "64"]
+    assert page(rows).splitlines()[0].split() == ["shape", "tau", "c", "batch", "1", "batch", "8", "batch", "64"]
     picture = heat_map(rows, "a title")
     assert picture.count(f"{rows[0][0].speedup:.2f}") >= 1
     assert "a title" in picture
 
 
 def test_a_machine_where_nothing_pays_is_told_so():
-    slow = {**PARTS, "forward": [[1, 0.01], [64, 0.9]]}
-    costs, accept = MeasuredCosts(slow), GeometricProfile(0.4)
-    assert advice(table(costs, accept, candidate_shapes(3), [1], 128), costs, accept).startswith("do not speculate on")
+    costs, accept = measured_costs((1, 0.01), (64, 0.9)), GeometricProfile(0.4)
+    assert advice(predict_all(costs, accept, candidate_shapes(3), [1], 128), costs, accept).startswith(
+        "do not speculate on"
+    )
 
 
 @pytest.mark.parametrize("text", ["3/4", "a/b/c", "3/1/9", "0/1/1", "3/4/99"])
 def test_a_wrong_shape_is_one_line(text):
-    with pytest.raises(DraftsmithError, match=r"--shape: .* given; write steps/topk/draft_tokens") as caught:
-        parse_shape(text)
+    with pytest.raises(ValueError, match=r"is no shape; write steps|a chain|at least|verify") as caught:
+        Shape.parse(text)
     assert "\n" not in str(caught.value)
 
 
@@ -231,10 +266,10 @@ def test_processes_tell_their_all_reduce():
 
 
 def test_topology_is_told_by_its_worst_pair():
-    link = {"pair": [0, 1], "peer_access": True, "nvlink": True}
-    assert describe_topology([]) == "a single device"
-    assert describe_topology([link]) == "NVLink"
-    assert describe_topology([link, {**link, "nvlink": False}]) == "PCIe, peer to peer"
-    assert describe_topology([link, {**link, "nvlink": False, "peer_access": False}]).startswith(
+    link = Link(pair=(0, 1), peer_access=True, nvlink=True)
+    assert in_words([]) == "a single device"
+    assert in_words([link]) == "NVLink"
+    assert in_words([link, link.model_copy(update={"nvlink": False})]) == "PCIe, peer to peer"
+    assert in_words([link, link.model_copy(update={"nvlink": False, "peer_access": False})]).startswith(
         "PCIe, through the host"
     )

@@ -1,18 +1,23 @@
 """Every answer is asked for as a server's chat endpoint would ask for it, and what it wrote is kept as ids."""
 
 import time
+from collections import Counter
 
 import pytest
 from models import save_tiny_target, tiny_recipe, tiny_target, tiny_tokenizer
 
+from draftsmith.core.errors import DataError
+from draftsmith.core.recipe import Template
+from draftsmith.core.recipe_file import parse_recipe
+from draftsmith.core.records.base import write_rows
+from draftsmith.core.records.data import Prompt
 from draftsmith.data import templates
-from draftsmith.data.regenerate import Conversation, answer, open_conversations, shard_sampling
+from draftsmith.data.regenerate import Conversation, Regeneration, open_conversations, read_completions
 from draftsmith.data.templates import ChatFormat, Rendered
-from draftsmith.errors import DataError
-from draftsmith.recipe import Template, parse_recipe
-from draftsmith.targets.base import Generation
-from draftsmith.targets.ends import LooseEnds
+from draftsmith.decoding.generation import Generation
+from draftsmith.decoding.sampling import Sampling
 from draftsmith.targets.local import LocalTarget
+from draftsmith.targets.parts import WeightsOnlyTarget
 
 TURN = (
     "{% for m in messages %}<{{ m.role }}> BODY <turn_end> {% endfor %}"
@@ -27,6 +32,16 @@ SHOWS = TURN.replace(
 SPECIALS = ["<turn_end>", "<return>", "<think>", "</think>", "<user>", "<assistant>", "<system>"]
 
 
+SAMPLING = Sampling(1.0)
+
+
+def prompt_of(name, *users, system=None):
+    """A prompt of user turns, which the target will answer."""
+    before = [{"role": "system", "content": system}] if system else []
+    turns = [{"role": "user", "content": user} for user in users]
+    return Prompt(id=name, category="chat", source="s", messages=before + turns)
+
+
 def tokenizer_with(template, specials=SPECIALS):
     tokenizer = tiny_tokenizer(chat_template=template)
     tokenizer.add_special_tokens({"additional_special_tokens": specials})
@@ -37,10 +52,9 @@ def second_turn(template, written, reason="eos", **options):
     """(conversation after its first answer, the tokenizer)."""
     tokenizer = tokenizer_with(template)
     chat = ChatFormat(tokenizer, None, options)
-    prompt = {"id": "p", "category": "chat", "source": "s"}
-    talk = Conversation(prompt, ["of to"], chat.first_turn("the a", "be it"))
+    talk = Conversation(prompt_of("p", "the a", system="be it"), ["of to"], chat.first_turn("the a", "be it"))
     ids = tokenizer(written, add_special_tokens=False).input_ids
-    assert talk.extend(Generation(ids, reason), chat, 200)
+    assert talk.extend(Generation(ids, reason), chat, 200) == talk.ids
     return talk, tokenizer
 
 
@@ -68,11 +82,10 @@ def test_the_next_turn_is_asked_as_served(template, written, visible, thought, d
     talk, tokenizer = second_turn(template, written)
     assert list(talk.ids) == served(tokenizer, visible, thought)
     assert len(talk.documents) == documents
-    rows = talk.rows(shard_sampling(tiny_recipe("m", "p").regenerate, 0))
-    first = rows[0]
-    start, end = first["spans"][0]
-    assert tokenizer.decode(first["ids"][start:end]) == written
-    assert len(first["ids"]) == end, "a user turn that nobody answered is left out"
+    first = talk.rows(SAMPLING)[0]
+    start, end = first.spans[0]
+    assert tokenizer.decode(first.ids[start:end]) == written
+    assert len(first.ids) == end, "a user turn that nobody answered is left out"
 
 
 def test_a_stop_text_leaves_the_whole_answer():
@@ -85,33 +98,32 @@ def test_each_turn_is_a_document_of_its_own_where_the_history_changes():
     chat = ChatFormat(tokenizer, None)
     last = tokenizer("<think> w7 </think> w2 <turn_end>", add_special_tokens=False).input_ids
     assert not talk.extend(Generation(last, "length"), chat, 200)
-    rows = talk.rows(shard_sampling(tiny_recipe("m", "p").regenerate, 0))
-    assert [(r["id"], r["document"], r["finish_reason"]) for r in rows] == [("p", 0, "eos"), ("p#1", 1, "length")]
+    rows = talk.rows(SAMPLING)
+    assert [(r.id, r.document, r.finish_reason) for r in rows] == [("p", 0, "eos"), ("p#1", 1, "length")]
     for row, written in zip(
         rows, ("<think> w9 </think> w1 <turn_end>", "<think> w7 </think> w2 <turn_end>"), strict=True
     ):
-        ((start, end),) = row["spans"]
-        assert tokenizer.decode(row["ids"][start:end]) == written
-    assert "w9" not in tokenizer.decode(rows[1]["ids"])
+        ((start, end),) = row.spans
+        assert tokenizer.decode(row.ids[start:end]) == written
+    assert "w9" not in tokenizer.decode(rows[1].ids)
 
 
-def test_turns_are_regenerated_in_order():
+def test_turns_are_regenerated_in_order(tmp_path):
     target = tiny_target(batch_size=2, tokenizer=tiny_tokenizer())
     target.eos_ids = frozenset(range(20))  # ends early, so that later turns happen
     chat = ChatFormat(target.tokenizer, None)
     users = ["the a", "of to in", "is it"]
-    prompt = {"id": "m", "category": "chat", "source": "s", "messages": [{"role": "user", "content": u} for u in users]}
+    write_rows(tmp_path / "prompts.jsonl", [prompt_of("m", *users)])
     recipe = tiny_recipe("m", "p", **{"regenerate.temperature": 0.0})
-    opened = open_conversations([prompt], chat, recipe.regenerate.max_prompt_tokens)
-    sampling = shard_sampling(recipe.regenerate, 0)
-    rows = [row for _, row in answer(opened, target, chat, recipe.regenerate, sampling, 0) if row]
-    spans = [(row, span) for row in rows for span in row["spans"]]
+    Regeneration(recipe, target, chat, tmp_path / "prompts.jsonl", tmp_path / "out").run()
+    rows = list(read_completions(tmp_path / "out"))
+    spans = [(row, span) for row in rows for span in row.spans]
     assert len(spans) == 3
-    text = target.tokenizer.decode(rows[-1]["ids"])
+    text = target.tokenizer.decode(rows[-1].ids)
     assert [text.index(u) for u in users] == sorted(text.index(u) for u in users)
     for row, (start, end) in spans:
-        alone = dict(target.generate([row["ids"][:start]], sampling, 24))[0]
-        assert row["ids"][start:end] == alone.ids
+        alone = dict(target.generate([row.ids[:start]], Sampling(), 24))[0]
+        assert row.ids[start:end] == alone.ids
 
 
 def test_a_recipes_own_template_joins_ids():
@@ -138,7 +150,7 @@ def test_options_and_tools_reach_the_template():
 
 def test_options_are_part_of_the_identity_and_take_no_recipe_template(tmp_path):
     model = save_tiny_target(tmp_path / "m")
-    plain, with_options = (LooseEnds(model, dtype="fp32", template_options=o) for o in ({}, {"effort": "w5"}))
+    plain, with_options = (WeightsOnlyTarget(model, dtype="fp32", template_options=o) for o in ({}, {"effort": "w5"}))
     assert plain.identity.template_hash != with_options.identity.template_hash
     assert with_options.identity == LocalTarget(model, dtype="fp32", template_options={"effort": "w5"}).identity
     target = {"model": "m", "template_options": {"enable_thinking": False}}
@@ -184,21 +196,15 @@ STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system rol
 
 
 def test_a_refused_row_is_named_or_counted():
-    from collections import Counter
-
-    rows = [
-        {"id": f"r{i}", "category": "c", "source": "s", "messages": [{"role": "user", "content": "the"}]}
-        for i in (1, 2)
-    ]
-    rows[0]["messages"].insert(0, {"role": "system", "content": "be"})
+    rows = [prompt_of("r1", "the", system="be"), prompt_of("r2", "the")]
     chat = ChatFormat(tokenizer_with(STRICT), None)
     with pytest.raises(DataError, match=r"^prompt 'r1': .*no system role.*--prompts\.skip-bad"):
-        open_conversations(rows, chat, 100)
+        list(open_conversations(rows, chat, 100))
     counted = Counter()
-    assert [c.prompt["id"] for c in open_conversations(rows, chat, 100, True, counted)] == ["r2"]
+    assert [c.prompt.id for c in open_conversations(rows, chat, 100, True, counted)] == ["r2"]
     assert counted == {"refused by the chat template": 1}
-    rows[1]["messages"][0]["content"] = "the " * 200
-    assert open_conversations(rows, chat, 100, True, counted) == []
+    rows[1] = prompt_of("r2", "the " * 200)
+    assert list(open_conversations(rows, chat, 100, True, counted)) == []
     assert counted["longer than regenerate.max_prompt_tokens"] == 1
 
 
@@ -206,10 +212,10 @@ def test_a_template_that_refuses_a_later_turn_keeps_what_was_answered():
     refuses = "{% if messages|length > 2 %}{{ raise_exception('one turn') }}{% endif %}" + PLAIN
     tokenizer = tokenizer_with(refuses)
     chat = ChatFormat(tokenizer, None)
-    talk = Conversation({"id": "p", "category": "c", "source": "s"}, ["of to"], chat.first_turn("the a"))
+    talk = Conversation(prompt_of("p", "the a"), ["of to"], chat.first_turn("the a"))
     assert not talk.extend(Generation(tokenizer("w1 <turn_end>").input_ids, "eos"), chat, 200)
-    (row,) = talk.rows(shard_sampling(tiny_recipe("m", "p").regenerate, 0))
-    assert len(row["spans"]) == 1
+    (row,) = talk.rows(SAMPLING)
+    assert len(row.spans) == 1
 
 
 def test_a_token_without_a_row_is_refused_in_a_text_and_not_before():

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from draftsmith.decoding.tree import DraftTree, Shape, grow_tree
+from draftsmith.core.shape import Shape
+from draftsmith.decoding.tree import DraftTree, grow_tree
 
 VOCAB = 12
 

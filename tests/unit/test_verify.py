@@ -7,12 +7,14 @@ import torch
 from models import VOCAB, trained_draft
 from scipy.stats import chisquare
 
+from draftsmith.core.shape import Shape
 from draftsmith.decoding import speculate
 from draftsmith.decoding.cache import StaticCache
 from draftsmith.decoding.sampling import Sampling, probabilities
-from draftsmith.decoding.speculate import Decoder, Eagle3Drafter
-from draftsmith.decoding.tree import DraftTree, Shape
-from draftsmith.decoding.verify import Verdict, verify_greedy, verify_sampling
+from draftsmith.decoding.speculate import Decoder
+from draftsmith.decoding.tree import DraftTree
+from draftsmith.decoding.verify import Accepted, verify_greedy, verify_sampling
+from draftsmith.drafts.eagle3.drafter import Eagle3Drafter
 
 DRAWS = 10_000
 SIGNIFICANCE = 1e-4
@@ -129,7 +131,7 @@ def draw(sampling, shape, draws=DRAWS):
     for seed in range(draws):
         decoded = decoder.generate(prompt, sampling, 3, shape, seed=seed)
         counts[tuple(decoded.ids[1:])] = counts.get(tuple(decoded.ids[1:]), 0) + 1
-        accepted += sum(step.accepted for step in decoded.steps)
+        accepted += sum(decoded.verified)
     assert accepted > draws // 100, "nothing was accepted, so nothing was tested"
     return goodness(counts, exact(target, prompt, sampling))  # the first token is drawn before any drafting
 
@@ -148,21 +150,21 @@ def test_broken_rules_are_caught(monkeypatch):
         if len(verdict.path) == 1 and tree.children[0] and float(torch.rand((), generator=generator)) < 0.1:
             child = tree.children[0][0]
             bonus = verify_sampling(DraftTree([0], [-1]), lambda _: probabilities_of(child), generator).bonus
-            return Verdict([0, child], bonus)
+            return Accepted([0, child], bonus)
         return verdict
 
     def keep_rejected(tree, probabilities_of, generator):  # forgets to remove the rejected children
         verdict = verify_sampling(tree, probabilities_of, generator)
         node = verdict.path[-1]
         again = verify_sampling(DraftTree([0], [-1]), lambda _: probabilities_of(node), generator)
-        return Verdict(verdict.path, again.bonus)
+        return Accepted(verdict.path, again.bonus)
 
     def parent_bonus(tree, probabilities_of, generator):  # takes the bonus from the wrong node
         verdict = verify_sampling(tree, probabilities_of, generator)
         if len(verdict.path) == 1:
             return verdict
         again = verify_sampling(DraftTree([0], [-1]), lambda _: probabilities_of(verdict.path[-2]), generator)
-        return Verdict(verdict.path, again.bonus)
+        return Accepted(verdict.path, again.bonus)
 
     for broken, shape in zip((accept_likeliest, keep_rejected, parent_bonus), itertools.cycle(SHAPES), strict=False):
         monkeypatch.setattr(speculate, "verify_sampling", broken)
@@ -171,8 +173,8 @@ def test_broken_rules_are_caught(monkeypatch):
 
 def test_greedy_descends_to_the_argmax():
     tree = DraftTree([9, 4, 5, 6, 7], [-1, 0, 0, 2, 3])  # 9 -> (4, 5 -> 6 -> 7)
-    assert verify_greedy(tree, [5, 0, 6, 1, 2]) == Verdict([0, 2, 3], 1)
-    assert verify_greedy(tree, [8, 0, 6, 1, 2]) == Verdict([0], 8)
+    assert verify_greedy(tree, [5, 0, 6, 1, 2]) == Accepted([0, 2, 3], 1)
+    assert verify_greedy(tree, [8, 0, 6, 1, 2]) == Accepted([0], 8)
 
 
 def test_children_that_hold_everything_leave_no_remainder():

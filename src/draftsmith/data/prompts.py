@@ -1,12 +1,7 @@
-"""Stage 1: prompts from hub data sets, files, folders and the bundled sets, in one form.
-
-A prompt is {"id", "category", "source", "messages"}: the user turns (and a system turn) that the target will answer;
-and "tools", where the row offers some.
-"""
+"""Stage 1: prompts from hub data sets, files, folders and the bundled sets, in one form (`Prompt`)."""
 
 import hashlib
 import itertools
-import os
 import random
 import re
 import sys
@@ -18,17 +13,15 @@ from typing import Any, NamedTuple, TypeVar
 
 import orjson
 
+from draftsmith.core import run_files
+from draftsmith.core.errors import DataError
+from draftsmith.core.files import digest, replace
+from draftsmith.core.progress import Meter, say
+from draftsmith.core.recipe import Recipe, Source
+from draftsmith.core.records.data import Prompt, PromptsSummary
 from draftsmith.data.rows import IDS, NothingToAsk, label, map_columns, read_row
-from draftsmith.data.rows import messages_of as messages_of
-from draftsmith.data.sources import BUNDLED as BUNDLED
-from draftsmith.data.sources import HUB as HUB
-from draftsmith.data.sources import hub_source, read_rows
-from draftsmith.errors import DataError
-from draftsmith.files import digest, write_json
-from draftsmith.progress import Meter, say
-from draftsmith.recipe import Recipe, Source
+from draftsmith.data.sources import HUB, hub_source, read_rows
 
-Prompt = dict[str, Any]
 _T = TypeVar("_T")
 
 
@@ -89,13 +82,13 @@ def prompts_of(source: Source, max_turns: int, skip_bad: bool, seed: int, tally:
                 continue
             tally.left_out.update(conversation.left_out)
             count += 1
-            yield {
-                "id": label(row, *IDS) or f"{stem}-{digest(conversation.messages)[:10]}",
-                "category": label(row, "category") or category,
-                "source": label(row, "source") or stem,
-                "messages": conversation.messages,
-                **({"tools": conversation.tools} if conversation.tools else {}),
-            }
+            yield Prompt(
+                id=label(row, *IDS) or f"{stem}-{digest(conversation.messages)[:10]}",
+                category=label(row, "category") or category,
+                source=label(row, "source") or stem,
+                messages=conversation.messages,
+                tools=conversation.tools,
+            )
             if count == limit:
                 break
     for ours, theirs in unseen.items() if found else ():
@@ -133,10 +126,10 @@ def _words(text: str) -> str:
 
 def normalised(prompt: Prompt) -> str:
     """The words of the first user turn: what an evaluation prompt is known by."""
-    return _words(next(m["content"] for m in prompt["messages"] if m["role"] == "user"))
+    return _words(prompt.users[0])
 
 
-def _fingerprint(*parts: Any) -> bytes:
+def _known_by(*parts: Any) -> bytes:
     return hashlib.blake2b(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS), digest_size=16).digest()
 
 
@@ -155,19 +148,20 @@ class Held(NamedTuple):
 
     @classmethod
     def of(cls, prompt: Prompt) -> "Held":
-        turns = [(message["role"], _words(message["content"])) for message in prompt["messages"]]
+        turns = [(message["role"], _words(message["content"])) for message in prompt.messages]
         return cls(
-            prompt["id"],
-            sys.intern(prompt["category"]),
-            sys.intern(prompt["source"]),
-            _fingerprint(next(words for role, words in turns if role == "user")),
-            _fingerprint(turns, prompt.get("tools")),
+            prompt.id,
+            sys.intern(prompt.category),
+            sys.intern(prompt.source),
+            _known_by(next(words for role, words in turns if role == "user")),
+            _known_by(turns, prompt.tools or None),
             # copied, because what orjson returns keeps the far larger block that it was written into
-            bytes(memoryview(orjson.dumps(prompt))),
+            bytes(memoryview(prompt.line())),
         )
 
     def renamed(self, name: str) -> "Held":
-        return self._replace(id=name, row=orjson.dumps({**orjson.loads(self.row), "id": name}))
+        row = Prompt.model_validate_json(self.row).model_copy(update={"id": name}).line()
+        return self._replace(id=name, row=row)
 
 
 def _distinct(prompts: list[Held]) -> list[Held]:
@@ -206,16 +200,16 @@ def _split_off(prompts: list[Held], per_category: int) -> tuple[list[Held], list
 
 
 def _write(path: Path, prompts: list[Held]) -> None:
-    """As `files.write_jsonl` does, row by row, so that a million rows are never held twice."""
+    """As `write_rows` does, row by row, so that a million rows are never held twice."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
-        file.writelines(prompt.row + b"\n" for prompt in prompts)
-    os.replace(temporary, path)
+        file.writelines(prompt.row for prompt in prompts)
+    replace(temporary, path)
 
 
-def gather(recipe: Recipe, out: Path) -> dict[str, Any]:
-    """Stage `prompts`: writes prompts.jsonl, evaluation.jsonl and summary.json; returns the summary."""
+def gather(recipe: Recipe, out: Path) -> PromptsSummary:
+    """Stage `prompts`: writes prompts.jsonl, evaluation.jsonl and summary.json."""
     settings, tally = recipe.prompts, Tally()
 
     def read(sources: tuple[Source, ...]) -> list[Held]:
@@ -229,32 +223,32 @@ def gather(recipe: Recipe, out: Path) -> dict[str, Any]:
     prompts = read(settings.sources)
     evaluation = read(settings.evaluation)
     random.Random(f"{recipe.seed}-prompts").shuffle(prompts)  # any beginning of the file is a fair sample of the mix
-    unique, judged = _distinct(prompts), _distinct(evaluation)
-    duplicates = len(prompts) - len(unique) + len(evaluation) - len(judged)
-    if judged:
-        asked = {prompt.opening for prompt in judged}
+    unique, held_out = _distinct(prompts), _distinct(evaluation)
+    duplicates = len(prompts) - len(unique) + len(evaluation) - len(held_out)
+    if held_out:
+        asked = {prompt.opening for prompt in held_out}
         kept = [prompt for prompt in unique if prompt.opening not in asked]
     else:
-        judged, kept = _split_off(unique, settings.held_out)
+        held_out, kept = _split_off(unique, settings.held_out)
     if not kept:
         raise DataError("prompts.sources: no training prompts are left after de-duplication and decontamination")
-    summary = {
-        "prompts": len(kept),
-        "evaluation_prompts": len(judged),
-        "duplicates_dropped": duplicates,
-        "contaminated_dropped": len(unique) - len(kept) if settings.evaluation else 0,
-        "bad_rows_skipped": tally.bad,
-        "rows_without_prompt": tally.empty,
-        "left_out": dict(tally.left_out.most_common()),
-        "by_category": dict(Counter(prompt.category for prompt in kept)),
-        "by_source": dict(Counter(prompt.source for prompt in kept)),
-    }
+    summary = PromptsSummary(
+        prompts=len(kept),
+        evaluation_prompts=len(held_out),
+        duplicates_dropped=duplicates,
+        contaminated_dropped=len(unique) - len(kept) if settings.evaluation else 0,
+        bad_rows_skipped=tally.bad,
+        rows_without_prompt=tally.empty,
+        left_out=dict(tally.left_out.most_common()),
+        by_category=dict(Counter(prompt.category for prompt in kept)),
+        by_source=dict(Counter(prompt.source for prompt in kept)),
+    )
     _write(out / "prompts.jsonl", _with_own_ids(kept))
-    _write(out / "evaluation.jsonl", _with_own_ids(judged))
-    write_json(out / "summary.json", summary)
+    _write(out / "evaluation.jsonl", _with_own_ids(held_out))
+    summary.save(run_files.summary(out))
     say(
-        f"prompts: {summary['prompts']} to train on, {summary['evaluation_prompts']} to evaluate; dropped "
-        f"{duplicates} duplicates, {summary['contaminated_dropped']} that occur in the evaluation set, "
+        f"prompts: {summary.prompts} to train on, {summary.evaluation_prompts} to evaluate; dropped "
+        f"{duplicates} duplicates, {summary.contaminated_dropped} that occur in the evaluation set, "
         f"{tally.bad} bad rows, {tally.empty} rows without a prompt"
     )
     if tally.left_out:

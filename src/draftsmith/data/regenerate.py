@@ -1,45 +1,29 @@
-"""Stage 2: the target answers the prompts; its token ids are kept as they were generated.
+"""Stage 2: the target answers the prompts; its token ids are kept as they were generated (`Completion`)."""
 
-A completion is {"id", "category", "source", "ids", "spans", "finish_reason", "sampling", "document"}: `ids` is a
-conversation, `spans` are the half-open ranges that the target wrote and that carry the loss. A conversation whose turns
-are not prefixes of each other has several: `document` counts them, the first one has the prompt's id.
-"""
-
+import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
+from draftsmith.core import run_files
+from draftsmith.core.errors import DataError
+from draftsmith.core.files import digest
+from draftsmith.core.progress import Meter, say
+from draftsmith.core.recipe import Recipe, RegenerateRecipe
+from draftsmith.core.records.base import write_rows
+from draftsmith.core.records.data import Completion, CompletionsSummary, IdentityCheck, Prompt, Timing
 from draftsmith.data.templates import ChatFormat, Rendered
+from draftsmith.decoding.generation import FinishReason, Generation
 from draftsmith.decoding.sampling import Sampling
-from draftsmith.errors import DataError
-from draftsmith.files import digest, read_jsonl, write_json, write_jsonl
-from draftsmith.progress import Meter, say
-from draftsmith.recipe import Recipe, RegenerateRecipe
-from draftsmith.targets.base import Generation, Target
-
-Completion = dict[str, Any]
-
-
-def completion_files(directory: Path) -> list[Path]:
-    return sorted(directory.glob("[0-9]*.jsonl"))
+from draftsmith.targets.base import Target
 
 
 def read_completions(directory: Path) -> Iterator[Completion]:
-    for path in completion_files(directory):
-        yield from read_jsonl(path)
-
-
-def loss_tokens(completion: Completion) -> list[int]:
-    return [i for start, end in completion["spans"] for i in completion["ids"][start:end]]
-
-
-def shard_sampling(settings: RegenerateRecipe, shard: int) -> Sampling:
-    """Greedy for `greedy_share` of the shards, spread evenly."""
-    greedy = int((shard + 1) * settings.greedy_share) > int(shard * settings.greedy_share)
-    return Sampling() if greedy else Sampling(settings.temperature, settings.top_p, settings.top_k)
+    for path in run_files.shards(directory):
+        yield from Completion.read_rows(path)
 
 
 @dataclass
@@ -50,33 +34,40 @@ class Conversation:
     token, text that is tokenised otherwise), a new document begins; `documents` are those that ended.
     """
 
-    prompt: dict[str, Any]
+    prompt: Prompt
     users: list[str]
     ids: list[int]
-    spans: list[list[int]] = field(default_factory=list)
-    finish_reason: str = ""
-    documents: list[tuple[list[int], list[list[int]]]] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    last: Generation | None = None
+    """The answer after which no other comes."""
+    finish_reason: FinishReason | Literal[""] = ""
+    documents: list[tuple[list[int], list[tuple[int, int]]]] = field(default_factory=list)
 
-    def extend(self, generation: Generation, chat: ChatFormat, max_prompt_tokens: int) -> bool:
-        """Add an answer; True if another user turn follows it."""
+    @property
+    def answered(self) -> bool:
+        return bool(self.spans or self.documents)
+
+    def extend(self, generation: Generation, chat: ChatFormat, max_prompt_tokens: int) -> list[int] | None:
+        """Add an answer; the ids before the next one, None where no other user turn follows."""
         asked, start = self.ids, len(self.ids)
         self.ids = [*asked, *generation.ids]
         self.finish_reason = generation.finish_reason
         if generation.ids:
-            self.spans.append([start, len(self.ids)])
+            self.spans.append((start, len(self.ids)))
+        self.last = generation
         if not self.users or generation.finish_reason not in ("eos", "stop"):
-            return False
+            return None
         assert isinstance(asked, Rendered)
         try:
             following = chat.next_turn(asked, generation, self.users.pop(0))
         except DataError:  # the template refuses this turn: what was answered before it stands
-            return False
+            return None
         if len(following) > max_prompt_tokens:
-            return False
+            return None
         if following[: len(self.ids)] != self.ids:
             self._end_document()
-        self.ids = following
-        return True
+        self.ids, self.last = following, None
+        return following
 
     def _end_document(self) -> None:
         if self.spans:
@@ -88,95 +79,52 @@ class Conversation:
         documents = list(self.documents)
         if self.spans or not documents:
             documents.append((self.ids[: self.spans[-1][1]] if self.spans else list(self.ids), self.spans))
-        name = self.prompt["id"]
+        name = self.prompt.id
         return [
-            {
-                "id": f"{name}#{number}" if number else name,
-                **{key: self.prompt[key] for key in ("category", "source")},
-                "ids": ids,
-                "spans": spans,
-                "finish_reason": self.finish_reason if number == len(documents) - 1 else "eos",
-                "sampling": [sampling.temperature, sampling.top_p, sampling.top_k],
-                "document": number,
-            }
+            Completion(
+                id=f"{name}#{number}" if number else name,
+                category=self.prompt.category,
+                source=self.prompt.source,
+                ids=ids,
+                spans=spans,
+                finish_reason=self.finish_reason if number == len(documents) - 1 else "eos",
+                sampling=(sampling.temperature, sampling.top_p, sampling.top_k),
+                document=number,
+            )
             for number, (ids, spans) in enumerate(documents)
         ]
 
 
 def open_conversations(
-    prompts: list[dict[str, Any]],
+    prompts: Iterable[Prompt],
     chat: ChatFormat,
     max_prompt_tokens: int,
     skip_bad: bool = False,
     left_out: Counter[str] | None = None,
-) -> list[Conversation]:
+) -> Iterator[Conversation]:
     """The prompts that fit, as ids up to their first answer; `left_out` counts the others by reason.
 
     A prompt that the chat template refuses is a `DataError` that names it, or counted with `skip_bad`.
     """
-    opened = []
     left_out = Counter() if left_out is None else left_out
     for prompt in prompts:
-        users = [m["content"] for m in prompt["messages"] if m["role"] == "user"]
-        system = next((m["content"] for m in prompt["messages"] if m["role"] == "system"), None)
+        users = prompt.users
         try:
-            ids = chat.first_turn(users[0], system, prompt.get("tools"))
+            ids = chat.first_turn(users[0], prompt.system, prompt.tools or None)
         except DataError as error:
             if not skip_bad:
-                raise DataError(f"prompt {prompt['id']!r}: {error}; mend it or pass --prompts.skip-bad") from None
+                raise DataError(f"prompt {prompt.id!r}: {error}; mend it or pass --prompts.skip-bad") from None
             left_out["refused by the chat template"] += 1
             continue
         if len(ids) > max_prompt_tokens:
             left_out["longer than regenerate.max_prompt_tokens"] += 1
             continue
-        opened.append(Conversation(prompt, users[1:], ids))
-    return opened
+        yield Conversation(prompt, users[1:], ids)
 
 
 def longest_prompt(settings: RegenerateRecipe, context: int | None) -> int:
     """Tokens that a prompt may have: one of the context is left for the answer."""
     return min(settings.max_prompt_tokens, context - 1) if context else settings.max_prompt_tokens
-
-
-def answer(
-    conversations: list[Conversation],
-    target: Target,
-    chat: ChatFormat,
-    settings: RegenerateRecipe,
-    sampling: Sampling,
-    seed: int,
-    max_tokens: int | None = None,
-) -> Iterator[tuple[int, Completion | None]]:
-    """Let the target write every turn; yields (tokens written, a finished row if there is one).
-
-    Once `max_tokens` are written no turn is begun: what is being written is finished, a conversation that waits for its
-    next answer ends with the last one, and one without any answer yields nothing.
-    """
-    turn = written = 0
-    while conversations:
-        following = []
-        waiting = dict(enumerate(conversations))
-        for index, generation in target.generate(
-            [list(conversation.ids) for conversation in conversations],
-            sampling,
-            settings.max_new_tokens,
-            chat.stop,
-            int(digest(seed, turn), 16) % 2**63,
-            settings.stop_loops,
-            **({} if max_tokens is None else {"max_tokens": max(0, max_tokens - written)}),
-        ):
-            conversation = waiting.pop(index)
-            written += len(generation.ids)
-            yield len(generation.ids), None
-            if conversation.extend(generation, chat, settings.max_prompt_tokens):
-                following.append(conversation)
-            else:
-                yield from ((0, row) for row in conversation.rows(sampling))
-        for conversation in waiting.values():
-            if conversation.spans or conversation.documents:
-                yield from ((0, row) for row in conversation.rows(sampling))
-        conversations = following
-        turn += 1
 
 
 class Tally:
@@ -191,85 +139,182 @@ class Tally:
         self._by_category: Counter[str] = Counter()
 
     def add(self, row: Completion) -> None:
-        size = sum(end - start for start, end in row["spans"])
+        size = len(row.loss_tokens)
         self.tokens += size
-        self._by_category[row["category"]] += size
-        self._finish_reasons[row["finish_reason"]] += 1
-        self._empty += not row["spans"]
+        self._by_category[row.category] += size
+        self._finish_reasons[row.finish_reason] += 1
+        self._empty += not row.spans
 
-    def finish(self, out: Path) -> dict[str, Any]:
-        """Write the files; returns the summary. No loss token at all is a `DataError`."""
+    def finish(self, out: Path) -> CompletionsSummary:
+        """Write the files. No loss token at all is a `DataError`."""
         if not self.tokens:
             raise DataError(
                 "regenerate: the completions hold no loss tokens; check target.template (does a stop text come at "
                 "once?)"
             )
-        summary = {
-            "completion_tokens": self.tokens,
-            "completions": sum(self._finish_reasons.values()),
-            "finish_reasons": self._finish_reasons,
-            "empty": self._empty,
-            "prompts_too_long": self.left_out["longer than regenerate.max_prompt_tokens"],
-            "prompts_refused": self.left_out["refused by the chat template"],
-            "tokens_by_category": dict(sorted(self._by_category.items())),
-        }
-        write_json(out / "summary.json", summary)
+        summary = CompletionsSummary(
+            completion_tokens=self.tokens,
+            completions=sum(self._finish_reasons.values()),
+            finish_reasons=self._finish_reasons,
+            empty=self._empty,
+            prompts_too_long=self.left_out["longer than regenerate.max_prompt_tokens"],
+            prompts_refused=self.left_out["refused by the chat template"],
+            tokens_by_category=dict(sorted(self._by_category.items())),
+        )
+        summary.save(run_files.summary(out))
         if self.written:
             seconds = time.monotonic() - self.started
-            timing = {
-                "completion_tokens": self.written,
-                "seconds": seconds,
-                "tokens_per_s": self.written / seconds,
-            }
-            write_json(out / "timing.json", timing)
+            timing = Timing(completion_tokens=self.written, seconds=seconds, tokens_per_s=self.written / seconds)
+            timing.save(run_files.timing(out))
+        reasons = ", ".join(f"{n} {reason}" for reason, n in self._finish_reasons.items() if n)
         say(
-            f"regenerate: {self.tokens:,} completion tokens in {summary['completions']:,} completions "
-            f"({', '.join(f'{n} {r}' for r, n in self._finish_reasons.items() if n)}; {self._empty} empty, "
-            f"{summary['prompts_too_long']} prompts too long, {summary['prompts_refused']} refused by the template)"
+            f"regenerate: {self.tokens:,} completion tokens in {summary.completions:,} completions ({reasons}; "
+            f"{self._empty} empty, {summary.prompts_too_long} prompts too long, {summary.prompts_refused} refused by "
+            "the template)"
         )
         return summary
 
 
-def regenerate(recipe: Recipe, target: Target, chat: ChatFormat, prompts_file: Path, out: Path) -> dict[str, Any]:
-    """Stage `regenerate`: one file per shard of prompts, each written whole; finished shards are never redone.
+class Regeneration:
+    """All prompts answered, in one file per shard of prompts.
 
-    The shard in which `max_tokens` is reached ends there, within one batch. As that depends on `max_tokens`, it is
-    written again where a run goes on with another one: an interrupted or continued run ends with the files of one that
-    ran through.
+    In process an answer depends on those decoded beside it, so a shard is decoded and written whole, and redone where
+    it was interrupted: a run that was killed ends with the files of one that ran through. Servers' answers do not, so
+    there as many conversations run at once as the replicas take, and each is kept the moment it ends.
     """
-    settings = recipe.regenerate
-    prompts = list(read_jsonl(prompts_file))
-    out.mkdir(parents=True, exist_ok=True)
-    shards = [prompts[i : i + settings.shard_prompts] for i in range(0, len(prompts), settings.shard_prompts)]
-    total, tally = settings.max_tokens, Tally()
-    longest = longest_prompt(settings, getattr(target.identity, "max_position_embeddings", None))
-    with Meter("regenerate", total or len(prompts), "tokens" if total else "prompts") as meter:
-        for number, shard in enumerate(shards):
-            path = out / f"{number:05d}.jsonl"
+
+    def __init__(self, recipe: Recipe, target: Target, chat: ChatFormat, prompts_file: Path, out: Path):
+        self.recipe, self.settings, self.target, self.chat, self.out = recipe, recipe.regenerate, target, chat, out
+        out.mkdir(parents=True, exist_ok=True)
+        self.prompts = list(Prompt.read_rows(prompts_file))
+        self.longest = longest_prompt(self.settings, target.identity.max_position_embeddings)
+        self.total, self.tally = self.settings.max_tokens, Tally()
+        self.meter = Meter("regenerate", self.total or len(self.prompts), "tokens" if self.total else "prompts")
+
+    def run(self) -> CompletionsSummary:
+        size = self.settings.shard_prompts
+        starts = range(0, len(self.prompts), size)
+        shards = {self.out / f"{n:05d}.jsonl": self.prompts[at : at + size] for n, at in enumerate(starts)}
+        with self.meter:
+            if self.target.independent:
+                self._prompt_by_prompt(shards)
+            else:
+                self._shard_by_shard(shards)
+        return self.tally.finish(self.out)
+
+    def _sampling(self, greedy: bool) -> Sampling:
+        settings = self.settings
+        return Sampling() if greedy else Sampling(settings.temperature, settings.top_p, settings.top_k)
+
+    def _open(self, prompts: Iterable[Prompt]) -> Iterator[Conversation]:
+        return open_conversations(prompts, self.chat, self.longest, self.recipe.prompts.skip_bad, self.tally.left_out)
+
+    def _resume(self, rows: list[Completion]) -> None:
+        """Rows of an earlier process count as done, but not towards the rate."""
+        done = sum(len(row.loss_tokens) if self.total else row.document == 0 for row in rows)
+        self.meter.resume(self.meter.done + done)
+
+    def _answer(self, opened: Iterable[Conversation], sampling: Sampling, seed: int) -> Iterator[list[Completion]]:
+        """The rows of every conversation, as soon as it ends.
+
+        Once `max_tokens` are written no turn is begun: what is being written is finished, a conversation that waits for
+        its next answer ends with the last one, and one without any answer yields nothing.
+        """
+        conversations: dict[int, Conversation] = {}
+
+        def asked() -> Iterator[list[int]]:
+            for number, conversation in enumerate(opened):
+                conversations[number] = conversation
+                yield conversation.ids
+
+        for number, answer in self.target.generate(
+            asked(),
+            sampling,
+            self.settings.max_new_tokens,
+            self.chat.stop,
+            seed,
+            self.settings.stop_loops,
+            None if self.total is None else max(0, self.total - self.tally.tokens),
+            lambda number, answer: conversations[number].extend(answer, self.chat, self.longest),
+        ):
+            self.tally.written += len(answer.ids)
+            ended = conversations[number].last is answer
+            self.meter.advance(len(answer.ids) if self.total else int(ended), len(answer.ids))
+            if ended:
+                yield conversations.pop(number).rows(sampling)
+        yield from (c.rows(sampling) for c in conversations.values() if c.answered)
+
+    def _shard_by_shard(self, shards: dict[Path, list[Prompt]]) -> None:
+        """The shard in which `max_tokens` is reached ends there, within one batch. As that depends on `max_tokens`, it
+        is written again where a run goes on with another one."""
+        greedy_share = self.settings.greedy_share
+        for number, (path, prompts) in enumerate(shards.items()):
             unused = path.with_suffix(".unused")
-            left = total - tally.tokens if total else None
+            left = self.total - self.tally.tokens if self.total else None
             if left is not None and left <= 0:  # of an earlier run that wanted more: kept, but read by no stage
                 if path.exists():
                     path.replace(unused)
                 continue
             if unused.exists():
                 unused.replace(path)
-            opened = open_conversations(shard, chat, longest, recipe.prompts.skip_bad, tally.left_out)
-            rows = list(read_jsonl(path)) if path.exists() else []
-            tokens = sum(len(loss_tokens(row)) for row in rows)
-            if sum(row["document"] == 0 for row in rows) == len(opened) and (left is None or tokens < left):
-                meter.resume(meter.done + (tokens if total else len(shard)))
-            else:
-                sampling, seed = shard_sampling(settings, number), int(digest(recipe.seed, number), 16)
-                rows = []
-                for new_tokens, row in answer(opened, target, chat, settings, sampling, seed, left):
-                    tally.written += new_tokens
-                    if row:
-                        rows.append(row)
-                    answered = row is not None and row["document"] == 0
-                    meter.advance(new_tokens if total else int(answered), new_tokens)
-                rows.sort(key=lambda row: row["id"])
-                write_jsonl(path, rows)
+            opened = list(self._open(prompts))
+            rows = list(Completion.read_rows(path)) if path.exists() else []
+            tokens = sum(len(row.loss_tokens) for row in rows)
+            if sum(row.document == 0 for row in rows) == len(opened) and (left is None or tokens < left):
+                self._resume(rows)
+            else:  # greedy ones are spread evenly
+                sampling = self._sampling(int((number + 1) * greedy_share) > int(number * greedy_share))
+                seed = int(digest(int(digest(self.recipe.seed, number), 16), 0), 16) % 2**63
+                rows = [row for answered in self._answer(opened, sampling, seed) for row in answered]
+                rows.sort(key=lambda row: row.id)
+                write_rows(path, rows)
             for row in rows:
-                tally.add(row)
-    return tally.finish(out)
+                self.tally.add(row)
+
+    def _prompt_by_prompt(self, shards: dict[Path, list[Prompt]]) -> None:
+        """Greedy ones are chosen by their names. The files are sorted in the end, so that they do not depend on who
+        answered first."""
+        place = {prompt.id: path for path, prompts in shards.items() for prompt in prompts}
+        done: set[str] = set()
+        for path in shards:
+            rows = held_rows(path)
+            self._resume(rows)
+            done |= {row.id for row in rows if row.document == 0}
+            for row in rows:
+                self.tally.add(row)
+
+        def greedy(prompt: Prompt) -> bool:
+            return int(digest(self.recipe.seed, "greedy", prompt.id), 16) < self.settings.greedy_share * 2**64
+
+        waiting = [prompt for prompt in self.prompts if prompt.id not in done]
+        for greedily, chosen in itertools.groupby(sorted(waiting, key=greedy), greedy):
+            for rows in self._answer(self._open(chosen), self._sampling(greedily), self.recipe.seed):
+                self._keep_identity()
+                with place[rows[0].id].open(
+                    "ab"
+                ) as file:  # in one write, the first row last: it says that all are there
+                    file.write(b"".join(row.line() for row in reversed(rows)))
+                for row in rows:
+                    self.tally.add(row)
+        for path in shards:
+            if path.exists():
+                kept = sorted(Completion.read_rows(path), key=lambda row: row.id)
+                write_rows(path, kept)
+
+    def _keep_identity(self) -> None:
+        """Who writes the completions is who they are trained with."""
+        path = run_files.identity_check(self.out)
+        if not path.exists():
+            IdentityCheck(logprobs=self.target.identity_logprobs).save(path)
+
+
+def held_rows(path: Path) -> list[Completion]:
+    """Rows of an append-only file; a last line that a kill tore is cut off."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    return list(Completion.read_rows(path))

@@ -10,7 +10,8 @@ from typing import Any
 
 import orjson
 
-from draftsmith.errors import DataError
+from draftsmith.core.errors import DataError
+from draftsmith.core.files import JsonObject
 
 DIALOGUES = ("messages", "conversations", "conversation", "turns")  # lists of turns; the first that is filled counts
 TEXTS = ("prompt", "instruction", "question", "problem")  # one user turn
@@ -44,7 +45,7 @@ class Unusable(DataError):
 class Conversation:
     messages: list[dict[str, str]]
     """A system turn, if any, and the user turns, as {"role", "content"}."""
-    tools: list[dict]
+    tools: list[JsonObject]
     """Tools to offer in the chat template; mostly none."""
     left_out: set[str]
     """Reasons why something of the row is not here."""
@@ -115,7 +116,7 @@ def map_columns(row: Any, columns: Mapping[str, str]) -> Any:
     return {**{key: value for key, value in row.items() if not asked or key not in forms}, **mapped}
 
 
-def label(row: dict, *keys: str) -> str:
+def label(row: JsonObject, *keys: str) -> str:
     """The first of these fields that holds a name or a number; "" if none does."""
     for key in keys:
         value = row.get(key)
@@ -138,7 +139,7 @@ def _filled(value: Any) -> bool:
     return any(value) if isinstance(value, list) else bool(value.strip() if isinstance(value, str) else value)
 
 
-def _turns(row: dict) -> Iterator[tuple[str, Any]]:
+def _turns(row: JsonObject) -> Iterator[tuple[str, Any]]:
     """(user, assistant, system or tool; content) of every turn; raises `DataError` where one is malformed."""
     known = [key for key in (*DIALOGUES, *TEXTS) if key in row]
     key = next((key for key in known if row[key] not in (None, "", [])), None)
@@ -167,7 +168,7 @@ def _history(rounds: Any) -> Iterator[tuple[str, Any]]:
             yield "assistant", answer
 
 
-def _role(message: dict) -> Any:
+def _role(message: JsonObject) -> Any:
     return message.get("role") or message.get("from")
 
 
@@ -229,7 +230,7 @@ def _from_json(value: Any) -> Any:
     return value
 
 
-def _tools(value: Any, left_out: set[str]) -> list[dict]:
+def _tools(value: Any, left_out: set[str]) -> list[JsonObject]:
     value = _from_json(value or [])
     tools = [_without_nulls(_from_json(tool)) for tool in value] if isinstance(value, list) else [value]
     try:

@@ -20,8 +20,9 @@ from typing import Any
 
 import orjson
 
-from draftsmith.errors import DataError
-from draftsmith.recipe import Source
+from draftsmith.core.errors import DataError
+from draftsmith.core.files import JsonObject
+from draftsmith.core.recipe import Source
 
 _SETS = Path(str(files("draftsmith.data"))) / "bundled"
 BUNDLED = {  # licences: bundled/LICENCES.md
@@ -67,7 +68,7 @@ _SPLIT = re.compile(r"(train|test|valid|dev)\w*(\[.*\])?")
 
 _JSON = {".json", ".jsonl", ".ndjson"}
 # Formats that the library `datasets` reads for us, with its options. A cell of a CSV is a text: "NA" is no number.
-_TYPED: dict[str, tuple[str, dict[str, Any]]] = {
+_TYPED: dict[str, tuple[str, JsonObject]] = {
     ".csv": ("csv", {"keep_default_na": False, "encoding": "utf-8-sig"}),
     ".tsv": ("csv", {"keep_default_na": False, "encoding": "utf-8-sig", "sep": "\t"}),
     ".parquet": ("parquet", {}),

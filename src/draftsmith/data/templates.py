@@ -11,9 +11,10 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from draftsmith.errors import DataError
-from draftsmith.recipe import Recipe, Template
-from draftsmith.targets.base import Generation
+from draftsmith.core.errors import DataError
+from draftsmith.core.files import JsonObject
+from draftsmith.core.recipe import Recipe, Template
+from draftsmith.decoding.generation import Generation
 
 # What ends a model's reasoning; clients send back what follows it. DeepSeek-R1, Qwen3, MiniMax-M2, GLM and others;
 # Mistral's Magistral; gpt-oss' final channel; Seed-OSS.
@@ -21,7 +22,7 @@ REASONING_ENDS = ("</think>", "[/THINK]", "<|channel|>final<|message|>", "</seed
 RENDER_S = 10.0  # a template that takes longer is broken or hostile
 RENDER_CHARACTERS = 50_000_000
 
-Message = dict[str, Any]
+Message = JsonObject
 
 
 class TemplateTimeout(BaseException):
@@ -66,7 +67,7 @@ class ChatFormat:
 
     def __init__(
         self,
-        tokenizer,
+        tokenizer: Any,
         template: Template | None,
         options: Mapping[str, Any] | None = None,
         rows: int | None = None,

@@ -7,7 +7,6 @@ target id. The map is named by its content, and a draft refuses any other.
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from draftsmith.data.regenerate import loss_tokens, read_completions
-from draftsmith.errors import CheckpointError, DataError
-from draftsmith.files import digest, save_tensors, write_json
-from draftsmith.progress import Meter, say
-from draftsmith.recipe import Recipe
+from draftsmith.core.errors import CheckpointError, DataError
+from draftsmith.core.files import digest, save_tensors
+from draftsmith.core.progress import Meter, say
+from draftsmith.core.recipe import Recipe
+from draftsmith.core.records.data import Coverage
+from draftsmith.core.run_files import RunFiles
+from draftsmith.data.regenerate import read_completions
 
 SIZES = [1024 * 2**i for i in range(7)]  # 1 k .. 64 k
 
@@ -83,36 +84,40 @@ def choose(counts: Counter[int], size: int, target_size: int, always: set[int]) 
     return DraftVocabulary(torch.tensor(sorted(kept)), target_size)
 
 
-def coverage_table(counts: dict[str, Counter[int]], always: set[int]) -> dict[str, Any]:
+def coverage_of(vocabulary: DraftVocabulary, counts: dict[str, Counter[int]], always: set[int]) -> Coverage:
     """Share of loss tokens covered at each size, by category: the `size` tokens most frequent over all."""
     total: Counter[int] = sum(counts.values(), Counter())
     order = list(always) + [t for t, _ in sorted(total.items(), key=lambda kv: (-kv[1], kv[0])) if t not in always]
-    rows = {}
+    chosen, shares, own = set(vocabulary.ids_D.tolist()), {}, {}
     for name, counter in {"all": total, **counts}.items():
         covered = np.cumsum([counter[token] for token in order]) / max(1, counter.total())
-        rows[name] = [float(covered[min(size, len(covered)) - 1]) for size in SIZES]
-    return {"sizes": SIZES, "coverage": rows, "distinct_tokens": len(total), "loss_tokens": total.total()}
+        shares[name] = [float(covered[min(size, len(covered)) - 1]) for size in SIZES]
+        own[name] = sum(n for token, n in counter.items() if token in chosen) / max(1, counter.total())
+    return Coverage(
+        name=vocabulary.name,
+        sizes=SIZES,
+        coverage=shares,
+        distinct_tokens=len(total),
+        loss_tokens=total.total(),
+        chosen_size=len(chosen),
+        chosen=own,
+    )
 
 
 def build_vocabulary(
-    recipe: Recipe, completions: Path, target_size: int, always: set[int], out: Path
+    recipe: Recipe, completions: Path, target_size: int, always: set[int], run: RunFiles
 ) -> DraftVocabulary:
     """Stage `vocab`: writes vocab.safetensors and coverage.json."""
     counts: dict[str, Counter[int]] = {}
     with Meter("vocab", None, "completions") as meter:
         for completion in read_completions(completions):
-            tokens = loss_tokens(completion)
-            counts.setdefault(completion["category"], Counter()).update(tokens)
+            tokens = completion.loss_tokens
+            counts.setdefault(completion.category, Counter()).update(tokens)
             meter.advance(tokens=len(tokens))
     vocabulary = choose(sum(counts.values(), Counter()), recipe.vocab.size, target_size, always)
-    chosen = set(vocabulary.ids_D.tolist())
-    table = coverage_table(counts, always)
-    table["chosen_size"] = len(chosen)
-    table["chosen"] = {
-        name: sum(n for token, n in counter.items() if token in chosen) / max(1, counter.total())
-        for name, counter in {"all": sum(counts.values(), Counter()), **counts}.items()
-    }
-    vocabulary.save(out / "vocab.safetensors")
-    write_json(out / "coverage.json", {"name": vocabulary.name, **table})
-    say(f"vocab: {len(chosen):,} of {target_size:,} tokens cover {table['chosen']['all']:.2%} of the loss tokens")
+    coverage = coverage_of(vocabulary, counts, always)
+    vocabulary.save(run.vocabulary)
+    coverage.save(run.coverage)
+    covered = f"{coverage.chosen['all']:.2%}"
+    say(f"vocab: {coverage.chosen_size:,} of {target_size:,} tokens cover {covered} of the loss tokens")
     return vocabulary

@@ -8,6 +8,7 @@ Shapes: B batch, T positions, W query tokens of a step, L cached positions, N he
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ class MaskedPlan:
     visible_BWL: Tensor
     query_positions_BW: Tensor
     key_positions_BL: Tensor
-    _bias: dict[tuple, Tensor] = field(default_factory=dict)
+    _bias: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     def bias(self, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
         """Additive mask [B, 1, groups * W, L], made once per forward and shared by all layers of a kind."""
@@ -51,7 +52,9 @@ class MaskedPlan:
         return self._bias[key]
 
 
-def _attend_packed(query, key, value, plan: PackedPlan, scale: float | None, window: int | None) -> Tensor:
+def _attend_packed(
+    query: Tensor, key: Tensor, value: Tensor, plan: PackedPlan, scale: float | None, window: int | None
+) -> Tensor:
     groups = query.shape[1] // key.shape[1]
     outputs, start = [], 0
     for length in plan.lengths:
@@ -71,7 +74,9 @@ def _attend_packed(query, key, value, plan: PackedPlan, scale: float | None, win
     return torch.cat(outputs, dim=2)
 
 
-def _attend_masked(query, key, value, plan: MaskedPlan, scale: float | None, window: int | None) -> Tensor:
+def _attend_masked(
+    query: Tensor, key: Tensor, value: Tensor, plan: MaskedPlan, scale: float | None, window: int | None
+) -> Tensor:
     batch, query_heads, width, dim = query.shape
     kv_heads = key.shape[1]
     groups = query_heads // kv_heads
@@ -84,8 +89,18 @@ def _attend_masked(query, key, value, plan: MaskedPlan, scale: float | None, win
 
 
 def attend(
-    module, query, key, value, attention_mask, *, scaling=None, sliding_window=None, plan=None, dropout=0.0, **options
-):
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    plan: Any = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, None]:
     """The attention function registered with `transformers`; returns ([B, T, N, D], None)."""
     if plan is None:
         raise ValueError("the target's layers do not pass the keyword argument `plan` on to their attention")

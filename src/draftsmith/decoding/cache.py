@@ -7,6 +7,8 @@ layer by moving a length.
 Shapes: B sequences, T packed tokens, W tokens a step, L capacity, N key heads, D head dimension.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ class StaticCache:
         self.capacity = capacity
         self.keys: list[Tensor] = []  # per layer [B, N, L, D]
         self.values: list[Tensor] = []
-        self._write: tuple = ()
+        self._write: tuple[Any, ...] = ()
         self._visible_length = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -69,7 +71,7 @@ class StaticCache:
                 buffers[i] = buffer[index.to(buffer.device)]
         self.batch_size = len(rows)
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_args, **_kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         if layer_idx == len(self.keys):
             shape = (self.batch_size, key.shape[1], self.capacity)
             self.keys.append(key.new_zeros(*shape, key.shape[3]))

@@ -12,15 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Shape:
-    steps: int
-    topk: int
-    draft_tokens: int
-
-    def __str__(self) -> str:
-        return f"{self.steps}/{self.topk}/{self.draft_tokens}"
+from draftsmith.core.shape import Shape
 
 
 @dataclass

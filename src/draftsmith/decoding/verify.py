@@ -17,24 +17,24 @@ from draftsmith.decoding.tree import DraftTree
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Accepted:
     """`path`: accepted nodes, the root first. `bonus`: the target's own token after the last of them."""
 
     path: list[int]
     bonus: int
 
 
-def verify_greedy(tree: DraftTree, argmax_W: list[int]) -> Verdict:
+def verify_greedy(tree: DraftTree, argmax_W: list[int]) -> Accepted:
     path = [0]
     while True:
         wanted = argmax_W[path[-1]]
         child = next((c for c in tree.children[path[-1]] if tree.tokens[c] == wanted), None)
         if child is None:
-            return Verdict(path, wanted)
+            return Accepted(path, wanted)
         path.append(child)
 
 
-def verify_sampling(tree: DraftTree, probabilities_of: Callable[[int], Tensor], generator: torch.Generator) -> Verdict:
+def verify_sampling(tree: DraftTree, probabilities_of: Callable[[int], Tensor], generator: torch.Generator) -> Accepted:
     """`probabilities_of(node)`: the target's distribution [V] after that node, filters applied."""
     path = [0]
     while True:
@@ -52,7 +52,7 @@ def verify_sampling(tree: DraftTree, probabilities_of: Callable[[int], Tensor], 
             rest[[tree.tokens[c] for c in children]] = 0.0
             if float(rest.sum()) <= 0.0:  # the children hold all of p, up to rounding
                 rest = p
-            return Verdict(path, _draw(rest, generator))
+            return Accepted(path, _draw(rest, generator))
 
 
 def _draw(weights: Tensor, generator: torch.Generator) -> int:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from draftsmith.core.files import JsonObject
+
 
 class RMSNorm(nn.Module):
     """Plain RMSNorm with gain `weight` (not 1 + weight, as Gemma has)."""
@@ -45,7 +47,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: dict | None, context: int) -> tuple[Tensor, float]:
+def rope_frequencies(head_dim: int, theta: float, scaling: JsonObject | None, context: int) -> tuple[Tensor, float]:
     """(angle per position [D/2] in fp64, gain of cos and sin).
 
     `scaling` is a config.json's `rope_scaling` with its `rope_type`, computed by the functions that transformers' own

@@ -1,297 +1,423 @@
-"""Stage 6: measure the exported draft by decoding with it; writes results.json.
+"""Stage 6: measure the exported draft by decoding with it, on whatever engine; writes results.json.
 
-Schema of results.json (version 1); every tau comes as {tau, low, high, prompts, steps}, low and high null under ten
-prompts:
-    schema, created_with      version of this schema; package versions, commit, hardware
-    settings                  prompts used and available, max_new_tokens, target and its dtype
-    acceptance[]              one entry per shape and temperature: shape, temperature, all, by_category,
-                              acceptance_by_depth, looping_share, tau_with_loops, tokens, prompts[] (raw counts);
-                              for chains at temperature > 0 also oracle {tau, ...} and share_of_oracle
-    lossless                  greedy identity in fp32: prompts, tokens, shapes, differences[], identical
-    speed[]                   per shape: plain_tokens_per_s, drafted_tokens_per_s, speedup (median over prompts),
-                              tau on the same tokens, differences[] of the bf16 outputs with their logit gaps
-    profile                   ranks of the target's own tokens among the draft's choices: prompts, positions,
-                              table[depth][rank], walks[prompt][position] (evaluation/profile.py); null without text
-    partial                   true where fewer prompts were used than the set holds
+Sessions are opened one at a time, the target alone first: servers take the whole machine. In this process both lie side
+by side and take turns. What is measured is kept in parts/, so that an interruption loses one measurement.
 """
 
 import statistics
+import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 
-from draftsmith.data.loops import loop_onset
+from draftsmith.core import run_files
+from draftsmith.core.errors import DataError, TargetError
+from draftsmith.core.files import write_atomic
+from draftsmith.core.progress import Meter, say
+from draftsmith.core.records.base import Record
+from draftsmith.core.records.data import Prompt
+from draftsmith.core.records.evaluation import (
+    Acceptance,
+    Difference,
+    EvaluationSettings,
+    Lossless,
+    PlainReference,
+    Profile,
+    Results,
+    Speed,
+    TimedGroup,
+)
+from draftsmith.core.records.run import Provenance
+from draftsmith.core.shape import Shape
 from draftsmith.data.regenerate import longest_prompt, open_conversations
 from draftsmith.data.templates import ChatFormat
+from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
-from draftsmith.decoding.speculate import Decoder, Eagle3Drafter
-from draftsmith.decoding.tree import Shape
-from draftsmith.drafts.checkpoint import Reading, load_draft, own_embedding
-from draftsmith.errors import CheckpointError, DataError, TargetError
-from draftsmith.evaluation.acceptance import PromptAcceptance, bootstrap_tau, count, oracle_walk, summarise, tau_text
-from draftsmith.evaluation.lossless import compare, greedy_identity, lossless_verdict
+from draftsmith.decoding.stopping import Ends, loop_onset
+from draftsmith.drafts.directories import ready_draft
+from draftsmith.engines.base import Engine, Session, Setup
+from draftsmith.evaluation.acceptance import bootstrap_tau, count, oracle_walk, summarise, tau_line
+from draftsmith.evaluation.lossless import difference, first_difference, lossless_verdict
 from draftsmith.evaluation.profile import accept_profile
-from draftsmith.files import read_json, read_jsonl, write_json
-from draftsmith.progress import Meter, say
-from draftsmith.recipe import Recipe
-from draftsmith.targets.endings import stop_length
-from draftsmith.targets.ends import DTYPES
-from draftsmith.targets.local import LocalTarget
 
-SCHEMA = 1
 SHORTEST_TIMED = 8  # tokens
 PROFILE_PROMPTS = 48
+# A temperature below may well draw a greedy text; above it, so much of one is no draw.
+SURELY_DRAWS, SURELY_GREEDY = 0.5, 0.8
+SAMPLED_PROMPTS, SAMPLED_TOKENS = 4, 24
+
+R = TypeVar("R", bound=Record)
 
 
-def balanced(prompts: list[dict], limit: int | None) -> list[dict]:
+@dataclass(frozen=True)
+class Question:
+    """An evaluation prompt as the target reads it."""
+
+    id: str
+    category: str
+    ids: list[int]
+
+
+def balanced(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
     """The first prompts of every category in turn, so that a few are as many of each."""
-    queues = defaultdict(list)
+    queues: dict[str, list[Prompt]] = defaultdict(list)
     for prompt in prompts:
-        queues[prompt["category"]].append(prompt)
-    order: list[dict] = []
+        queues[prompt.category].append(prompt)
+    order: list[Prompt] = []
     while any(queues.values()):
         order += [queue.pop(0) for queue in queues.values() if queue]
     return order[:limit]
 
 
-def drafter_for(target: LocalTarget, directory: Path, dtype: str, reading: Reading | None = None) -> Eagle3Drafter:
-    """`reading`: how to take the taps of a draft that others made (drafts/checkpoint.py)."""
-    draft, ids = load_draft(directory, DTYPES[dtype], target.identity.num_layers, reading)
-    if draft.config.tap_size != target.identity.hidden_size or draft.config.vocab_size != target.identity.vocab_size:
-        raise CheckpointError(
-            f"{directory}: made for hidden size {draft.config.tap_size} and {draft.config.vocab_size} tokens, but "
-            f"{target.identity.model} has {target.identity.hidden_size} and {target.identity.vocab_size}"
-        )
-    target.check_taps(draft.config.taps)
-    embedding = own_embedding(directory)
-    if embedding is None:
-        embedding = target.embedding_rows()
-    if embedding.shape[1] != draft.config.hidden_size:
-        raise CheckpointError(
-            f"{directory}: the draft reads embeddings {draft.config.hidden_size} wide, but those of "
-            f"{target.identity.model} are {embedding.shape[1]} wide; it needs an embed_tokens.weight of its own"
-        )
-    return Eagle3Drafter(draft.to(target.device), ids, embedding)
+def measured_once(out: Path, name: str, kind: type[R], measure: Callable[[], R | None]) -> R | None:
+    """The measurement, from `parts/` if it was made before; None where there was nothing to measure."""
+    path = out / "parts" / f"{name.replace('/', '-')}.json"
+    if not path.exists():
+        result = measure()
+        if result is None:
+            write_atomic(path, "null")
+        else:
+            result.save(path)
+    return None if path.read_bytes() == b"null" else kind.load(path)
+
+
+def complete(
+    session: Session,
+    questions: Sequence[Question],
+    what: str,
+    sampling: Sampling,
+    length: int,
+    at_once: int | None,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+) -> list[Generation]:
+    """Answers in the questions' order; at most `at_once` of them in flight."""
+    answers: dict[int, Generation] = {}
+    every = session.generate([q.ids for q in questions], sampling, length, stop, seed, at_once=at_once)
+    accepted = steps = 0
+    with Meter(what, len(questions), "prompts") as meter:
+        for number, answer in every:
+            answers[number] = answer
+            accepted, steps = accepted + sum(answer.verified), steps + len(answer.verified)
+            meter.advance(1, len(answer.ids), f"tau {1 + accepted / steps:.2f}" if steps else "")
+    return [answers[number] for number in range(len(questions))]
+
+
+def time_group(session: Session, prompts: list[list[int]], length: int, stop: Sequence[str]) -> TimedGroup:
+    """Greedy answers to prompts that are asked at once. Seconds are those of decoding where the session tells them,
+    which leaves out the first token, as it comes from the prompt's own forward."""
+    started = time.perf_counter()
+    every = session.generate(prompts, Sampling(), length, stop, at_once=len(prompts))
+    answers = [answer for _, answer in sorted(every, key=lambda item: item[0])]
+    seconds, tokens = time.perf_counter() - started, sum(len(answer.ids) for answer in answers)
+    own = [answer.seconds for answer in answers if answer.seconds is not None]
+    if len(own) == len(answers):
+        seconds, tokens = sum(own), tokens - len(answers)
+    return TimedGroup(
+        tokens=tokens,
+        seconds=seconds,
+        accepted=sum(sum(answer.verified) for answer in answers),
+        steps=sum(len(answer.verified) for answer in answers),
+        outputs=[answer.ids for answer in answers],
+    )
 
 
 class Evaluation:
-    def __init__(
-        self, recipe: Recipe, target: LocalTarget, directory: Path, prompts_file: Path, reading: Reading | None = None
-    ):
-        self.recipe, self.settings, self.target, self.directory = recipe, recipe.evaluate, target, directory
-        chat = ChatFormat.of(recipe, target)
-        available = list(read_jsonl(prompts_file))
-        chosen = balanced(available, self.settings.prompts)
-        self.available = len(available)
-        longest = longest_prompt(recipe.regenerate, target.context)
-        opened = open_conversations(chosen, chat, longest, recipe.prompts.skip_bad)
-        self.prompts = [(c.prompt["id"], c.prompt["category"], c.ids) for c in opened]
+    """One draft on one engine. `out`: where results.json, its parts and the engine's logs go."""
+
+    def __init__(self, engine: Engine, setup: Setup, prompts_file: Path, out: Path):
+        self.engine, self.setup, self.out = engine, setup, out
+        self.recipe, self.settings = setup.recipe, setup.recipe.evaluate
+        self.available = list(Prompt.read_rows(prompts_file))
+        self.shapes = engine.draftable(self.settings.shapes, setup)
+        if self.settings.url is not None:
+            self.shapes = self.shapes[:1]
+        self.batches = (1,) if engine.in_process else self.settings.batches
+
+    def once(self, name: str, kind: type[R], measure: Callable[[], R | None]) -> R | None:
+        return measured_once(self.out, name, kind, measure)
+
+    def questions(self, session: Session) -> list[Question]:
+        self.chat = ChatFormat.of(self.recipe, session)
+        chosen = balanced(self.available, self.settings.prompts)
+        longest = longest_prompt(self.recipe.regenerate, session.identity.max_position_embeddings)
+        opened = list(open_conversations(chosen, self.chat, longest, self.recipe.prompts.skip_bad))
         if not opened:
             raise DataError("evaluate: no evaluation prompt is shorter than regenerate.max_prompt_tokens; raise it")
-        self.stop = chat.stop
-        self.ends = partial(stop_length, target.tokenizer, stop=chat.stop) if chat.stop else None
-        self.shapes = [Shape(s.steps, s.topk, s.draft_tokens) for s in self.settings.shapes]
-        if target.library is not None:
-            self._only_what_the_library_verifies(target.library.can_cut_back)
-        self.plain = Decoder(target)
-        self.drafter = drafter_for(target, directory, recipe.target.dtype, reading)
-        self.speculative = Decoder(target, self.drafter)
+        return [Question(c.prompt.id, c.prompt.category, c.ids) for c in opened]
 
-    def _only_what_the_library_verifies(self, chains: bool) -> None:
-        """Chains where a rejected token can be forgotten, else nothing."""
-        if not chains:
+    def run(self, created_with: Provenance) -> Results:
+        settings, engine, setup = self.settings, self.engine, self.setup
+        acceptance: list[Acceptance] = []
+        speed: list[Speed] = []
+        proofs: list[Lossless] = []
+        left_out: set[float] = set()
+        alone_known = engine.in_process or (settings.url is not None and settings.plain_url is None)
+        plain = None if alone_known else self.once("plain", PlainReference, self._plain)
+        for shape in self.shapes:
+            with engine.open(setup, shape, settings.url) as drafted:
+                questions = self.questions(drafted)
+                for temperature in settings.temperatures:
+                    if temperature and not self._draws(drafted, questions, temperature):
+                        left_out.add(temperature)
+                        continue
+                    measure = partial(self.acceptance, drafted, questions, shape, temperature)
+                    acceptance += filter(None, [self.once(f"tau-{shape}-T{temperature:g}", Acceptance, measure)])
+                    say(tau_line(acceptance[-1]))
+                speed += self._speeds(drafted, questions, shape, plain)
+                if plain is not None:
+                    proof = partial(self._identity, drafted, questions, shape, plain.outputs)
+                    proofs += filter(None, [self.once(f"lossless-{shape}", Lossless, proof)])
+        if not acceptance:
+            raise DataError("evaluate.temperatures: none that this server draws at; add 0.0")
+        profile = None
+        if engine.in_process:
+            profile = self.once("profile", Profile, partial(self.profile, questions))
+            proofs = list(filter(None, [self.once("lossless", Lossless, self._proof)]))
+        lossless = _together(proofs)
+        say(str(lossless_verdict(lossless)))
+        results = Results(
+            created_with=created_with,
+            settings=EvaluationSettings(
+                engine=engine.name,
+                prompts=len(questions),
+                prompts_available=len(self.available),
+                max_new_tokens=settings.max_new_tokens,
+                top_p=settings.top_p,
+                top_k=settings.top_k,
+                target=self.recipe.target.model,
+                dtype=self.recipe.target.dtype,
+                threads=torch.get_num_threads() if engine.in_process else None,
+            ),
+            acceptance=acceptance,
+            left_out=sorted(left_out),
+            lossless=lossless,
+            speed=speed,
+            profile=profile,
+        )
+        results.save(run_files.results(self.out))
+        return results
+
+    # --- accept length --------------------------------------------------------------------------------------------
+
+    def sampling(self, temperature: float) -> Sampling:
+        return Sampling(temperature, self.settings.top_p, self.settings.top_k) if temperature else Sampling()
+
+    def acceptance(self, session: Session, questions: list[Question], shape: Shape, temperature: float) -> Acceptance:
+        length, stop = self.settings.max_new_tokens, self.chat.stop
+        # An engine may tell nothing of completions that a stop text ends: there it is looked for afterwards.
+        asked_stop = stop if self.engine.tells_of_stopped else ()
+        what = f"tau {shape} T={temperature:g}"
+        sampling, seed = self.sampling(temperature), self.recipe.seed
+        answers = complete(session, questions, what, sampling, length, session.capacity, asked_stop, seed)
+        if not self.engine.tells_of_stopped:
+            ends = Ends(frozenset(), session.tokenizer, stop)
+            answers = [replace(a, ids=ends.of_answer(a.ids, a.finish_reason)[0]) for a in answers]
+        self._require_told(answers, shape)
+        rows = [count(q.id, q.category, answer, shape.steps) for q, answer in zip(questions, answers, strict=True)]
+        entry = summarise(rows, shape, temperature)
+        return self._with_oracle(session, entry, questions, answers) if temperature and shape.topk == 1 else entry
+
+    def _require_told(self, answers: list[Generation], shape: Shape) -> None:
+        """A server that drafts another shape, or none, is an error."""
+        deepest = max((max(answer.verified, default=0) for answer in answers), default=0)
+        if deepest > shape.steps:
             raise TargetError(
-                f"evaluate.engine: {self.target.identity.architecture} keeps a state that cannot be cut back, so only "
-                "an engine verifies its drafts; give --evaluate.engine vllm or sglang"
+                f"evaluate.shapes: {shape} given, but the server accepted {deepest} draft tokens in one step; name the "
+                "shape that it was started with"
             )
-        left_out = [str(shape) for shape in self.shapes if shape.topk > 1]
-        self.shapes = [shape for shape in self.shapes if shape.topk == 1]
-        if left_out:
-            say(f"evaluate: {', '.join(left_out)} left out; transformers' own forward verifies chains only")
-        if not self.shapes:
-            raise TargetError("evaluate.shapes: none that can be verified here; add steps: 3, topk: 1, draft_tokens: 4")
+        silent = sum(not answer.verified for answer in answers if len(answer.ids) > 1)
+        if silent:
+            raise TargetError(
+                f"evaluate.url: the server tells nothing of drafting for {silent} of {len(answers)} completions; "
+                "start it with a draft" + (f" and {self.engine.tells_with}" if self.engine.tells_with else "")
+            )
 
-    def answers(self) -> list[list[int]]:
-        """Greedy answers of the target alone to the prompts that `profile` reads."""
-        prompts = [ids for _, _, ids in self.prompts[:PROFILE_PROMPTS]]
-        made = dict(self.target.generate(prompts, Sampling(), self.settings.max_new_tokens, self.stop))
-        return [made[i].ids for i in range(len(prompts))]
+    def _with_oracle(
+        self, session: Session, entry: Acceptance, questions: list[Question], answers: list[Generation]
+    ) -> Acceptance:
+        walks = []
+        for question, answer in zip(questions, answers, strict=True):
+            hits, onset = session.first_choices(question.ids, answer.ids), loop_onset(answer.ids)
+            if hits is None:
+                return entry
+            walks.append(oracle_walk(hits, entry.shape.steps, len(answer.ids) if onset is None else onset))
+        oracle = bootstrap_tau([accepted for accepted, _ in walks], [steps for _, steps in walks])
+        own, best = entry.all.tau, oracle.tau
+        share = (own - 1) / (best - 1) if own and best and best > 1 else None
+        return entry.model_copy(update={"oracle": oracle, "share_of_oracle": share})
 
-    def profile(self) -> dict[str, Any] | None:
-        prompts = [ids for _, _, ids in self.prompts[:PROFILE_PROMPTS]]
-        ids_D = torch.tensor(self.drafter.ids)
-        length = self.settings.max_new_tokens
-        drafter = self.drafter
-        return accept_profile(self.target, drafter.draft, ids_D, prompts, length, self.stop, drafter.embedding_VH)
+    def _draws(self, session: Session, questions: list[Question], temperature: float) -> bool:
+        """Whether a drafting server draws beyond the first token, which comes from the prompt's own forward.
 
-    def acceptance(self, shape: Shape, temperature: float) -> dict[str, Any]:
-        settings = self.settings
-        sampling = Sampling(temperature, settings.top_p, settings.top_k) if temperature else Sampling()
-        rows: list[PromptAcceptance] = []
-        oracle: list[tuple[int, int]] = []
-        with Meter(f"tau {shape} T={temperature:g}", len(self.prompts), "prompts") as meter:
-            for number, (name, category, prompt) in enumerate(self.prompts):
-                decoded = self.speculative.generate(
-                    prompt, sampling, settings.max_new_tokens, shape, seed=self.recipe.seed + number, ends=self.ends
-                )
-                rows.append(count(name, category, decoded, shape.steps))
-                if shape.topk == 1 and temperature:
-                    oracle.append(self._oracle(prompt, decoded.ids, shape.steps))
-                meter.advance(
-                    1,
-                    len(decoded.ids),
-                    f"tau {1 + sum(r.accepted for r in rows) / max(1, sum(r.steps for r in rows)):.2f}",
-                )
-        result = {
-            "shape": str(shape),
-            "temperature": temperature,
-            **summarise(rows),
-            "prompts": [row.to_dict() for row in rows],
-        }
-        if oracle:
-            result["oracle"] = bootstrap_tau([a for a, _ in oracle], [v for _, v in oracle])
-            own = result["all"]["tau"]
-            best = result["oracle"]["tau"]
-            result["share_of_oracle"] = (own - 1) / (best - 1) if own and best and best > 1 else None
-        return result
-
-    @torch.inference_mode()
-    def _oracle(self, prompt: list[int], ids: list[int], steps: int) -> tuple[int, int]:
-        last = self.target.capture([[*prompt, *ids]], ()).last_TH[len(prompt) - 1 : -1]
-        hits = (self.target.logits(last).argmax(-1).cpu() == torch.tensor(ids)).tolist()
-        onset = loop_onset(ids)
-        return oracle_walk(hits, steps, len(ids) if onset is None else onset)
-
-    def speed(self, shape: Shape) -> dict[str, Any] | None:
-        """Plain and drafted decoding alternate on the same prompts; the prompt's own forward is not counted.
-
-        None where every answer is too short to be timed.
+        Where it does not, what follows that token is its greedy text (but for ties that round otherwise).
         """
-        ratios: list[float] = []
-        plain_s = drafted_s = 0.0
-        plain_tokens = drafted_tokens = accepted = steps = 0
-        differences = []
-        chosen = self.prompts[: self.settings.speed_prompts]
-        longest = self.settings.max_new_tokens
-        self.plain.generate(chosen[0][2], Sampling(), 8)
-        self.speculative.generate(chosen[0][2], Sampling(), 8, shape)
-        with Meter(f"speed {shape}", len(chosen), "prompts") as meter:
-            for name, _, prompt in chosen:
-                plain = self.plain.generate(prompt, Sampling(), longest, ends=self.ends)
-                drafted = self.speculative.generate(prompt, Sampling(), longest, shape, ends=self.ends)
-                meter.advance(1, len(plain.ids) + len(drafted.ids))
-                difference = compare(self.target, name, prompt, plain.ids, drafted.ids)
-                if difference:
-                    differences.append(difference)
-                if min(len(plain.ids), len(drafted.ids)) < SHORTEST_TIMED:
-                    continue  # an answer of a few tokens times the clock, not the decoder
-                # the first token comes from the prompt's forward, which is not in the seconds
-                per_token = plain.seconds / (len(plain.ids) - 1), drafted.seconds / (len(drafted.ids) - 1)
-                ratios.append(per_token[0] / per_token[1])
-                plain_s, drafted_s = plain_s + plain.seconds, drafted_s + drafted.seconds
-                plain_tokens, drafted_tokens = plain_tokens + len(plain.ids) - 1, drafted_tokens + len(drafted.ids) - 1
-                accepted += sum(s.accepted for s in drafted.steps)
-                steps += len(drafted.steps)
-        if not ratios:
+        if self.engine.always_draws or temperature < SURELY_DRAWS or self.settings.top_k == 1:
+            return True
+        chosen = questions[:SAMPLED_PROMPTS]
+        sampling = self.sampling(temperature)
+        drawn = [a.ids for a in complete(session, chosen, "draws", sampling, SAMPLED_TOKENS, len(chosen))]
+        begun = [replace(q, ids=[*q.ids, *ids[:1]]) for q, ids in zip(chosen, drawn, strict=True)]
+        greedy = [a.ids for a in complete(session, begun, "greedy", Sampling(), SAMPLED_TOKENS - 1, len(begun))]
+        alike = total = 0
+        for d, g in zip((ids[1:] for ids in drawn), greedy, strict=True):
+            at = first_difference(d, g)
+            alike, total = alike + (len(d) if at is None else at), total + len(d)
+        if total and alike >= SURELY_GREEDY * total:
+            say(
+                f"evaluate: T={temperature:g} left out; the server drafts greedily at any temperature, as "
+                f"{self.engine.title} does where it lacks its sampling kernel (on CPUs)"
+            )
+            return False
+        return True
+
+    def profile(self, questions: list[Question]) -> Profile | None:
+        target = self.setup.target
+        assert target is not None, "of a target in this process"
+        ready = ready_draft(target, self.setup.draft, self.setup.reading)
+        prompts = [question.ids for question in questions[:PROFILE_PROMPTS]]
+        return accept_profile(target, ready, prompts, self.settings.max_new_tokens, self.chat.stop)
+
+    # --- losslessness ---------------------------------------------------------------------------------------------
+
+    def _plain(self) -> PlainReference:
+        """One request at a time, as other batches round differently; seconds by requests at once."""
+        settings = self.settings
+        with self.engine.open(self.setup, None, settings.plain_url) as alone:
+            questions = self.questions(alone)
+            chosen = questions[: settings.lossless_prompts]
+            outputs = complete(alone, chosen, "lossless, plain", Sampling(), settings.lossless_tokens, 1)
+            timed = {batch: self._timed([alone], questions, batch, "plain")[0] for batch in self.batches}
+        return PlainReference(outputs=[answer.ids for answer in outputs], timed=timed)
+
+    def _identity(
+        self, session: Session, questions: list[Question], shape: Shape, reference: list[list[int]],
+        alone: Session | None = None,
+    ) -> Lossless:  # fmt: skip
+        """Greedy outputs against the target's own; end tokens apply, stop texts do not.
+
+        `alone`: decodes a prompt again plainly and by itself where its reference was made in a batch, and that is what
+        counts.
+        """
+        length, chosen = self.settings.lossless_tokens, questions[: self.settings.lossless_prompts]
+        answers = complete(session, chosen, f"lossless {shape}", Sampling(), length, 1)
+        differences: list[Difference] = []
+        for question, plain, answer in zip(chosen, reference, answers, strict=True):
+            if alone is not None and plain != answer.ids:
+                plain = next(alone.generate([question.ids], Sampling(), length, at_once=1))[1].ids
+            found = difference(session, question.id, shape, question.ids, plain, answer.ids)
+            differences += [found] if found else []
+        return Lossless(
+            dtype=session.identity.dtype,
+            prompts=len(chosen),
+            tokens_per_prompt=length,
+            tokens=sum(map(len, reference)),
+            shapes=(shape,),
+            differences=differences,
+        )
+
+    def _proof(self) -> Lossless | None:
+        """In this process: all shapes in fp32, against plain decoding of all prompts as one batch."""
+        setup, proofs = self.engine.exact(self.setup), []
+        with self.engine.open(setup, None) as alone:
+            questions = self.questions(alone)
+            chosen = questions[: self.settings.lossless_prompts]
+            length = self.settings.lossless_tokens
+            outputs = [a.ids for a in complete(alone, chosen, "lossless, plain", Sampling(), length, None)]
+            for shape in self.shapes:
+                with self.engine.open(setup, shape) as drafted:
+                    proofs.append(self._identity(drafted, questions, shape, outputs, alone))
+        return _together(proofs)
+
+    # --- speed ----------------------------------------------------------------------------------------------------
+
+    def _timed(
+        self, sessions: Sequence[Session], questions: list[Question], batch: int, what: str
+    ) -> list[list[TimedGroup]]:
+        """Groups of `batch` prompts for each of the sessions, which take turns; none if there are too few prompts.
+
+        The prompts are asked for one token before: an engine that caches prefixes then has all of them, so what is
+        timed is decoding; one that does not reads them again, with and without the draft.
+        """
+        chosen = questions[: max(batch, self.settings.speed_prompts // batch * batch)]
+        rows: list[list[TimedGroup]] = [[] for _ in sessions]
+        if len(chosen) < batch:
+            say(f"speed at batch {batch}: left out, there are {len(chosen)} prompts")
+            return rows
+        for session in sessions:
+            complete(session, chosen, f"warm {what}", Sampling(), 1, batch)
+            complete(session, chosen[:batch], f"warm {what}", Sampling(), 8, batch)
+        with Meter(f"speed {what} at batch {batch}", len(chosen), "prompts") as meter:
+            for start in range(0, len(chosen), batch):
+                group = [question.ids for question in chosen[start : start + batch]]
+                for session, timed in zip(sessions, rows, strict=True):
+                    timed.append(time_group(session, group, self.settings.max_new_tokens, self.chat.stop))
+                meter.advance(batch, rows[-1][-1].tokens)
+        return rows
+
+    def _speeds(
+        self, drafted: Session, questions: list[Question], shape: Shape, plain: PlainReference | None
+    ) -> list[Speed]:
+        found = []
+        for batch in self.batches:
+            if not (self.engine.in_process if plain is None else plain.timed.get(batch)):
+                continue
+            measure = partial(self._speed, drafted, questions, shape, batch, plain)
+            if entry := self.once(f"speed-{shape}-{batch}", Speed, measure):
+                say(
+                    f"speed {shape} at batch {batch}: {entry.drafted_tokens_per_s:.1f} tokens/s against "
+                    f"{entry.plain_tokens_per_s:.1f} plain, median {entry.speedup:.2f}x"
+                )
+                found.append(entry)
+        return found
+
+    def _speed(
+        self, drafted: Session, questions: list[Question], shape: Shape, batch: int, plain: PlainReference | None
+    ) -> Speed | None:
+        """Tokens per second against the target alone on the same groups of prompts; None where all are too short."""
+        if plain is None:
+            with self.engine.open(self.setup, None) as alone:
+                without, timed = self._timed([alone, drafted], questions, batch, str(shape))
+        else:
+            without = plain.timed[batch]
+            (timed,) = self._timed([drafted], questions, batch, str(shape))
+        pairs = [
+            (a, b) for a, b in zip(without, timed, strict=True) if min(a.tokens, b.tokens) >= SHORTEST_TIMED * batch
+        ]
+        if not pairs:
             say(f"speed {shape}: no answer is long enough to be timed")
             return None
-        return {
-            "shape": str(shape),
-            "prompts": len(ratios),
-            "tokens": plain_tokens,
-            "plain_tokens_per_s": plain_tokens / plain_s,
-            "drafted_tokens_per_s": drafted_tokens / drafted_s,
-            "speedup": statistics.median(ratios),
-            "tau": 1 + accepted / max(1, steps),
-            "dtype": self.target.identity.dtype,
-            "differences": differences,
-        }
-
-
-def lossless(recipe: Recipe, evaluation: Evaluation) -> dict[str, Any]:
-    """Greedy identity in fp32, where ties do not hide behind rounding."""
-    settings, target_recipe = recipe.evaluate, recipe.target
-    target = LocalTarget(
-        target_recipe.model, target_recipe.revision, "fp32", recipe.device, target_recipe.trust_remote_code
-    )
-    speculative = Decoder(target, drafter_for(target, evaluation.directory, "fp32"))
-    prompts = [(name, ids) for name, _, ids in evaluation.prompts[: settings.lossless_prompts]]
-    return greedy_identity(
-        target, Decoder(target), speculative, evaluation.shapes, prompts, settings.lossless_tokens, "fp32"
-    )
-
-
-def verdict_line(result: dict[str, Any]) -> str:
-    verdict = lossless_verdict(result)
-    word = {"yes": "yes", "ties": "up to ties", "no": "NO", "untested": "not tested"}[verdict.state]
-    return f"lossless: {word}; {verdict.detail}"
-
-
-def tau_line(entry: dict[str, Any]) -> str:
-    """`tau 2.10 [2.02, 2.19] at 3/1/4, T=0 (chat 1.9, code 2.3, math 2.2)`"""
-
-    def short(value: dict[str, Any]) -> str:
-        return "-" if value["tau"] is None else f"{value['tau']:.2f}"
-
-    categories = ", ".join(f"{name} {short(value)}" for name, value in entry["by_category"].items())
-    line = f"tau {tau_text(entry['all'])} at {entry['shape']}, T={entry['temperature']:g} ({categories})"
-    if entry.get("share_of_oracle") is not None:
-        line += f"; oracle {short(entry['oracle'])}, share {entry['share_of_oracle']:.0%}"
-    return line
-
-
-def measured_once(out: Path, name: str, measure: Callable[[], Any]) -> Any:
-    """The measurement, from `parts/` if it was made before: an interruption loses one."""
-    path = out / "parts" / f"{name.replace('/', '-')}.json"
-    if not path.exists():
-        write_json(path, measure())
-    return read_json(path)
-
-
-def evaluate(
-    recipe: Recipe, target: LocalTarget, directory: Path, prompts_file: Path, out: Path, created_with: dict[str, Any]
-) -> dict[str, Any]:
-    """Stage `evaluate` on the embedded engine."""
-    evaluation = Evaluation(recipe, target, directory, prompts_file)
-    once = partial(measured_once, out)
-    acceptance = []
-    for temperature in recipe.evaluate.temperatures:
-        for shape in evaluation.shapes:
-            name = f"tau-{shape}-T{temperature:g}"
-            acceptance.append(once(name, partial(evaluation.acceptance, shape, temperature)))
-            say(tau_line(acceptance[-1]))
-    profile = once("profile", evaluation.profile)
-    measured = [once(f"speed-{shape}", partial(evaluation.speed, shape)) for shape in evaluation.shapes]
-    speed = [entry for entry in measured if entry]
-    for entry in speed:
-        say(
-            f"speed {entry['shape']}: {entry['drafted_tokens_per_s']:.1f} tokens/s against "
-            f"{entry['plain_tokens_per_s']:.1f} plain, {entry['speedup']:.2f}x"
+        tokens, steps = sum(a.tokens for a, _ in pairs), sum(b.steps for _, b in pairs)
+        found: list[Difference | None] = []
+        if self.engine.in_process:
+            outputs = [(a.outputs[0], b.outputs[0]) for a, b in zip(without, timed, strict=True)]
+            found = [
+                difference(drafted, question.id, shape, question.ids, *pair)
+                for question, pair in zip(questions, outputs, strict=False)
+            ]
+        return Speed(
+            shape=shape,
+            batch=batch,
+            prompts=len(pairs) * batch,
+            tokens=tokens,
+            plain_tokens_per_s=tokens / sum(a.seconds for a, _ in pairs),
+            drafted_tokens_per_s=sum(b.tokens for _, b in pairs) / sum(b.seconds for _, b in pairs),
+            speedup=statistics.median((b.tokens / b.seconds) / (a.tokens / a.seconds) for a, b in pairs),
+            tau=1 + sum(b.accepted for _, b in pairs) / steps if steps else None,
+            dtype=drafted.identity.dtype,
+            differences=[d for d in found if d],
         )
-    proof = once("lossless", partial(lossless, recipe, evaluation))
-    say(verdict_line(proof))
-    results = {
-        "schema": SCHEMA,
-        "created_with": created_with,
-        "settings": {
-            "prompts": len(evaluation.prompts),
-            "prompts_available": evaluation.available,
-            "max_new_tokens": recipe.evaluate.max_new_tokens,
-            "top_p": recipe.evaluate.top_p,
-            "top_k": recipe.evaluate.top_k,
-            "target": recipe.target.model,
-            "dtype": recipe.target.dtype,
-            "threads": torch.get_num_threads(),
-        },
-        "acceptance": acceptance,
-        "lossless": proof,
-        "speed": speed,
-        "profile": profile,
-        "partial": len(evaluation.prompts) < evaluation.available,
-    }
-    write_json(out / "results.json", results)
-    return results
+
+
+def _together(proofs: list[Lossless]) -> Lossless | None:
+    """The proofs of several shapes as one."""
+    if not proofs:
+        return None
+    shapes = tuple(shape for proof in proofs for shape in proof.shapes)
+    differences = [d for proof in proofs for d in proof.differences]
+    return proofs[0].model_copy(update={"shapes": shapes, "differences": differences})

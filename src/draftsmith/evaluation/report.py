@@ -1,97 +1,133 @@
 """Stage `report`: one HTML file that shows what a run made and whether to trust it.
 
-The sections' contents come from `report_sections.py`, their words from the template `report.html`, which says in one
-line where a stage has not run.
+Words come from the template `report.html`, which says in one line where a stage has not run.
 """
 
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import Environment, StrictUndefined
 
+from draftsmith.core import run_files
+from draftsmith.core.files import write_atomic
+from draftsmith.core.history import recipe_that_ran
+from draftsmith.core.progress import short_duration
+from draftsmith.core.recipe import EngineName, Recipe
+from draftsmith.core.recipe_file import dump_recipe, load_recipe
+from draftsmith.core.records.base import Record
+from draftsmith.core.records.data import CompletionsSummary, Coverage, PromptsSummary, Timing
+from draftsmith.core.records.evaluation import Acceptance, Results, Speed
+from draftsmith.core.records.run import Manifest, Provenance
+from draftsmith.core.records.training import MetricsRow, StepTiming, TrainingSummary
+from draftsmith.core.run_files import RunFiles
 from draftsmith.data.regenerate import read_completions
-from draftsmith.evaluation.acceptance import tau_text
-from draftsmith.evaluation.lossless import lossless_verdict
+from draftsmith.drafts import METHODS
+from draftsmith.engines import ENGINES
+from draftsmith.evaluation.lossless import LosslessVerdict, lossless_verdict
 from draftsmith.evaluation.report_sections import (
-    View,
-    answer_view,
-    data_view,
-    engines_view,
-    evaluation_view,
-    mask_view,
+    Answer,
+    categories_of,
+    depth_plot,
+    loss_mask,
     sample_completions,
-    training_view,
-    vocabulary_view,
+    setting,
+    size_label,
+    tau_plot,
+    training_plots,
+    trees_and_chains,
+    vocabulary_plot,
 )
-from draftsmith.files import read_json, read_jsonl, write_atomic
-from draftsmith.progress import short_duration
-from draftsmith.recipe import Recipe, dump_recipe, load_recipe
 
 ANSWERS = 20
-ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}
+R = TypeVar("R", bound=Record)
+
+
+def _rows(kind: type[R], path: Path) -> list[R]:
+    return list(kind.read_rows(path)) if path.exists() else []
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a run directory holds."""
+class Findings:
+    """What a run directory holds; None of a stage that has not run."""
 
-    directory: Path
+    files: RunFiles
     recipe: Recipe | None
-    manifest: View | None
-    prompts: View | None
-    completions: View | None
-    regenerate_timing: View | None
-    coverage: View | None
-    metrics: list[View]
-    step_timing: list[View]
-    training: View | None
-    results: View | None
-    engine_results: list[View]
+    manifest: Manifest | None
+    prompts: PromptsSummary | None
+    completions: CompletionsSummary | None
+    timing: Timing | None
+    coverage: Coverage | None
+    metrics: list[MetricsRow]
+    step_timing: list[StepTiming]
+    training: TrainingSummary | None
+    results: Results | None
+    elsewhere: list[Results]
+    """What other engines measured."""
 
     @classmethod
-    def read(cls, directory: Path) -> "Run":
-        def optional(*parts: str) -> View | None:
-            path = directory.joinpath(*parts)
-            return read_json(path) if path.exists() else None
-
-        def lines(*parts: str) -> list[View]:
-            path = directory.joinpath(*parts)
-            return list(read_jsonl(path)) if path.exists() else []
-
-        recipe = directory / "recipe.yaml"
+    def of(cls, run: RunFiles) -> "Findings":
+        found = {name: Results.load(path) for name, path in run.results.items()}
         return cls(
-            directory,
-            load_recipe(recipe) if recipe.exists() else None,
-            optional("manifest.json"),
-            optional("prompts", "summary.json"),
-            optional("completions", "summary.json"),
-            optional("completions", "timing.json"),
-            optional("vocab", "coverage.json"),
-            lines("train", "metrics.jsonl"),
-            lines("train", "timing.jsonl"),
-            optional("train", "summary.json"),
-            optional("evaluate", "results.json"),
-            [
-                read_json(path)
-                for path in sorted(directory.glob("evaluate-*/results.json"))
-                if "." not in path.parent.name
-            ],
+            run,
+            recipe_that_ran(run, load_recipe(run.recipe)) if run.recipe.exists() else None,
+            Manifest.found(run.manifest),
+            PromptsSummary.found(run_files.summary(run.training_prompts.parent)),
+            CompletionsSummary.found(run_files.summary(run.completions)),
+            Timing.found(run_files.timing(run.completions)),
+            Coverage.found(run.coverage),
+            _rows(MetricsRow, run_files.metrics(run.train)),
+            _rows(StepTiming, run_files.step_timing(run.train)),
+            TrainingSummary.found(run_files.summary(run.train)),
+            found.pop("embedded", None),
+            list(found.values()),
         )
 
     @property
     def target(self) -> str:
         if self.recipe:
             return self.recipe.target.model
-        return self.results["settings"]["target"] if self.results else "an unnamed target"
+        return self.results.settings.target if self.results else "an unnamed target"
 
     @property
-    def created_with(self) -> View:
-        """Provenance of the measurements if there are any, else of the run."""
-        return (self.results or {}).get("created_with") or self.manifest or {}
+    def method(self) -> str:
+        return METHODS[self.recipe.draft.method].title if self.recipe else "draft"
+
+    @property
+    def created_with(self) -> Provenance | None:
+        """Of the measurements if there are any, else of the run."""
+        known = self.results or self.manifest
+        return known.created_with if known else None
+
+    @property
+    def machine(self) -> str:
+        """Processor and accelerators, without the operating system's version."""
+        if self.created_with is None:
+            return "unknown machine"
+        hardware = self.created_with.hardware
+        threads = self.results.settings.threads if self.results else None
+        parts = [f"cpu {hardware.cpu}", f"cores {hardware.cores}"]
+        parts += [f"gpus {', '.join(hardware.gpus)}"] if hardware.gpus else []
+        return ", ".join([*parts, *([f"threads {threads}"] if threads else [])])
+
+    @cached_property
+    def fastest(self) -> Speed | None:
+        return max(self.results.speed, key=lambda entry: entry.speedup, default=None) if self.results else None
+
+    @property
+    def headline(self) -> Acceptance | None:
+        """The coolest acceptance of the fastest shape; of the first shape where no speed was measured."""
+        entries = self.results.acceptance if self.results else []
+        same = [e for e in entries if self.fastest is None or e.shape == self.fastest.shape]
+        return min(same or entries, key=lambda entry: entry.temperature, default=None)
+
+    @property
+    def verdict(self) -> LosslessVerdict:
+        return lossless_verdict(self.results.lossless if self.results else None)
 
 
 # --- text ---------------------------------------------------------------------------------------------------------
@@ -114,62 +150,10 @@ def plain(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-# --- headline -----------------------------------------------------------------------------------------------------
-
-
-def fastest(results: View) -> View | None:
-    return max(results["speed"], key=lambda entry: entry["speedup"], default=None)
-
-
-def headline_entry(results: View) -> View | None:
-    """The coolest acceptance of the fastest shape; of the first shape where no speed was measured."""
-    best = fastest(results)
-    same = [e for e in results["acceptance"] if best is None or e["shape"] == best["shape"]]
-    return min(same or results["acceptance"], key=lambda entry: entry["temperature"], default=None)
-
-
-VERDICTS = {
-    "yes": ("good", "yes"),
-    "ties": ("good", "up to ties"),
-    "no": ("bad", "NO"),
-    "untested": ("unknown", "not tested"),
-}
-
-
-def verdict(results: View | None) -> View:
-    told = lossless_verdict((results or {}).get("lossless"))
-    state, word = VERDICTS[told.state]
-    return {"state": state, "word": word, "detail": told.detail}
-
-
-def headline(run: Run) -> View:
-    results, training = run.results, run.training
-    return {
-        "target": run.target,
-        "parameters": training["parameters"] if training else None,
-        "vocabulary": run.coverage["chosen_size"] if run.coverage else None,
-        "status": training["status"] if training else None,
-        "entry": headline_entry(results) if results else None,
-        "speed": fastest(results) if results else None,
-        "shapes": len(results["speed"]) if results else 0,
-        "lossless": verdict(results),
-        "partial": bool(results and results["partial"]),
-        "prompts": results["settings"]["prompts"] if results else None,
-        "machine": machine(run),
-    }
-
-
-def machine(run: Run) -> str:
-    """Processor and accelerators, without the operating system's version."""
-    hardware = {k: v for k, v in run.created_with.get("hardware", {}).items() if k != "system" and v not in ([], None)}
-    threads = (run.results or {}).get("settings", {}).get("threads")
-    return plain(hardware | ({"threads": threads} if threads else {})) or "unknown machine"
-
-
 # --- recipe -------------------------------------------------------------------------------------------------------
 
 
-def recipe_rows(run: Run) -> list[tuple[str, str]]:
+def recipe_rows(run: Findings) -> list[tuple[str, str]]:
     """What decides the outcome; the whole recipe stands below the table."""
     if run.recipe is None:
         return []
@@ -184,7 +168,7 @@ def recipe_rows(run: Run) -> list[tuple[str, str]]:
         ("target", f"{r.target.model}, {r.target.dtype}, on {r.target.engine}"),
         ("prompts", plain([f"{s.name}{f' (at most {s.limit:,})' if s.limit else ''}" for s in r.prompts.sources])),
         ("answers", f"{sampling}; at most {regenerate.max_new_tokens} tokens"),
-        ("draft", f"EAGLE-3, taps {taps}, norm {norm}, {r.vocab.size:,} tokens"),
+        ("draft", f"{run.method}, taps {taps}, norm {norm}, {r.vocab.size:,} tokens"),
         ("training", f"{passes}, {train.ttt_steps} TTT steps, {train.objective}, {train.optimizer}, {train.dtype}"),
         ("step", f"{train.pack_tokens * train.accumulate:,} tokens, peak learning rate {train.learning_rate:g}"),
         ("evaluation", f"shapes {plain(r.evaluate.shapes)}; T {plain(r.evaluate.temperatures)}"),
@@ -195,70 +179,72 @@ def recipe_rows(run: Run) -> list[tuple[str, str]]:
 # --- what to run next ---------------------------------------------------------------------------------------------
 
 
-def train_longer(run: Run) -> tuple[str, str | None]:
+def train_longer(run: Findings) -> tuple[str, str | None]:
     words = "tau was still rising: train longer (or raise regenerate.max_tokens for more data)"
     if run.recipe is None or run.training is None:
         return words, None
     train = run.recipe.train
-    key, now = ("max-steps", train.max_steps) if train.max_steps == run.training["steps"] else ("epochs", train.epochs)
+    key, now = ("max-steps", train.max_steps) if train.max_steps == run.training.steps else ("epochs", train.epochs)
     return words, f"{own_command(run, 'run')} --train.{key} {2 * (now or 1)}"
 
 
-def own_command(run: Run, stage: str) -> str:
-    return shlex.join(["draftsmith", stage, str(run.directory / "recipe.yaml"), "--out", str(run.directory)])
+def own_command(run: Findings, stage: str) -> str:
+    return shlex.join(["draftsmith", stage, str(run.files.recipe), "--out", str(run.files.root)])
 
 
-def next_steps(run: Run, serve: Mapping[str, str]) -> list[tuple[str, str | None]]:
+def next_steps(run: Findings, serve: Mapping[EngineName, str]) -> list[tuple[str, str | None]]:
     """(what, exact command), the most urgent first; `serve`: the command of every engine that can serve the draft."""
     steps: list[tuple[str, str | None]] = []
-    if verdict(run.results)["state"] == "bad":
+    if run.verdict.state == "no":
         steps.append(("Do not serve this draft before the differences listed above are explained.", None))
     if run.training is None:
         return [*steps, ("The draft is not trained; finish the run", own_command(run, "run"))]
-    if run.training["status"] == "preview":
+    if run.training.status == "preview":
         steps.append(train_longer(run))
     if run.results is None:
         steps.append(("Measure before you serve", own_command(run, "evaluate")))
-    best = fastest(run.results) if run.results else None
-    if best and best["speedup"] <= 1:
+    if run.fastest and run.fastest.speedup <= 1:
         steps.append(("Drafting does not pay on this machine; measure on the one that will serve.", None))
-    return [*steps, *((f"Serve on {ENGINES[engine]}", command) for engine, command in serve.items())]
+    return [*steps, *((f"Serve on {ENGINES[engine].title}", command) for engine, command in serve.items())]
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
 def environment() -> Environment:
-    made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    made.filters.update(number=number, share=share, tau=tau_text, plain=plain, duration=short_duration)
-    return made
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page.filters.update(number=number, share=share, plain=plain, duration=short_duration, setting=setting)
+    page.filters.update(size_label=size_label)
+    return page
 
 
-def write_report(run_dir: Path, tokenizer, serve: Mapping[str, str]) -> Path:
-    """Write RUN/report.html; sections whose stage has not run say so. `serve`: see `next_steps`."""
-    run = Run.read(run_dir)
-    seed = run.recipe.seed if run.recipe else 0
-    rows = sample_completions(read_completions(run_dir / "completions"), ANSWERS, seed)
+def write_report(files_of_run: RunFiles, tokenizer: Any, serve: Mapping[EngineName, str]) -> Path:
+    """Write report.html; sections whose stage has not run say so. `serve`: see `next_steps`."""
+    run = Findings.of(files_of_run)
+    rows = sample_completions(read_completions(run.files.completions), ANSWERS, run.recipe.seed if run.recipe else 0)
     page = environment().from_string((files("draftsmith.evaluation") / "report.html").read_text("utf-8"))
-    path = run_dir / "report.html"
-    write_atomic(
-        path,
-        page.render(
-            name=run.recipe.name if run.recipe else run_dir.name,
-            headline=headline(run),
-            recipe_rows=recipe_rows(run),
-            recipe_text=dump_recipe(run.recipe) if run.recipe else "",
-            data=data_view(run.prompts, run.completions, run.regenerate_timing),
-            vocabulary=vocabulary_view(run.coverage),
-            mask=mask_view(rows, tokenizer, run_dir / "vocab" / "vocab.safetensors"),
-            answers=[answer_view(row, tokenizer) for row in rows],
-            training=training_view(run.metrics, run.step_timing, run.training),
-            evaluation=evaluation_view(run.results),
-            engines=engines_view(run.engine_results),
-            verdict=verdict(run.results),
-            next_steps=next_steps(run, serve),
-            created_with=run.created_with,
-            stages=(run.manifest or {}).get("stages", {}),
-        ),
+    entries = run.results.acceptance if run.results else []
+    held_out = [row for row in run.metrics if row.held_out]
+    text = page.render(
+        run=run,
+        name=run.recipe.name if run.recipe else run.files.root.name,
+        recipe_rows=recipe_rows(run),
+        recipe_text=dump_recipe(run.recipe) if run.recipe else "",
+        vocabulary_plot=vocabulary_plot(run.coverage) if run.coverage else None,
+        mask=loss_mask(rows, tokenizer, run.files.vocabulary),
+        answers=[Answer.of(row, tokenizer) for row in rows],
+        training_plots=training_plots(run.metrics, run.step_timing),
+        trained_tokens=sum(row.tokens for row in run.step_timing),
+        trained_seconds=sum(row.seconds for row in run.step_timing),
+        last=held_out[-1] if held_out else None,
+        entries=entries,
+        categories=categories_of(entries),
+        depth=max((len(entry.acceptance_by_depth) for entry in entries), default=0),
+        evaluation_plots=[tau_plot(entries), depth_plot(entries)] if entries else [],
+        pairs=trees_and_chains(run.results) if run.results else [],
+        engine_categories=categories_of(e for results in run.elsewhere for e in results.acceptance),
+        verdict_of=lossless_verdict,
+        next_steps=next_steps(run, serve),
     )
-    return path
+    write_atomic(run.files.report, text)
+    return run.files.report

@@ -1,29 +1,31 @@
-"""What the report's sections show, each from one part of a run directory; None stands for a stage that has not run."""
+"""What the report's sections show beside the records themselves: plots, sampled answers, pairs of shapes."""
 
 import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from markupsafe import Markup
 
-from draftsmith.data.regenerate import Completion
+from draftsmith.core.records.data import Completion, Coverage
+from draftsmith.core.records.evaluation import Acceptance, Results, Tau
+from draftsmith.core.records.training import MetricsRow, StepTiming
 from draftsmith.data.vocabulary import DraftVocabulary
-from draftsmith.evaluation.lossless import lossless_verdict
 from draftsmith.evaluation.plots import interval_plot, line_plot
 
 PROMPT_END_CHARACTERS = 400
 MASK_TOKENS = 500
 PLOT_POINTS = 300
 
-View = dict[str, Any]
+T = TypeVar("T")
 
 
-def setting(entry: View) -> str:
-    return f"{entry['shape']}, T={entry['temperature']:g}"
+def setting(entry: Acceptance) -> str:
+    return f"{entry.shape}, T={entry.temperature:g}"
 
 
 def size_label(size: int) -> str:
@@ -33,24 +35,15 @@ def size_label(size: int) -> str:
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
-def data_view(prompts: View | None, completions: View | None, timing: View | None) -> View:
-    loops = completions["finish_reasons"]["loop"] / max(1, completions["completions"]) if completions else None
-    return {"prompts": prompts, "completions": completions, "loop_share": loops, "timing": timing}
-
-
-def vocabulary_view(table: View | None) -> View | None:
-    if table is None:
-        return None
-    sizes = table["sizes"]
-    plot = line_plot(
+def vocabulary_plot(coverage: Coverage) -> Markup:
+    return line_plot(
         "Share of answer tokens inside the draft vocabulary",
         ("draft vocabulary (tokens)", "share covered"),
-        {name: (sizes, shares) for name, shares in table["coverage"].items()},
-        ticks={size: size_label(size) for size in sizes},
+        {name: (coverage.sizes, shares) for name, shares in coverage.coverage.items()},
+        ticks={size: size_label(size) for size in coverage.sizes},
         doubling=True,
-        mark=(table["chosen_size"], f"chosen: {size_label(table['chosen_size'])}"),
+        mark=(coverage.chosen_size, f"chosen: {size_label(coverage.chosen_size)}"),
     )
-    return {**table, "labels": [size_label(size) for size in sizes], "plot": plot}
 
 
 def sample_completions(rows: Iterable[Completion], count: int, seed: int) -> list[Completion]:
@@ -58,13 +51,10 @@ def sample_completions(rows: Iterable[Completion], count: int, seed: int) -> lis
     kept: dict[str, list[Completion]] = {}
     seen: Counter[str] = Counter()
     chooser = random.Random(f"{seed}-report")
-    for row in rows:
-        if not row["spans"]:
-            continue
-        category = row["category"]
-        reservoir = kept.setdefault(category, [])
-        slot = len(reservoir) if len(reservoir) < count else chooser.randrange(seen[category] + 1)
-        seen[category] += 1
+    for row in (row for row in rows if row.spans):
+        reservoir = kept.setdefault(row.category, [])
+        slot = len(reservoir) if len(reservoir) < count else chooser.randrange(seen[row.category] + 1)
+        seen[row.category] += 1
         if slot < count:
             reservoir[slot : slot + 1] = [row]
     for reservoir in kept.values():
@@ -73,21 +63,28 @@ def sample_completions(rows: Iterable[Completion], count: int, seed: int) -> lis
     return [row for turn in turns for row in turn if row is not None][:count]
 
 
-def answer_view(row: Completion, tokenizer) -> View:
-    start, ids = row["spans"][0][0], row["ids"]
-    prompt = tokenizer.decode(ids[:start])
-    return {
-        "id": row["id"],
-        "category": row["category"],
-        "finish_reason": row["finish_reason"],
-        "sampling": "greedy" if row["sampling"][0] == 0 else f"T={row['sampling'][0]:g}",
-        "tokens": sum(end - begin for begin, end in row["spans"]),
-        "prompt": ("…" if len(prompt) > PROMPT_END_CHARACTERS else "") + prompt[-PROMPT_END_CHARACTERS:],
-        "answer": tokenizer.decode(ids[start:]),
-    }
+@dataclass(frozen=True)
+class Answer:
+    """A completion as text."""
+
+    row: Completion
+    prompt: str
+    answer: str
+
+    @classmethod
+    def of(cls, row: Completion, tokenizer: Any) -> "Answer":
+        start = row.spans[0][0]
+        prompt = tokenizer.decode(row.ids[:start])
+        shown = ("…" if len(prompt) > PROMPT_END_CHARACTERS else "") + prompt[-PROMPT_END_CHARACTERS:]
+        return cls(row, shown, tokenizer.decode(row.ids[start:]))
+
+    @property
+    def sampling(self) -> str:
+        temperature = self.row.sampling[0]
+        return "greedy" if temperature == 0 else f"T={temperature:g}"
 
 
-def token_texts(ids: Sequence[int], tokenizer) -> list[str]:
+def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
     """Text that each token adds; a character made of several tokens stands at the last of them.
 
     Decoding a token alone would lose the space before it with some tokenizers.
@@ -103,173 +100,131 @@ def token_texts(ids: Sequence[int], tokenizer) -> list[str]:
     return texts
 
 
-def mask_view(rows: Sequence[Completion], tokenizer, vocabulary_file: Path) -> View | None:
-    """The conversation nearest to a readable length, token by token."""
+@dataclass(frozen=True)
+class MaskedToken:
+    id: int
+    text: str
+    loss: bool
+    outside: bool
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A conversation token by token; `cut`: tokens that are not shown."""
+
+    row: Completion
+    tokens: list[MaskedToken]
+    cut: int
+    has_vocabulary: bool
+
+
+def loss_mask(rows: Sequence[Completion], tokenizer: Any, vocabulary_file: Path) -> Mask | None:
+    """The conversation nearest to a readable length."""
     if not rows:
         return None
-    row = min(rows, key=lambda r: abs(len(r["ids"]) - MASK_TOKENS // 2))
-    ids = row["ids"][:MASK_TOKENS]
+    row = min(rows, key=lambda r: abs(len(r.ids) - MASK_TOKENS // 2))
+    ids = row.ids[:MASK_TOKENS]
     known = DraftVocabulary.load(vocabulary_file).t2d.tolist() if vocabulary_file.exists() else None
     tokens = []
     for position, (token, text) in enumerate(zip(ids, token_texts(ids, tokenizer), strict=True)):
-        loss = any(start <= position < end for start, end in row["spans"])
-        tokens.append({"id": token, "text": text, "loss": loss, "outside": known is not None and not known[token]})
-    return {
-        "id": row["id"],
-        "category": row["category"],
-        "tokens": tokens,
-        "cut": len(row["ids"]) - len(ids),
-        "has_vocabulary": known is not None,
-    }
+        loss = any(start <= position < end for start, end in row.spans)
+        tokens.append(MaskedToken(token, text, loss, known is not None and not known[token]))
+    return Mask(row, tokens, len(row.ids) - len(ids), known is not None)
 
 
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-def thin(rows: Sequence[View]) -> Sequence[View]:
+def thin(rows: Sequence[T]) -> Sequence[T]:
     return rows[:: math.ceil(len(rows) / PLOT_POINTS) or 1]
 
 
-def training_view(metrics: Sequence[View], timing: Sequence[View], summary: View | None) -> View | None:
-    rows, held_out = thin([r for r in metrics if "loss" in r]), [r for r in metrics if "held_out" in r]
-    if not rows and not held_out:
-        return None
-    return {
-        "plots": [*step_plots(rows), *held_out_plots(held_out), *throughput_plots(timing)],
-        "summary": summary,
-        "last": held_out[-1] if held_out else None,
-        "tokens": sum(r["tokens"] for r in timing),
-        "seconds": sum(r["seconds"] for r in timing),
-    }
+def training_plots(metrics: Sequence[MetricsRow], timing: Sequence[StepTiming]) -> list[Markup]:
+    rows = thin([row for row in metrics if row.loss is not None])
+    held_out = [row for row in metrics if row.held_out]
+    return [*step_plots(rows), *held_out_plots(held_out), *throughput_plots(timing)]
 
 
-def step_plots(rows: Sequence[View]) -> list[Markup]:
+def step_plots(rows: Sequence[MetricsRow]) -> list[Markup]:
     if not rows:
         return []
-    steps = [r["step"] for r in rows]
-    alphas = {f"depth {d + 1}": (steps, [r["alpha"][d] for r in rows]) for d in range(len(rows[0]["alpha"]))}
+    steps = [row.step for row in rows]
+    alphas = {f"depth {d + 1}": (steps, [(r.alpha or [])[d] for r in rows]) for d in range(len(rows[0].alpha or []))}
+    losses = {"loss": (steps, [row.loss or 0.0 for row in rows])}
     return [
-        line_plot("Training loss", ("optimiser step", "loss"), {"loss": (steps, [r["loss"] for r in rows])}),
+        line_plot("Training loss", ("optimiser step", "loss"), losses),
         line_plot("Acceptance per depth while training", ("optimiser step", "alpha"), alphas, from_zero=True),
     ]
 
 
-def held_out_plots(rows: Sequence[View]) -> list[Markup]:
-    if not rows:
+def held_out_plots(rows: Sequence[MetricsRow]) -> list[Markup]:
+    found = [(row.step, row.held_out.tau) for row in rows if row.held_out]
+    if not found:
         return []
-    steps = [r["step"] for r in rows]
-    taus = {
-        f"chain of {name.removeprefix('tau_')}": (steps, [r["held_out"][name] for r in rows])
-        for name in rows[0]["held_out"]
-        if name.startswith("tau_")
-    }
+    steps = [step for step, _ in found]
+    taus = {f"chain of {length}": (steps, [tau[length] for _, tau in found]) for length in found[0][1]}
     return [line_plot("tau on held-out completions", ("optimiser step", "tau"), taus)]
 
 
-def throughput_plots(timing: Sequence[View]) -> list[Markup]:
+def throughput_plots(timing: Sequence[StepTiming]) -> list[Markup]:
     """About sixty stretches: single steps vary with their packing."""
     width = math.ceil(len(timing) / 60) or 1
     stretches = [timing[i : i + width] for i in range(0, len(timing), width)]
     if not stretches:
         return []
-    rates = [sum(r["tokens"] for r in stretch) / sum(r["seconds"] for r in stretch) for stretch in stretches]
-    points = ([stretch[-1]["step"] for stretch in stretches], rates)
+    rates = [sum(r.tokens for r in stretch) / sum(r.seconds for r in stretch) for stretch in stretches]
+    points = ([stretch[-1].step for stretch in stretches], rates)
     return [line_plot("Throughput", ("optimiser step", "tokens/s"), {"tokens/s": points}, from_zero=True)]
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------------
 
 
-def evaluation_view(results: View | None) -> View | None:
-    if results is None:
-        return None
-    entries = results["acceptance"]
-    categories = sorted({name for entry in entries for name in entry["by_category"]})
-    rows = [
-        {"setting": setting(e), "taus": [e["all"], *(e["by_category"].get(c) for c in categories)], **e}
-        for e in entries
-    ]
-    depth = max((len(e["acceptance_by_depth"]) for e in entries), default=0)
-    return {
-        "settings": results["settings"],
-        "categories": categories,
-        "rows": rows,
-        "depth": depth,
-        "tau_plot": tau_plot(rows, categories) if rows else None,
-        "depth_plot": depth_plot(rows, depth) if rows else None,
-        "comparison": tree_against_chain(results),
-        "speed": results["speed"],
-        "lossless": results["lossless"],
-        "ties": [{"shape": entry["shape"], **d} for entry in results["speed"] for d in entry["differences"]],
-    }
+def categories_of(entries: Iterable[Acceptance]) -> list[str]:
+    return sorted({name for entry in entries for name in entry.by_category})
 
 
-def engines_view(results: Sequence[View]) -> View:
-    """What engines measured beside the embedded one: a row per engine, shape and temperature."""
-    rows = [
-        {"engine": r["settings"]["engine"], "dtype": r["settings"]["dtype"], "setting": setting(e), **e}
-        for r in results
-        for e in r["acceptance"]
-    ]
-    return {
-        "rows": rows,
-        "categories": sorted({name for row in rows for name in row["by_category"]}),
-        "speed": [{"engine": r["settings"]["engine"], **entry} for r in results for entry in r["speed"]],
-        "lossless": [
-            {"engine": r["settings"]["engine"], "verdict": lossless_verdict(r["lossless"]), **r["lossless"]}
-            for r in results
-            if r["lossless"]
-        ],
-    }
+def tau_plot(entries: Sequence[Acceptance]) -> Markup:
+    def dot(value: Tau | None) -> tuple[float, float, float] | None:
+        return value.dot if value else None
 
-
-def tau_plot(rows: Sequence[View], categories: Sequence[str]) -> Markup:
-    def dot(value: View | None) -> tuple[float, float, float] | None:
-        if value is None or value["tau"] is None:
-            return None
-        return value["tau"], value["low"] or value["tau"], value["high"] or value["tau"]
-
-    series = {row["setting"]: [dot(value) for value in row["taus"]] for row in rows}
+    categories = categories_of(entries)
+    series = {setting(e): [e.all.dot, *(dot(e.by_category.get(name)) for name in categories)] for e in entries}
     return interval_plot("tau by category, 95 % intervals over prompts", "tau", ["all", *categories], series)
 
 
-def depth_plot(rows: Sequence[View], depth: int) -> Markup:
+def depth_plot(entries: Sequence[Acceptance]) -> Markup:
     def line(shares: Sequence[float | None]) -> tuple[list[float], list[float]]:
         return list(range(1, len(shares) + 1)), [math.nan if value is None else value for value in shares]
 
+    deepest = max(len(entry.acceptance_by_depth) for entry in entries)
     return line_plot(
         "Acceptance by depth, given that the depth was reached",
         ("depth", "share accepted"),
-        {row["setting"]: line(row["acceptance_by_depth"]) for row in rows},
-        ticks={d: str(d) for d in range(1, depth + 1)},
+        {setting(entry): line(entry.acceptance_by_depth) for entry in entries},
+        ticks={d: str(d) for d in range(1, deepest + 1)},
         from_zero=True,
     )
 
 
-def tree_against_chain(results: View) -> list[View]:
-    """Every tree beside the chain of as many steps, at the same temperature."""
+@dataclass(frozen=True)
+class Pair:
+    """A tree beside the chain of as many steps, at the same temperature, with their greedy speed-ups."""
 
-    def steps_topk(shape: str) -> tuple[int, int]:
-        steps, topk, _ = shape.split("/")
-        return int(steps), int(topk)
+    chain: Acceptance
+    tree: Acceptance
+    chain_speedup: float | None
+    tree_speedup: float | None
 
-    speedups = {entry["shape"]: entry["speedup"] for entry in results["speed"]}
-    measured = [(*steps_topk(entry["shape"]), entry) for entry in results["acceptance"]]
-    chains = {(steps, entry["temperature"]): entry for steps, topk, entry in measured if topk == 1}
-    pairs = []
-    for steps, topk, tree in measured:
-        chain = chains.get((steps, tree["temperature"]))
-        if topk == 1 or chain is None:
-            continue
-        known = tree["all"]["tau"] is not None and chain["all"]["tau"] is not None
-        pairs.append(
-            {
-                "temperature": tree["temperature"],
-                "gain": tree["all"]["tau"] - chain["all"]["tau"] if known else None,
-                **{
-                    name: {"shape": e["shape"], "tau": e["all"], "speedup": speedups.get(e["shape"])}
-                    for name, e in (("chain", chain), ("tree", tree))
-                },
-            }
-        )
-    return pairs
+    @property
+    def gain(self) -> float | None:
+        tree, chain = self.tree.all.tau, self.chain.all.tau
+        return None if tree is None or chain is None else tree - chain
+
+
+def trees_and_chains(results: Results) -> list[Pair]:
+    speedups = {entry.shape: entry.speedup for entry in results.speed}
+    chains = {(e.shape.steps, e.temperature): e for e in results.acceptance if e.shape.topk == 1}
+    trees = [e for e in results.acceptance if e.shape.topk > 1 and (e.shape.steps, e.temperature) in chains]
+    beside = [(chains[tree.shape.steps, tree.temperature], tree) for tree in trees]
+    return [Pair(chain, tree, speedups.get(chain.shape), speedups.get(tree.shape)) for chain, tree in beside]

@@ -7,10 +7,11 @@ to it; a step accepts the longest prefix of the true path of ranks that the tree
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from draftsmith.decoding.tree import Shape
-from draftsmith.errors import RecipeError
+from draftsmith.core.errors import RecipeError
+from draftsmith.core.records.evaluation import Acceptance, Profile
+from draftsmith.core.shape import Shape
 
 Path = tuple[int, ...]
 # How much rarer each further rank is at the same depth; the trained Gemma draft's profile has 0.1 to 0.5 from rank to
@@ -151,37 +152,43 @@ def published(tau: float, shape: Shape) -> GeometricProfile:
 class Calibrated:
     """A profile, corrected by what decoding measured: chains by a chain's tau, trees by a tree's.
 
-    tau - 1 is scaled by measured / told of the nearest measured shape of the same kind.
+    tau - 1 is scaled by measured / profiled of the nearest measured shape of the same kind.
     """
 
     profile: MeasuredProfile
-    measured: dict[str, float]  # tau by shape, such as {"3/4/8": 2.6}
+    measured: dict[Shape, float]  # tau by shape
 
     @property
     def deepest(self) -> int:
         return self.profile.deepest
 
     def tau(self, shape: Shape) -> float:
-        known = [Shape(*map(int, name.split("/"))) for name in self.measured]
-        alike = [s for s in known if (s.topk == 1) == (shape.topk == 1) and s.steps <= self.deepest]
-        told = self.profile.tau(shape)
+        alike = [s for s in self.measured if (s.topk == 1) == (shape.topk == 1) and s.steps <= self.deepest]
+        raw = self.profile.tau(shape)
         if not alike:
-            return told
+            return raw
         nearest = min(alike, key=lambda s: abs(s.draft_tokens - shape.draft_tokens))
         there = self.profile.tau(nearest)
-        return 1 + (told - 1) * (self.measured[str(nearest)] - 1) / (there - 1) if there > 1 else told
+        return 1 + (raw - 1) * (self.measured[nearest] - 1) / (there - 1) if there > 1 else raw
 
 
-def from_results(results: dict[str, Any]) -> AcceptLength:
+class Evaluated(Protocol):
+    @property
+    def acceptance(self) -> list[Acceptance]: ...
+    @property
+    def profile(self) -> Profile | None: ...
+
+
+def from_results(results: Evaluated) -> AcceptLength:
     """Of an evaluation: its profile, corrected by its own greedy measurements; else its first greedy tau."""
     measured = {
-        entry["shape"]: entry["all"]["tau"]
-        for entry in results["acceptance"]
-        if entry["temperature"] == 0 and entry["all"]["tau"] and entry["all"]["tau"] > 1
+        entry.shape: entry.all.tau
+        for entry in results.acceptance
+        if entry.temperature == 0 and entry.all.tau and entry.all.tau > 1
     }
-    if results.get("profile"):
-        return Calibrated(MeasuredProfile(results["profile"]["walks"]), measured)
+    if results.profile:
+        return Calibrated(MeasuredProfile(results.profile.walks), measured)
     if not measured:
         raise RecipeError("predict: the evaluation holds no greedy tau; give --tau, or evaluate at temperature 0")
-    name, tau = next(iter(measured.items()))
-    return published(tau, Shape(*map(int, name.split("/"))))
+    shape, tau = next(iter(measured.items()))
+    return published(tau, shape)

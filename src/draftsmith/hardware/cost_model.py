@@ -9,12 +9,14 @@ costs come from a probe of the machine itself, or from a preset and the sizes of
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from draftsmith.decoding.tree import Shape
+from draftsmith.core.records.machine import ModelTimes, Prediction, Probe
+from draftsmith.core.shape import Shape
+from draftsmith.drafts.method import DraftSize
 from draftsmith.hardware.accept_length import AcceptLength
 from draftsmith.hardware.presets import Machine
-from draftsmith.hardware.sizes import DraftSize, TargetSize
+from draftsmith.hardware.sizes import TargetSize
 
 # Batches that break-even is looked for at: all up to 64, then six to each doubling, up to 1024.
 GRID = (*range(1, 65), *(int(64 * 2 ** (i / 6)) for i in range(1, 25)))
@@ -49,56 +51,25 @@ class Costs(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """One setting; times in seconds per step."""
-
-    shape: Shape
-    batch: int
-    context: int
-    tau: float
-    decode_s: float
-    verify_s: float
-    draft_s: float
-    overhead_s: float
-
-    @property
-    def c(self) -> float:
-        """A step's cost in plain decoding steps."""
-        return (self.verify_s + self.draft_s + self.overhead_s) / self.decode_s
-
-    @property
-    def speedup(self) -> float:
-        return self.tau / self.c
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "shape": str(self.shape),
-            "batch": self.batch,
-            "context": self.context,
-            "tau": self.tau,
-            "decode_s": self.decode_s,
-            "verify_s": self.verify_s,
-            "draft_s": self.draft_s,
-            "overhead_s": self.overhead_s,
-            "c": self.c,
-            "speedup": self.speedup,
-        }
-
-
 def predict(costs: Costs, accept: AcceptLength, shape: Shape, batch: int = 1, context: int = 512) -> Prediction:
     """Beyond the costs' reach times and speed-up are nan: a straight line through a few points is no measurement."""
-    tau = accept.tau(shape)
+    tau, decode_s = accept.tau(shape), costs.decode_s(batch, context)
     known = shape.draft_tokens * batch <= costs.reach
+    verify_s = costs.forward_s(shape.draft_tokens, batch, context) if known else math.nan
+    draft_s, overhead_s = costs.draft_s(shape, tau, batch, context), costs.overhead_s(shape)
+    c = (verify_s + draft_s + overhead_s) / decode_s
     return Prediction(
-        shape,
-        batch,
-        context,
-        tau,
-        decode_s=costs.decode_s(batch, context),
-        verify_s=costs.forward_s(shape.draft_tokens, batch, context) if known else math.nan,
-        draft_s=costs.draft_s(shape, tau, batch, context),
-        overhead_s=costs.overhead_s(shape),
+        machine=costs.name,
+        shape=shape,
+        batch=batch,
+        context=context,
+        tau=tau,
+        decode_s=decode_s,
+        verify_s=verify_s,
+        draft_s=draft_s,
+        overhead_s=overhead_s,
+        c=c,
+        speedup=tau / c,
     )
 
 
@@ -135,46 +106,50 @@ def interpolate(points: Sequence[Sequence[float]], x: float) -> float:
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """What a probe measured (hardware/probe.py); `parts` is its JSON.
+    """What a probe measured (hardware/probe.py).
 
     A forward of B sequences with w tokens each costs what one of B * w tokens does: weights are read once either way.
     """
 
-    parts: dict[str, Any]
+    probe: Probe
 
     @property
     def name(self) -> str:
-        return self.parts["machine"]
+        return self.probe.machine
+
+    @property
+    def times(self) -> ModelTimes:
+        assert self.probe.times is not None, "a probe of a machine alone is read as a roofline"
+        return self.probe.times
 
     @property
     def reach(self) -> float:
-        return BEYOND * self.parts["forward"][-1][0]
+        return BEYOND * self.times.forward[-1][0]
 
     def _beyond_s(self, batch: int, context: int) -> float:
-        return max(0, context - self.parts["context"]) * batch * self.parts["context_s"]
+        return max(0, context - self.times.context) * batch * self.times.context_s
 
     def forward_s(self, tokens: int, batch: int, context: int) -> float:
-        return interpolate(self.parts["forward"], tokens * batch) + self._beyond_s(batch, context)
+        return interpolate(self.times.forward, tokens * batch) + self._beyond_s(batch, context)
 
     def decode_s(self, batch: int, context: int) -> float:
-        if batch > 1 and "batched" in self.parts:  # rows with caches of their own, and their sampling
-            return interpolate(self.parts["batched"], batch) + self._beyond_s(batch, context)
+        if batch > 1 and self.times.batched:  # rows with caches of their own, and their sampling
+            return interpolate(self.times.batched, batch) + self._beyond_s(batch, context)
         return self.forward_s(1, batch, context) + self.overhead_s(None)
 
     def draft_s(self, shape: Shape, tau: float, batch: int, context: int) -> float:
-        draft = self.parts["draft"]
-        if "by_batch" in draft:
-            return shape.steps * max(0.0, interpolate(draft["by_batch"], batch))
-        step = interpolate(draft["step"], shape.topk)
-        alone = interpolate(draft["extend"], tau) + draft["first_s"] + (shape.steps - 1) * step
+        draft = self.times.draft
+        assert draft is not None, "the probe measured no draft"
+        if draft.by_batch:
+            return shape.steps * max(0.0, interpolate(draft.by_batch, batch))
+        alone = interpolate(draft.extend, tau) + draft.first_s + (shape.steps - 1) * interpolate(draft.step, shape.topk)
         # A draft grows with the batch as its target does: both are a few matrices that every token passes.
-        return alone * interpolate(self.parts["forward"], batch) / interpolate(self.parts["forward"], 1)
+        return alone * interpolate(self.times.forward, batch) / interpolate(self.times.forward, 1)
 
     def overhead_s(self, shape: Shape | None) -> float:
-        overhead = self.parts["overhead_s"]
         if shape is None:
-            return overhead["plain"]
-        return max(0.0, interpolate(overhead["drafted"], shape.draft_tokens))
+            return self.times.overhead_plain_s
+        return max(0.0, interpolate(self.times.overhead_drafted, shape.draft_tokens))
 
 
 # Served engines replay CUDA graphs, so a layer costs what its kernels take at least, whatever they read. Calibrated on
@@ -243,10 +218,7 @@ class RooflineCosts:
             launches = DRAFT_LAUNCHES * self.machine.launch_s
             return self._seconds(read_bytes + cache, 2 * parameters * tokens) + launches + collectives
 
-        # Engines run the first forward over all verified tokens, right or wrong.
-        first = forward(shape.draft_tokens * batch, draft.bytes, draft.parameters)
-        rest = forward(shape.topk * batch, draft.step_bytes, draft.step_bytes / 2)
-        return first + (shape.steps - 1) * rest
+        return sum(forward(f.tokens * batch, f.read_bytes, f.parameters) for f in draft.forwards(shape))
 
     def overhead_s(self, shape: Shape | None) -> float:
         if shape is None:

@@ -8,8 +8,8 @@ import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from draftsmith.hardware.configs import NO_ROWS, expert_count, layer_types, value_of
 from draftsmith.hardware.quantisation import Quantisation
+from draftsmith.targets.configs import NO_ROWS, expert_count, layer_types, value_of
 
 
 class Mass(NamedTuple):

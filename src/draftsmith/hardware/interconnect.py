@@ -3,10 +3,12 @@
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from draftsmith.core.records.base import Points
+from draftsmith.core.records.machine import Link
 
 SIZES = tuple(4096 * 4**i for i in range(5))  # 4 KB to 1 MB
 ROUNDS = 30
@@ -42,24 +44,24 @@ def _worker(rank: int, processes: int, backend: str, directory: str) -> None:
     dist.destroy_process_group()
 
 
-def all_reduce_latency(processes: int, backend: str) -> list[list[float]]:
-    """[bytes, seconds] of one all-reduce of bf16 values, the median of 30, for 4 KB to 1 MB.
+def all_reduce_latency(processes: int, backend: str) -> Points:
+    """(bytes, seconds) of one all-reduce of bf16 values, the median of 30, for 4 KB to 1 MB.
 
     backend: nccl (a GPU for each process) or gloo. Seconds include the launch; inside a CUDA graph it is less.
     """
     with tempfile.TemporaryDirectory() as directory:
         torch.multiprocessing.spawn(_worker, (processes, backend, directory), nprocs=processes)  # type: ignore[attr-defined]
         rows = Path(directory, "times").read_text().splitlines()
-    return [[float(value) for value in row.split()] for row in rows]
+    return tuple((float(size), float(seconds)) for size, seconds in map(str.split, rows))
 
 
-def topology() -> list[dict[str, Any]]:
-    """How each pair of GPUs is joined: {pair, peer_access, nvlink}; `nvlink` is None without the NVML bindings."""
+def topology() -> list[Link]:
+    """How each pair of GPUs is joined."""
     gpus = torch.cuda.device_count()
     pairs = [(i, j) for i in range(gpus) for j in range(i + 1, gpus)]
     linked = _nvlink_pairs(pairs)
     return [
-        {"pair": [i, j], "peer_access": torch.cuda.can_device_access_peer(i, j), "nvlink": linked and linked[i, j]}
+        Link(pair=(i, j), peer_access=torch.cuda.can_device_access_peer(i, j), nvlink=linked[i, j] if linked else None)
         for i, j in pairs
     ]
 
@@ -83,12 +85,12 @@ def _nvlink_pairs(pairs: list[tuple[int, int]]) -> dict[tuple[int, int], bool] |
     }
 
 
-def describe(pairs: list[dict[str, Any]]) -> str:
-    """In a user's words, by the worst pair."""
-    if not pairs:
+def in_words(links: list[Link]) -> str:
+    """By the worst pair."""
+    if not links:
         return "a single device"
-    if all(pair["nvlink"] for pair in pairs):
+    if all(link.nvlink for link in links):
         return "NVLink"
-    if all(pair["peer_access"] for pair in pairs):
-        return "NVLink or PCIe, peer to peer" if pairs[0]["nvlink"] is None else "PCIe, peer to peer"
+    if all(link.peer_access for link in links):
+        return "NVLink or PCIe, peer to peer" if links[0].nvlink is None else "PCIe, peer to peer"
     return "PCIe, through the host (no peer access)"

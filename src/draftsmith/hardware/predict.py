@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-from draftsmith.decoding.tree import Shape
+from draftsmith.core.records.machine import Prediction
+from draftsmith.core.shape import Shape
+from draftsmith.core.tables import table
 from draftsmith.hardware.accept_length import AcceptLength
-from draftsmith.hardware.cost_model import Costs, Prediction, paying_batches, predict
+from draftsmith.hardware.cost_model import Costs, paying_batches, predict
 
 ROWS = 12  # of the table; the heat map and the JSON have all
 WORTH = 1.03  # a gain below this is within the model's error
@@ -14,7 +15,7 @@ WORTH = 1.03  # a gain below this is within the model's error
 
 def candidate_shapes(deepest: int, trees: bool = True) -> list[Shape]:
     """Chains up to the deepest known step, and the trees that engines are usually served with."""
-    chains = [Shape(steps, 1, steps + 1) for steps in range(1, min(deepest, 10) + 1)]
+    chains = [Shape.chain(steps) for steps in range(1, min(deepest, 10) + 1)]
     wanted = [
         Shape(steps, topk, tokens)
         for steps in (2, 3, 5, 7)
@@ -25,7 +26,7 @@ def candidate_shapes(deepest: int, trees: bool = True) -> list[Shape]:
     return chains + (wanted if trees else [])
 
 
-def table(
+def predict_all(
     costs: Costs, accept: AcceptLength, shapes: Sequence[Shape], batches: Sequence[int], context: int
 ) -> list[list[Prediction]]:
     """One row per shape, one column per batch; the best at the first batch comes first."""
@@ -65,29 +66,22 @@ def advice(rows: list[list[Prediction]], costs: Costs, accept: AcceptLength) -> 
     return sentence
 
 
-def describe(rows: list[list[Prediction]]) -> str:
+def page(rows: list[list[Prediction]]) -> str:
+    """The predictions as text for a terminal."""
     batches = [p.batch for p in rows[0]]
-    head = f"{'shape':>9} {'tau':>6} {'c':>6} " + " ".join(f"{f'batch {batch}':>9}" for batch in batches)
-    lines = [head]
-    for row in rows[:ROWS]:
-        first = row[0]
-        gains = " ".join(f"{'-':>9}" if math.isnan(p.speedup) else f"{p.speedup:8.2f}x" for p in row)
-        lines.append(f"{first.shape!s:>9} {first.tau:6.2f} {first.c:6.2f} {gains}")
+    cells = [
+        [str(row[0].shape), f"{row[0].tau:.2f}", f"{row[0].c:.2f}"]
+        + ["-" if math.isnan(p.speedup) else f"{p.speedup:.2f}x" for p in row]
+        for row in rows[:ROWS]
+    ]
+    head = ["shape", "tau", "c", *(f"batch {batch}" for batch in batches)]
+    lines = [table(cells, head, range(len(head)))]
     if len(rows) > ROWS:
-        lines.append(f"{'...':>9} {len(rows) - ROWS} more in the JSON file")
+        lines.append(f"{len(rows) - ROWS} more in the JSON file")
     lines.append(f"c: a step's cost in plain decoding steps, at batch {batches[0]}; speed-up = tau / c")
     if any(math.isnan(p.speedup) for row in rows for p in row):
         lines.append("-: beyond what was measured")
     return "\n".join(lines)
-
-
-def to_dict(rows: list[list[Prediction]], sentence: str, costs: Costs, context: int) -> dict[str, Any]:
-    return {
-        "machine": costs.name,
-        "context": context,
-        "sentence": sentence,
-        "rows": [{"machine": costs.name, **p.to_dict()} for row in rows for p in row],
-    }
 
 
 def heat_map(rows: list[list[Prediction]], title: str) -> str:

@@ -7,7 +7,7 @@ beats every preset.
 
 from dataclasses import dataclass
 
-from draftsmith.errors import RecipeError
+from draftsmith.core.errors import RecipeError
 
 GB = 1e9
 LAYER_S = 30e-6

@@ -1,39 +1,32 @@
-"""Measure what a speed-up depends on: this machine with the embedded engine, or a server from outside.
+"""Measure what a speed-up depends on: this machine, the engine of this process, or a server from outside.
 
-A probe is plain JSON, which hardware/cost_model.py reads (`MeasuredCosts`); seconds and bytes throughout:
-    engine, machine           embedded, vllm or sglang; what it ran on
-    context                   cached tokens while it was measured; context_s: seconds more per further token
-    forward [[tokens, s]]     one forward of the target, head included, over so many tokens
-    draft                     extend [[tokens, s]], first_s, step [[topk, s]]: see `MeasuredCosts.draft_s`; of a
-                              server by_batch [[requests, s of one draft step]]
-    overhead_s                of a decoding step beside the models: plain, drafted [[verified tokens, s]]
-    batched [[rows, s]]       embedded: one step of regeneration, sampling included, over so many sequences
-    bandwidth_bytes_s, flops_s, launch_s, memory_bytes, all_reduce [[bytes, s]], topology    of the machine alone
-No trained draft is needed: an untrained one of the same shape takes the same time.
+No trained draft is needed: an untrained one of the same shape takes the same time. What a probe holds is told by
+core/records.py (`Probe`), what is made of it by hardware/cost_model.py.
 """
 
-import asyncio
 import itertools
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import httpx2 as httpx
+import psutil
 import torch
 
+from draftsmith.core.errors import TargetError
+from draftsmith.core.progress import Meter
+from draftsmith.core.records.machine import DraftTimes, MachineRates, ModelTimes, Probe
+from draftsmith.core.shape import Shape
+from draftsmith.core.tables import table
 from draftsmith.decoding.cache import StaticCache
 from draftsmith.decoding.sampling import Sampling
-from draftsmith.decoding.speculate import Decoder, Eagle3Drafter
-from draftsmith.decoding.tree import DraftTree, Shape
-from draftsmith.errors import TargetError
+from draftsmith.decoding.speculate import Decoder, Drafter
+from draftsmith.decoding.stopping import Ends
+from draftsmith.decoding.tree import DraftTree
+from draftsmith.engines.base import Session
+from draftsmith.engines.embedded import EmbeddedSession
 from draftsmith.hardware import interconnect
 from draftsmith.hardware.cost_model import MeasuredCosts, interpolate
 from draftsmith.hardware.presets import LAYER_S, Machine
-from draftsmith.progress import Meter
-from draftsmith.targets.base import Generation
-from draftsmith.targets.dialects import DIALECTS
 from draftsmith.targets.local import LocalTarget
 
 WIDTHS = (*range(1, 17), 24, 32, 64, 96)
@@ -42,9 +35,11 @@ ROUNDS = 7
 TOPKS = (1, 2, 4, 8)
 REFERENCE, WIDE = Shape(3, 1, 4), Shape(3, 4, 16)  # whose real loops tell the overhead
 LOOP_TOKENS = 24
-BATCH_ROUNDS, BATCH_STEPS, BATCH_CONTEXT = 2, (4, 20), 16
-# Of a machine whose target runs elsewhere.
-NO_MODEL: dict[str, Any] = {"engine": "none", "forward": None, "draft": None}
+SHORT, LONG = 8, 32  # tokens of two answers to the same prompt; the difference leaves the prompt out
+BATCH_ROUNDS, BATCH_CONTEXT, BATCH_LENGTHS = 2, 16, (4, 20)
+AT_ONCE = (1, 2, 4, 8, 16, 24, 32, 64)  # requests to a server
+DRAFTED_AT = (1, 8, 24)  # requests at once at which a drafting server is measured
+SERVER_ROUNDS = 3
 KERNELS_PER_LAYER = 12  # launched one by one; served engines replay graphs, as presets.LAYER_S has it
 
 
@@ -68,7 +63,10 @@ def _medians(work: Sequence[Callable[[], object]], device: torch.device, rounds:
     return [statistics.median(spent) for spent in seconds]
 
 
-def measure_machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+# --- the machine alone --------------------------------------------------------------------------------------------
+
+
+def machine_rates(device: torch.device, dtype: torch.dtype) -> MachineRates:
     """Memory bandwidth (of a copy: reading and writing), matrix product peak, smallest kernel, all-reduce."""
     big = torch.ones(64 << 20, dtype=torch.float32, device=device)
     other = torch.empty_like(big)
@@ -85,70 +83,108 @@ def measure_machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = psutil.virtual_memory().total
     if gpus > 1:
         reduced = interconnect.all_reduce_latency(gpus, "nccl")
     else:
-        reduced = interconnect.all_reduce_latency(2, "gloo") if device.type == "cpu" else []
-    return {
-        "gpus": gpus,
-        "memory_bytes": memory,
-        "bandwidth_bytes_s": 2 * big.numel() * 4 / copy_s,
-        "flops_s": 2 * size**3 / product_s,
-        "launch_s": launches_s / 100,
-        "all_reduce": reduced,
-        "topology": interconnect.topology(),
-    }
+        reduced = interconnect.all_reduce_latency(2, "gloo") if device.type == "cpu" else ()
+    return MachineRates(
+        gpus=gpus,
+        memory_bytes=memory,
+        bandwidth_bytes_s=2 * big.numel() * 4 / copy_s,
+        flops_s=2 * size**3 / product_s,
+        launch_s=launches_s / 100,
+        all_reduce=reduced,
+        topology=interconnect.topology(),
+    )
 
 
-def as_machine(parts: dict[str, Any]) -> Machine:
+def as_machine(name: str, rates: MachineRates) -> Machine:
     """The probed machine as a plan needs it: rates as measured, so nothing is discounted. Two processes that share a
     CPU's memory are no second device, so their all-reduce does not enter."""
+    layer_s = KERNELS_PER_LAYER * rates.launch_s
     return Machine(
-        parts["machine"],
-        max(1, parts["gpus"]),
-        parts["memory_bytes"],
-        parts["bandwidth_bytes_s"],
-        parts["flops_s"],
-        min(LAYER_S, KERNELS_PER_LAYER * parts["launch_s"]) if parts["gpus"] else KERNELS_PER_LAYER * parts["launch_s"],
-        tuple((size, seconds) for size, seconds in parts["all_reduce"]) if parts["gpus"] > 1 else (),
+        name,
+        max(1, rates.gpus),
+        rates.memory_bytes,
+        rates.bandwidth_bytes_s,
+        rates.flops_s,
+        min(LAYER_S, layer_s) if rates.gpus else layer_s,
+        rates.all_reduce if rates.gpus > 1 else (),
         efficiency=1.0,
     )
 
 
-def _chain(width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    tree = DraftTree([0] * width, [-1, *range(width - 1)])
-    return torch.tensor(tree.depths), tree.ancestors()
+# --- any engine, by requests at once ------------------------------------------------------------------------------
 
 
-def batched_steps(target: LocalTarget, prompt: list[int], sampling: Sampling) -> list[list[float]]:
-    """[rows, seconds] of one decoding step of `LocalTarget.generate`, up to its batch size."""
-    ends, target.eos_ids = target.eos_ids, frozenset()  # all rows write to the end
-    points = []
-    try:
-        most = target.batch_size
-        counts = sorted({1, max(1, most // 4), most})
-        with Meter("batches", len(counts) * BATCH_ROUNDS, "runs") as meter:
-            for rows in counts:
-                spent = []
-                for _ in range(BATCH_ROUNDS):
-                    times = []
-                    for steps in BATCH_STEPS:
-                        started = _clock(target.device)
-                        list(target.generate([prompt] * rows, sampling, steps))
-                        times.append(_clock(target.device) - started)
-                    spent.append((times[1] - times[0]) / (BATCH_STEPS[1] - BATCH_STEPS[0]))
-                    meter.advance(1)
-                points.append([float(rows), min(spent)])
-    finally:
-        target.eos_ids = ends
-    return points
+def _answers(session: Session, prompts: list[list[int]], sampling: Sampling, tokens: int) -> tuple[float, int]:
+    """(seconds until all prompts, asked at once, have exactly so many tokens, verification steps in all)."""
+    started = time.perf_counter()
+    every = session.generate(prompts, sampling, tokens, at_once=len(prompts), ignore_end=True)
+    steps = sum(len(answer.verified) for _, answer in every)
+    return time.perf_counter() - started, steps
+
+
+def by_requests(
+    session: Session,
+    prompts: list[list[int]],
+    at_once: Sequence[int],
+    rounds: int,
+    what: str,
+    sampling: Sampling | None = None,
+    lengths: tuple[int, int] = (SHORT, LONG),
+) -> list[tuple[float, float]]:
+    """For each number of requests at once: median seconds (per token of each, per drafting step or 0) over rounds of
+    different prompts. The prompts' own time cancels; they are asked once before, untimed, as a server that caches
+    prefixes would spare only the longer request the prompt."""
+    found, drawn = [], sampling or Sampling()
+    with Meter(what, len(at_once) * rounds, "rounds") as meter:
+        for number in at_once:
+            times = []
+            for start in range(0, number * rounds, number):
+                chosen = [prompts[i % len(prompts)] for i in range(start, start + number)]
+                _answers(session, chosen, drawn, 1)
+                (brief_s, brief), (whole_s, whole) = (_answers(session, chosen, drawn, length) for length in lengths)
+                spent, steps = whole_s - brief_s, whole - brief
+                times.append((spent / (lengths[1] - lengths[0]), spent * number / steps if steps > 0 else 0.0))
+                meter.advance(1)
+            found.append((statistics.median(t for t, _ in times), statistics.median(s for _, s in times)))
+    return found
+
+
+def server_times(
+    alone: Session, drafted: Session | None, prompts: list[list[int]], shape: Shape = REFERENCE
+) -> ModelTimes:
+    """The same curve from outside: n requests at once make forwards of n tokens.
+
+    drafted: a server that drafts `shape` for the same target; what its steps take beyond a forward of w tokens of each
+    request is the draft's, measured at several batches. Without one nothing is told of drafting there.
+    """
+    plain = by_requests(alone, prompts, AT_ONCE, SERVER_ROUNDS, "target")
+    # more work never takes less time; what says so is noise
+    highest = itertools.accumulate((seconds for seconds, _ in plain), max)
+    forward = tuple(zip(map(float, AT_ONCE), highest, strict=True))
+    if drafted is None:
+        return ModelTimes(context=CONTEXT, context_s=0.0, forward=forward, draft=None)
+    steps = []
+    for number, (_, step_s) in zip(
+        DRAFTED_AT, by_requests(drafted, prompts, DRAFTED_AT, 2 * SERVER_ROUNDS, "draft"), strict=True
+    ):
+        if not step_s:
+            raise TargetError("--draft-url: the server tells nothing of drafting; start it with `draftsmith serve`")
+        verify_s = interpolate(forward, shape.draft_tokens * number)
+        steps.append((float(number), max(0.0, step_s - verify_s) / shape.steps))
+    return ModelTimes(context=CONTEXT, context_s=0.0, forward=forward, draft=DraftTimes(by_batch=tuple(steps)))
+
+
+# --- the engine of this process, piece by piece -------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def probe_embedded(
-    target: LocalTarget, drafter: Eagle3Drafter, prompt: list[int], sampling: Sampling | None = None
-) -> dict[str, Any]:
+def embedded_times(
+    target: LocalTarget, drafter: Drafter, prompt: list[int], sampling: Sampling | None = None
+) -> ModelTimes:
     """T(w), the draft's parts, what a loop adds, and steps of whole batches.
 
     prompt: real text, of any length above a few tokens; sampling: of regeneration, greedy if left out.
@@ -159,201 +195,114 @@ def probe_embedded(
     target.prefill(cache, [0], [long], taps)
 
     def verify(width: int, context: int) -> Callable[[], object]:
-        chain = _chain(width)
-        ids = long[:width]
-        return lambda: target.logits(target.verify(cache, context, ids, *chain, taps)[1])
+        tree = DraftTree([0] * width, [-1, *range(width - 1)])
+        chain = torch.tensor(tree.depths), tree.ancestors()
+        return lambda: target.logits(target.verify(cache, context, long[:width], *chain, taps)[1])
 
-    times = _medians([*(verify(w, CONTEXT) for w in WIDTHS), verify(1, LONG_CONTEXT)], device, ROUNDS, "target")
-    forward = [[float(w), s] for w, s in zip(WIDTHS, times, strict=False)]
+    seconds = _medians([*(verify(w, CONTEXT) for w in WIDTHS), verify(1, LONG_CONTEXT)], device, ROUNDS, "target")
+    context_s = max(0.0, (seconds[-1] - seconds[0]) / (LONG_CONTEXT - CONTEXT))
+    times = ModelTimes(
+        context=CONTEXT,
+        context_s=context_s,
+        forward=tuple((float(w), s) for w, s in zip(WIDTHS, seconds, strict=False)),
+        draft=_draft_times(target, drafter, long),
+    )
+    plain_s, drafted = _loops(target, drafter, MeasuredCosts(Probe(engine="embedded", machine="", times=times)), long)
+    counts = sorted({1, max(1, target.batch_size // 4), target.batch_size})
+    short = [long[:BATCH_CONTEXT]] * target.batch_size
+    steps = by_requests(EmbeddedSession(target), short, counts, BATCH_ROUNDS, "batches", sampling, BATCH_LENGTHS)
+    beyond = (CONTEXT - BATCH_CONTEXT) * context_s  # told for the same context as the rest
+    batched = tuple((float(rows), s + rows * beyond) for rows, (s, _) in zip(counts, steps, strict=True))
+    return times.model_copy(update={"overhead_plain_s": plain_s, "overhead_drafted": drafted, "batched": batched})
 
-    states = target.capture([long[: CONTEXT + 1]], taps).taps_TKH
+
+def _draft_times(target: LocalTarget, drafter: Drafter, text: list[int]) -> DraftTimes:
+    """Reading verified tokens, the first guess, each further one by its top-k."""
+    states = target.capture([text[: CONTEXT + 1]], tuple(drafter.taps)).taps_TKH
     drafter.start()
-    drafter.extend(states[:-1], long[1 : CONTEXT + 1])
-    extends = [1, 2, 4]
+    drafter.extend(states[:-1], text[1 : CONTEXT + 1])
+    counts = (1, 2, 4)
     shapes = [Shape(1, 1, 2), *(Shape(5, k, 6) for k in TOPKS)]
-    parts = _medians(
+    seconds = _medians(
         [
-            *((lambda n=n: drafter.extend(states[:n], long[:n])) for n in extends),
-            *((lambda shape=shape: drafter.propose(long[0], shape)) for shape in shapes),
+            *((lambda n=n: drafter.extend(states[:n], text[:n])) for n in counts),
+            *((lambda shape=shape: drafter.propose(text[0], shape)) for shape in shapes),
         ],
-        device,
+        target.device,
         ROUNDS,
         "draft",
     )
-    extend, (first, *deep) = parts[: len(extends)], parts[len(extends) :]
-    context_s = max(0.0, (times[-1] - times[0]) / (LONG_CONTEXT - CONTEXT))
-    result = {
-        "engine": "embedded",
-        "context": CONTEXT,
-        "context_s": context_s,
-        "forward": forward,
-        "draft": {
-            "extend": [[float(n), s] for n, s in zip(extends, extend, strict=True)],
-            "first_s": first,
-            "step": [[float(k), (s - first) / 4] for k, s in zip(TOPKS, deep, strict=True)],
-        },
-    }
+    extend, (first, *deep) = seconds[: len(counts)], seconds[len(counts) :]
+    return DraftTimes(
+        extend=tuple(zip(map(float, counts), extend, strict=True)),
+        first_s=first,
+        step=tuple((float(k), (s - first) / 4) for k, s in zip(TOPKS, deep, strict=True)),
+    )
 
-    # The real loop: what it takes beyond its parts, plain, with a chain and with a wide tree.
-    costs = MeasuredCosts({**result, "machine": ""})
+
+def _loops(
+    target: LocalTarget, drafter: Drafter, costs: MeasuredCosts, text: list[int]
+) -> tuple[float, tuple[tuple[float, float], ...]]:
+    """Seconds of a real step beyond its parts: plain, and by verified tokens of a chain and of a wide tree."""
     plain, drafting = Decoder(target), Decoder(target, drafter)
     loops: dict[Shape | None, list[float]] = {None: [], REFERENCE: [], WIDE: []}
     with Meter("loops", ROUNDS * len(loops), "loops") as meter:
         for _ in range(ROUNDS):
             for shape, beyond in loops.items():
-                decoder = drafting if shape else plain
-                made = decoder.generate(long[:CONTEXT], Sampling(), LOOP_TOKENS, shape)
+                decoder, never = (drafting if shape else plain), Ends(frozenset())
+                answer = decoder.generate(text[:CONTEXT], Sampling(), LOOP_TOKENS, shape, ends=never)
                 meter.advance(1)
-                if not made.steps:
-                    raise TargetError("probe: the target ended the text at once; give prompts that it goes on with")
+                steps = len(answer.verified) if shape else len(answer.ids) - 1
+                assert answer.seconds is not None, "this decoder tells"
                 known = costs.forward_s(shape.draft_tokens if shape else 1, 1, CONTEXT)
                 if shape:
-                    tau = 1 + sum(step.accepted for step in made.steps) / len(made.steps)
-                    known += costs.draft_s(shape, tau, 1, CONTEXT)
-                beyond.append(made.seconds / len(made.steps) - known)
+                    known += costs.draft_s(shape, answer.tau, 1, CONTEXT)
+                beyond.append(answer.seconds / steps - known)
     rest = {shape: max(0.0, statistics.median(beyond)) for shape, beyond in loops.items()}
-    drafted = [[float(shape.draft_tokens), rest[shape]] for shape in (REFERENCE, WIDE)]
-    batched = batched_steps(target, long[:BATCH_CONTEXT], sampling or Sampling())
-    for point in batched:  # told for the same context as the rest
-        point[1] += (CONTEXT - BATCH_CONTEXT) * point[0] * context_s
-    return {**result, "overhead_s": {"plain": rest[None], "drafted": drafted}, "batched": batched}
+    return rest[None], tuple((float(shape.draft_tokens), rest[shape]) for shape in (REFERENCE, WIDE))
 
 
-# --- a server, from outside ------------------------------------------------------------------------------------------
-
-CONCURRENCIES = (1, 2, 4, 8, 16, 24, 32, 64)
-DRAFTED_AT = (1, 8, 24)  # requests at once at which a drafting server is measured
-SHORT, LONG = 8, 32  # tokens; the difference leaves the prompt out
+# --- for a terminal -----------------------------------------------------------------------------------------------
 
 
-class Server:
-    """A running server, asked for a fixed number of tokens by so many requests at once."""
-
-    def __init__(self, url: str, engine: str, api_key_env: str):
-        self.url, self.engine, self.dialect = url.rstrip("/"), engine, DIALECTS[engine]
-        key = os.environ.get(api_key_env, "")
-        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
-
-    def complete(self, prompts: list[list[int]], tokens: int) -> tuple[float, list[Generation]]:
-        """Seconds until all prompts, asked at once, have exactly so many tokens, and what was written."""
-
-        async def every() -> tuple[float, list[Generation]]:
-            async with httpx.AsyncClient(headers=self.headers, timeout=600, trust_env=False) as client:
-                models = (await client.get(f"{self.url}/v1/models")).raise_for_status().json()
-                name = models["data"][0]["id"]
-
-                async def ask(number: int, ids: list[int]) -> Generation:
-                    path, body = self.dialect.completion(name, ids, Sampling(), tokens, (), number)
-                    body.get("sampling_params", body)["ignore_eos"] = True
-                    answer = await client.post(self.url + path, json=body)
-                    return self.dialect.read_completion(answer.raise_for_status().json())
-
-                started = time.perf_counter()
-                made = await asyncio.gather(*(ask(number, ids) for number, ids in enumerate(prompts)))
-                return time.perf_counter() - started, made
-
-        try:
-            return asyncio.run(every())
-        except (httpx.HTTPError, KeyError, IndexError, ValueError) as error:
-            raise TargetError(f"--url: {self.url} does not answer as {self.engine} does: {error!r:.200}") from None
-
-    def decode(self, prompts: list[list[int]], short: int, long: int) -> tuple[float, float, list[Generation]]:
-        """(seconds per token of each, per drafting step or 0, the longer answers); the prompts' own time cancels.
-
-        Asked once before, untimed: a server that caches prefixes would spare only the longer request the prompt.
-        """
-        self.complete(prompts, 1)
-        brief_s, brief = self.complete(prompts, short)
-        whole_s, whole = self.complete(prompts, long)
-        spent, steps = whole_s - brief_s, sum(len(g.verified) for g in whole) - sum(len(g.verified) for g in brief)
-        return spent / (long - short), spent * len(prompts) / steps if steps > 0 else 0.0, whole
-
-    def measure(self, prompts: list[list[int]], at_once: Sequence[int], rounds: int) -> list[tuple[float, float]]:
-        """For each number of requests at once: medians of `decode`'s two times over rounds of different prompts."""
-        self.complete(prompts[:1], SHORT)  # warm
-        everything = []
-        with Meter(f"{self.engine} at {self.url}", len(at_once) * rounds, "rounds") as meter:
-            for number in at_once:
-                times = []
-                for start in range(0, number * rounds, number):
-                    chosen = [prompts[i % len(prompts)] for i in range(start, start + number)]
-                    times.append(self.decode(chosen, SHORT, LONG))
-                    meter.advance(1)
-                everything.append((statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)))
-        return everything
+def page(probe: Probe) -> str:
+    return "\n\n".join(filter(None, [_machine_page(probe), _times_page(probe.times) if probe.times else ""]))
 
 
-def probe_server(
-    url: str,
-    engine: str,
-    prompts: list[list[int]],
-    api_key_env: str,
-    draft_url: str | None = None,
-    shape: Shape = REFERENCE,
-    concurrencies: Sequence[int] = CONCURRENCIES,
-    rounds: int = 3,
-) -> dict[str, Any]:
-    """The same curve from outside: n requests at once make forwards of n tokens.
-
-    draft_url: a server that drafts `shape` for the same target; what its steps take beyond a forward of w tokens of
-    each request is the draft's, measured at several batches. Without one nothing is told of drafting there.
-    """
-    plain = Server(url, engine, api_key_env).measure(prompts, concurrencies, rounds)
-    forward = [[float(n), s] for n, (s, _) in zip(concurrencies, plain, strict=True)]
-    for left, right in itertools.pairwise(forward):
-        right[1] = max(left[1], right[1])  # more work never takes less time; what says so is noise
-    per_step: list[list[float]] = []
-    if draft_url:
-        drafting = Server(draft_url, engine, api_key_env).measure(prompts, DRAFTED_AT, 2 * rounds)
-        for number, (_, step_s) in zip(DRAFTED_AT, drafting, strict=True):
-            if not step_s:
-                raise TargetError(
-                    f"--draft-url: {draft_url} tells nothing of drafting; start it with `draftsmith serve`"
-                )
-            verify_s = interpolate(forward, shape.draft_tokens * number)
-            per_step.append([float(number), max(0.0, step_s - verify_s) / shape.steps])
-    return {
-        "engine": engine,
-        "context": CONTEXT,
-        "context_s": 0.0,
-        "forward": forward,
-        "draft": {"by_batch": per_step} if draft_url else None,
-        "overhead_s": {"plain": 0.0, "drafted": [[1.0, 0.0]]},
-    }
-
-
-def describe(parts: dict[str, Any]) -> str:
-    """The probe as tables for a terminal."""
-    lines = [f"machine    {parts['machine']}"]
-    if "flops_s" in parts:
-        lines += [
-            f"memory     {parts['memory_bytes'] / 1e9:.0f} GB, {parts['bandwidth_bytes_s'] / 1e9:.1f} GB/s (copy)",
-            f"products   {parts['flops_s'] / 1e12:.2f} TFLOP/s; smallest kernel {parts['launch_s'] * 1e6:.1f} us",
+def _machine_page(probe: Probe) -> str:
+    rows = [("machine", probe.machine)]
+    if rates := probe.rates:
+        rows += [
+            ("memory", f"{rates.memory_bytes / 1e9:.0f} GB, {rates.bandwidth_bytes_s / 1e9:.1f} GB/s (copy)"),
+            ("products", f"{rates.flops_s / 1e12:.2f} TFLOP/s; smallest kernel {rates.launch_s * 1e6:.1f} us"),
         ]
-    if parts.get("all_reduce"):
-        who = f"{parts['gpus']} GPUs, NCCL" if parts["gpus"] > 1 else "2 processes, gloo: no interconnect, only a check"
-        sizes = ", ".join(f"{size / 1024:.0f} KB {seconds * 1e6:.0f} us" for size, seconds in parts["all_reduce"])
-        lines.append(f"all-reduce {sizes} ({who})")
-    if parts.get("topology"):
-        lines.append(f"links      {interconnect.describe(parts['topology'])}")
-    if parts["forward"] is None:
-        return "\n".join([*lines, "", "the target runs on servers: give --url to measure one"])
-    base = parts["forward"][0][1]
-    lines += ["", f"{'tokens':>8} {'forward ms':>11} {'of one':>7}"]
-    lines += [f"{tokens:8.0f} {seconds * 1e3:11.2f} {seconds / base:6.2f}x" for tokens, seconds in parts["forward"]]
-    if (draft := parts["draft"]) and "by_batch" in draft:
-        steps = ", ".join(f"{number:.0f} {seconds * 1e3:.2f}" for number, seconds in draft["by_batch"])
-        lines += ["", f"draft ms   one step, by requests at once: {steps}"]
-    elif draft:
-        step = ", ".join(f"top-{k:.0f} {seconds * 1e3:.2f}" for k, seconds in draft["step"])
-        extend = ", ".join(f"{n:.0f} {seconds * 1e3:.2f}" for n, seconds in draft["extend"])
-        loop = ", ".join(f"{n:.0f} {seconds * 1e3:.2f}" for n, seconds in parts["overhead_s"]["drafted"])
-        if "batched" in parts:
-            steps = ", ".join(f"{rows:.0f} {seconds * 1e3:.1f}" for rows, seconds in parts["batched"])
-            lines += ["", f"batch ms   a step of regeneration, by sequences: {steps}"]
-        lines += [
-            "",
-            f"draft ms   reading n tokens: {extend}; first guess {draft['first_s'] * 1e3:.2f}; each further: {step}",
-            f"loop ms    plain {parts['overhead_s']['plain'] * 1e3:.2f}; drafting, by verified tokens: {loop}",
+        if rates.all_reduce:
+            who = f"{rates.gpus} GPUs, NCCL" if rates.gpus > 1 else "2 processes, gloo: no interconnect, only a check"
+            sizes = ", ".join(f"{size / 1024:.0f} KB {seconds * 1e6:.0f} us" for size, seconds in rates.all_reduce)
+            rows.append(("all-reduce", f"{sizes} ({who})"))
+        if rates.topology:
+            rows.append(("links", interconnect.in_words(rates.topology)))
+    if probe.times is None:
+        rows.append(("target", "runs on servers: give --url to measure one"))
+    return table(rows)
+
+
+def _times_page(times: ModelTimes) -> str:
+    def curve(points: Sequence[tuple[float, float]], before: str = "") -> str:
+        return ", ".join(f"{before}{x:.0f} {seconds * 1e3:.2f}" for x, seconds in points)
+
+    base = times.forward[0][1]
+    cells = [(f"{tokens:.0f}", f"{s * 1e3:.2f}", f"{s / base:.2f}x") for tokens, s in times.forward]
+    rows = [("batch ms", f"a step of regeneration, by sequences: {curve(times.batched)}")] if times.batched else []
+    if times.draft and times.draft.by_batch:
+        rows.append(("draft ms", f"one step, by requests at once: {curve(times.draft.by_batch)}"))
+    elif times.draft:
+        each, first = curve(times.draft.step, "top-"), f"first guess {times.draft.first_s * 1e3:.2f}"
+        loop = (
+            f"plain {times.overhead_plain_s * 1e3:.2f}; drafting, by verified tokens: {curve(times.overhead_drafted)}"
+        )
+        rows += [
+            ("draft ms", f"reading n tokens: {curve(times.draft.extend)}; {first}; each further: {each}"),
+            ("loop ms", loop),
         ]
-    return "\n".join(lines)
+    return table(cells, ("tokens", "forward ms", "of one"), range(3)) + (f"\n\n{table(rows)}" if rows else "")

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from draftsmith.core.files import JsonObject
+
 BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0}
 # Bits by what a scheme's name contains, scales included; the first that fits.
 SCHEMES = {
@@ -35,12 +37,12 @@ class Quantisation:
     @classmethod
     def of(cls, config: Any, dtype: str) -> "Quantisation":
         """Without a scheme all weights are in the dtype."""
-        told = getattr(config, "quantization_config", None)
-        told = told or getattr(config.get_text_config(), "quantization_config", None) or {}
-        if not isinstance(told, dict):
-            told = told.to_dict()
-        bits = _bits(told)
-        patterns = [_pattern(name) for key in EXCLUDED for name in told.get(key) or ()] if bits else []
+        scheme = getattr(config, "quantization_config", None)
+        scheme = scheme or getattr(config.get_text_config(), "quantization_config", None) or {}
+        if not isinstance(scheme, dict):
+            scheme = scheme.to_dict()
+        bits = _bits(scheme)
+        patterns = [_pattern(name) for key in EXCLUDED for name in scheme.get(key) or ()] if bits else []
         return cls(bits / 8 if bits else BYTES[dtype], BYTES[dtype], tuple(patterns))
 
     def bytes_of(self, name: str) -> float:
@@ -57,28 +59,28 @@ def _pattern(name: str) -> str:
     return r"(^|\.)" + re.escape(shortened).replace(r"\*", ".*") + r"(\.|$)"
 
 
-def _bits(told: dict[str, Any]) -> float | None:
-    mixed = told.get("quantized_layers")  # ModelOpt names the scheme of every layer, and of every expert
+def _bits(scheme: JsonObject) -> float | None:
+    mixed = scheme.get("quantized_layers")  # ModelOpt names the scheme of every layer, and of every expert
     if mixed:
         named = [_named(str(layer.get("quant_algo"))) or 16.0 for layer in mixed.values()]
         return sum(named) / len(named)
-    if told.get("load_in_4bit"):
-        return 4.125 if told.get("bnb_4bit_use_double_quant") else 4.5
-    if told.get("load_in_8bit"):
+    if scheme.get("load_in_4bit"):
+        return 4.125 if scheme.get("bnb_4bit_use_double_quant") else 4.5
+    if scheme.get("load_in_8bit"):
         return 8.0
     # compressed-tensors and ModelOpt describe groups of layers; the first that has weights stands for all
-    groups = [g["weights"] for g in (told.get("config_groups") or {}).values() if g.get("weights")]
+    groups = [g["weights"] for g in (scheme.get("config_groups") or {}).values() if g.get("weights")]
     if groups and groups[0].get("num_bits"):
         scale = 8 if groups[0].get("type") == "float" else 16
         return groups[0]["num_bits"] + scale / group if (group := _group(groups[0])) else groups[0]["num_bits"]
-    if told.get("bits"):
-        return told["bits"] + 16 / group if (group := _group(told)) else told["bits"]
-    return _named(str(told.get("quant_algo") or told.get("quant_method") or ""))
+    if scheme.get("bits"):
+        return scheme["bits"] + 16 / group if (group := _group(scheme)) else scheme["bits"]
+    return _named(str(scheme.get("quant_algo") or scheme.get("quant_method") or ""))
 
 
-def _group(told: dict[str, Any]) -> int | None:
+def _group(scheme: JsonObject) -> int | None:
     """Weights that share a scale, where it is a number and not the whole row."""
-    group = told.get("group_size")
+    group = scheme.get("group_size")
     return group if isinstance(group, int) and group > 0 else None
 
 

@@ -1,4 +1,4 @@
-"""What a target and a draft weigh: parameters, bytes, what one forward of w tokens has to read and compute.
+"""What a target weighs: parameters, bytes, what one forward of w tokens has to read and compute.
 
 Everything comes from the model's config.json; no weight is loaded, so a 230 B target is sized on a laptop.
 """
@@ -7,12 +7,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from draftsmith.drafts.eagle3 import Eagle3Config
-from draftsmith.hardware.configs import EXPERTS_PER_TOKEN, first_of, layer_types, target_config, value_of
 from draftsmith.hardware.counting import Mass, count
 from draftsmith.hardware.quantisation import BYTES, Quantisation
+from draftsmith.targets.configs import EXPERTS_PER_TOKEN, first_of, layer_types, value_of
 
-__all__ = ["BYTES", "DraftSize", "TargetSize", "target_config"]
 STATE_BYTES = 4.0  # engines keep the states of linear attention and Mamba layers in fp32
 
 
@@ -134,41 +132,3 @@ def _state_bytes(c: Any) -> float:
         if all(isinstance(size, int) for size in sizes):
             return layers * math.prod(sizes) * STATE_BYTES
     return 0.0
-
-
-@dataclass(frozen=True)
-class DraftSize:
-    """An EAGLE-3 draft, bf16 as it is served; the embedding is the target's."""
-
-    hidden: int
-    layer: float  # attention, MLP
-    fuse: float  # fc, used once per verified token
-    head: float
-    kv_bytes_per_token: float
-
-    @classmethod
-    def of(cls, config: Eagle3Config) -> "DraftSize":
-        hidden, head = config.hidden_size, config.head_dim
-        queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-        attention = 2.0 * hidden * (queries + 2 * keys) + queries * hidden
-        return cls(
-            hidden=hidden,
-            layer=attention + 3.0 * hidden * config.intermediate_size,
-            fuse=float(len(config.taps)) * config.tap_size * hidden,
-            head=float(config.draft_vocab_size) * hidden,
-            kv_bytes_per_token=2.0 * keys * 2,
-        )
-
-    @property
-    def parameters(self) -> float:
-        """Without the few thousand of the norms."""
-        return self.layer + self.fuse + self.head
-
-    @property
-    def bytes(self) -> float:
-        return 2 * self.parameters
-
-    @property
-    def step_bytes(self) -> float:
-        """Weights that one drafting step reads."""
-        return 2 * (self.layer + self.head)

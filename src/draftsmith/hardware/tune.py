@@ -9,22 +9,21 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
-from draftsmith.decoding.tree import Shape
-from draftsmith.progress import say
+from draftsmith.core.progress import say
+from draftsmith.core.records.machine import Tuned
+from draftsmith.core.shape import Shape
 
-BUDGET_S = 300.0
 FIRST_PROMPTS = 2
 SURE = 1.02  # the least gain that is recommended: less is within a measurement's noise
 
 # Opens a shape for measuring; the function inside gives plain / drafted seconds per token on the prompt of a number,
 # decoded in turns, or None where its answer is too short to be timed.
-Session = Callable[[Shape], AbstractContextManager[Callable[[int], float | None]]]
+Trial = Callable[[Shape], AbstractContextManager[Callable[[int], float | None]]]
 
 
 @dataclass(frozen=True)
-class Tried:
+class Candidate:
     """A shape with the ratio plain / drafted seconds per token of every prompt it was measured on."""
 
     shape: Shape
@@ -36,12 +35,12 @@ class Tried:
 
 
 def halve(
-    candidates: Sequence[Shape], session: Session, prompts: int, budget_s: float, first: int = FIRST_PROMPTS
-) -> list[Tried]:
+    candidates: Sequence[Shape], session: Trial, prompts: int, budget_s: float, first: int = FIRST_PROMPTS
+) -> list[Candidate]:
     """Measure until the prompts or the time are used up; fastest first, dropped ones after it."""
     started = time.monotonic()
-    alive = [Tried(shape, []) for shape in candidates]
-    dropped: list[Tried] = []
+    alive = [Candidate(shape, []) for shape in candidates]
+    dropped: list[Candidate] = []
     done, wanted = 0, first
     while done < prompts:
         until = min(wanted, prompts)
@@ -60,38 +59,28 @@ def halve(
         alive = sorted((tried for tried in alive if tried.ratios), key=lambda tried: -tried.speedup)
         say(f"tune: {done} prompts: " + ", ".join(f"{t.shape} {t.speedup:.2f}x" for t in alive))
         kept = alive[: max(1, len(alive) // 2)]
-        if not any(t.shape.topk == 1 for t in kept):  # vLLM drafts chains alone: the best of them goes on
+        if not any(t.shape.topk == 1 for t in kept):  # some engines draft chains alone: the best of them goes on
             kept += [t for t in alive if t.shape.topk == 1][:1]
         dropped = [t for t in alive if t not in kept] + dropped
         alive = kept
     return [tried for tried in alive + dropped if tried.ratios]
 
 
-def verdict(tried: Sequence[Tried], engine: str, machine: dict[str, Any], draft: str | None) -> dict[str, Any]:
-    """tune.json. `shape` is the winner, `chain` the best chain (all that vLLM drafts); null where plain is faster."""
-
-    def best(of: Sequence[Tried]) -> str | None:
-        # Of what was measured longest alone: a rival that was dropped early may owe its gain to luck.
-        longest = max((len(t.ratios) for t in tried), default=0)
-        winner = max((t for t in of if len(t.ratios) == longest), key=lambda t: t.speedup, default=None)
-        return str(winner.shape) if winner and winner.speedup >= SURE else None
-
-    return {
-        "engine": engine,
-        "hardware": machine,
-        "draft": draft,
-        "shape": best(tried),
-        "chain": best([t for t in tried if t.shape.topk == 1]),
-        "tried": [{"shape": str(t.shape), "speedup": t.speedup, "prompts": len(t.ratios)} for t in tried],
-    }
+def fastest(candidates: Sequence[Candidate], chains_only: bool = False) -> Shape | None:
+    """The winner; None where nothing beats plain decoding. Of what was measured longest alone: a rival that was dropped
+    early may owe its gain to luck."""
+    longest = max((len(c.ratios) for c in candidates), default=0)
+    able = [c for c in candidates if len(c.ratios) == longest and (c.shape.topk == 1 or not chains_only)]
+    winner = max(able, key=lambda c: c.speedup, default=None)
+    return winner.shape if winner and winner.speedup >= SURE else None
 
 
-def sentence(result: dict[str, Any]) -> str:
-    if result["shape"] is None:
-        best = max(result["tried"], key=lambda t: t["speedup"])
+def sentence(result: Tuned) -> str:
+    if result.shape is None:
+        best = max(result.tried, key=lambda tried: tried.speedup)
         return (
-            f"nothing beats plain decoding here: the best, {best['shape']}, ran at {best['speedup']:.2f}x; serve "
+            f"nothing beats plain decoding here: the best, {best.shape}, ran at {best.speedup:.2f}x; serve "
             "without a draft on this machine"
         )
-    won = next(t for t in result["tried"] if t["shape"] == result["shape"])
-    return f"{won['shape']}: {won['speedup']:.2f}x over {won['prompts']} prompts on {result['engine']}"
+    won = next(tried for tried in result.tried if tried.shape == result.shape)
+    return f"{won.shape}: {won.speedup:.2f}x over {won.prompts} prompts on {result.engine}"

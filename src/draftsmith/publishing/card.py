@@ -1,32 +1,45 @@
 """The model card: README.md for the hub. Every figure on it is read from the run's own files."""
 
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from draftsmith import files
-from draftsmith.data.prompts import HUB
-from draftsmith.drafts.checkpoint import inspect_draft
-from draftsmith.errors import DataError, RecipeError
+from draftsmith.core import files, run_files
+from draftsmith.core.errors import DataError, RecipeError
+from draftsmith.core.history import recipe_that_ran
+from draftsmith.core.progress import say
+from draftsmith.core.recipe import EngineName, Recipe
+from draftsmith.core.records.base import Decodes
+from draftsmith.core.records.data import CompletionsSummary, Coverage, PromptsSummary
+from draftsmith.core.records.evaluation import Results
+from draftsmith.core.records.machine import Predictions
+from draftsmith.core.records.training import TrainingSummary
+from draftsmith.core.run_files import RunFiles
+from draftsmith.data.licences import UNSTATED, Licence, data_licences, hub_name, licence_of
+from draftsmith.data.sources import HUB
+from draftsmith.drafts import METHODS
+from draftsmith.drafts.directories import inspect_draft
+from draftsmith.engines import ENGINES, SERVERS
+from draftsmith.engines.process import Launch
+from draftsmith.engines.server import ServerEngine
 from draftsmith.evaluation.lossless import lossless_verdict
-from draftsmith.progress import say
-from draftsmith.publishing.licences import UNSTATED, data_licences, hub_name, licence_of
-from draftsmith.recipe import Recipe
-from draftsmith.serving.launch import SGLANG_MODELS, Engine
-
-if TYPE_CHECKING:
-    from draftsmith.run import Run
-
-ENGINES = {"evaluate": "draftsmith", "evaluate-vllm": "vLLM", "evaluate-sglang": "SGLang"}
 
 
-def _machine(results: dict[str, Any]) -> str:
-    hardware = results["created_with"]["hardware"]
-    return ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['cores']} cores"
+class FinishedRun(Protocol):
+    """What a card reads of a run; runs/run.py has it."""
+
+    recipe: Recipe
+    files: RunFiles
+
+    @property
+    def draft_engines(self) -> tuple[EngineName, ...]: ...
+    def serving_elsewhere(self, engine: EngineName, model: str, draft: Path) -> Launch: ...
 
 
 def base_model(recipe: Recipe) -> str:
@@ -42,179 +55,135 @@ def base_model(recipe: Recipe) -> str:
 
 def _public_recipe(recipe: Recipe) -> str:
     """Without what belongs to this machine: servers, their flags and keys, directories."""
-    told = recipe.model_dump(mode="json", exclude={"server", "serve", "device", "card"})
-    told["evaluate"] = {k: v for k, v in told["evaluate"].items() if k not in ("engine", "url", "plain_url")}
-    told["target"]["model"] = base_model(recipe)
-    for source in (*told["prompts"]["sources"], *told["prompts"]["evaluation"]):
+    values = recipe.model_dump(mode="json", exclude={"server", "serve", "device", "card"})
+    values["evaluate"] = {k: v for k, v in values["evaluate"].items() if k not in ("engine", "url", "plain_url")}
+    values["target"]["model"] = base_model(recipe)
+    for source in (*values["prompts"]["sources"], *values["prompts"]["evaluation"]):
         source["name"] = Path(source["name"]).name
-    return yaml.safe_dump(told, sort_keys=False, width=120)
+    return yaml.safe_dump(values, sort_keys=False, width=120)
 
 
-def _quality(engine: str, entry: dict[str, Any], categories: Sequence[str], results: dict[str, Any]) -> dict[str, Any]:
-    def short(value: dict[str, Any] | None) -> str:
-        return "-" if value is None or value["tau"] is None else f"{value['tau']:.2f}"
-
-    whole, settings = entry["all"], results["settings"]
-    partial = f" ({settings['prompts']} of {settings['prompts_available']} prompts)" if results["partial"] else ""
-    return {
-        "engine": engine + partial,
-        "dtype": settings["dtype"],
-        "shape": entry["shape"],
-        "temperature": f"{entry['temperature']:g}",
-        "tau": short(whole),
-        "interval": "-" if whole["low"] is None else f"{whole['low']:.2f} to {whole['high']:.2f}",
-        "by_category": {name: short(entry["by_category"].get(name)) for name in categories},
-        "depths": " / ".join("-" if share is None else f"{share:.2f}" for share in entry["acceptance_by_depth"]),
-    }
-
-
-def _losslessness(found: dict[str, dict[str, Any]]) -> str:
+def _losslessness(found: Iterable[tuple[str, Results]]) -> str:
     words = {"yes": "Lossless", "ties": "Lossless up to ties", "no": "NOT lossless"}
-    verdicts = {ENGINES[name]: lossless_verdict(results["lossless"]) for name, results in found.items()}
-    lines = [f"{words[v.state]} on {engine}: {v.detail}." for engine, v in verdicts.items() if v.state != "untested"]
+    verdicts = [(engine, lossless_verdict(results.lossless)) for engine, results in found]
+    lines = [f"{words[v.state]} on {engine}: {v.detail}." for engine, v in verdicts if v.state != "untested"]
     return "\n\n".join(lines) or "Losslessness was not measured."
 
 
-def _command(run: "Run", engine: Engine) -> str:
-    """What `serve` runs, with the hub's names instead of this machine's paths."""
-    serve = run.recipe.serve.model_copy(update={"program": "", "extra": "", "port": 8000, "host": "127.0.0.1"})
-    public = type(run)(run.recipe.model_copy(update={"serve": serve}), run.directory, run.command)
+def _command(run: FinishedRun, engine: ServerEngine) -> dict[str, str]:
+    """What `serve` runs, with the hub's names instead of this machine's paths, and what there is to say of it."""
     repo = run.recipe.card.repo or f"OWNER/{run.recipe.name}"
-    launched = public.serving(engine=engine, model=base_model(run.recipe), draft=Path(repo))
+    launched = run.serving_elsewhere(engine.name, base_model(run.recipe), Path(repo))
     words = list(launched.command)
-    if engine == "sglang":
+    if words[0] == sys.executable:
         words[0] = "python"
     environment = dict(launched.environment)
-    if "PYTHONPATH" in environment:
-        environment["PYTHONPATH"] = f"$DRAFTSMITH/{SGLANG_MODELS.parent.name}/{SGLANG_MODELS.name}"
+    note = ""
+    if "PYTHONPATH" in environment and engine.models:
+        environment["PYTHONPATH"] = f"$DRAFTSMITH/{engine.models.parent.name}/{engine.models.name}"
+        note = engine.models_note
     line = " ".join([*(f"{k}={v}" for k, v in environment.items()), *(_quoted(word) for word in words)])
-    return line.replace(" --", " \\\n    --")
+    title = engine.title if engine.drafts_trees else f"{engine.title} (chains only)"
+    return {"title": title, "line": line.replace(" --", " \\\n    --"), "note": note}
 
 
 def _quoted(word: str) -> str:
     return f"'{word}'" if any(c in word for c in ' {}"') else word
 
 
-def make_card(run: "Run", prediction: dict[str, Any]) -> str:
+def _head(recipe: Recipe, target: str, licence: Licence, found: dict[Decodes, Results]) -> ModelCardData:
+    """The card's front matter, as the hub reads it."""
+    measured = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="prompts",
+            dataset_name=f"{results.settings.prompts} prompts held out of training",
+            metric_type="accept_length",
+            metric_name=f"tau at {entry.shape}, T={entry.temperature:g}, on {ENGINES[name].title}",
+            metric_value=round(entry.all.tau, 3),
+        )
+        for name, results in found.items()
+        for entry in results.acceptance
+        if entry.all.tau is not None
+    ]
+    return ModelCardData(
+        base_model=target,
+        license=licence.id,
+        license_name=licence.name if licence.id == "other" else None,
+        license_link=licence.link if licence.id == "other" else None,
+        pipeline_tag="text-generation",
+        tags=[recipe.draft.method, "speculative-decoding", "draft-model", *sorted(SERVERS)],
+        datasets=sorted({HUB[s.name].path for s in recipe.prompts.sources if s.name in HUB}) or None,
+        model_name=(recipe.card.repo or recipe.name).split("/")[-1] if measured else None,
+        eval_results=measured or None,
+        ignore_metadata_errors=False,
+    )
+
+
+def _coverage(run: FinishedRun, size: int) -> str | None:
+    coverage = Coverage.load(run.files.coverage)
+    share = dict(zip(coverage.sizes, coverage.coverage["all"], strict=True)).get(size)
+    return None if share is None else f"{share:.1%}"
+
+
+def _sampling(recipe: Recipe) -> str:
+    settings = recipe.regenerate
+    how = f"temperature {settings.temperature:g}, top-p {settings.top_p:g}, top-k {settings.top_k or 'off'}"
+    return how + (f", {settings.greedy_share:.0%} of the shards greedy" if settings.greedy_share else "")
+
+
+def make_card(run: FinishedRun, prediction: Predictions) -> str:
     """The card's text; raises `RecipeError` where the target's licence is unknown, `DataError` unevaluated."""
-    recipe = run.recipe
+    recipe = recipe_that_ran(run.files, run.recipe)
     target = base_model(recipe)
     licence = licence_of(target, recipe.card.licence)
-    found = {
-        name: files.read_json(path)
-        for name in ENGINES
-        if (path := run.path(name, "results.json")).exists()
-    }  # fmt: skip
+    found = {name: Results.load(path) for name, path in run.files.results.items()}
     if not found:
-        raise DataError(f"card: no results in {run.directory}; run: draftsmith evaluate RECIPE")
-    first = next(iter(found.values()))
-    settings = first["settings"]
-    categories = sorted({name for r in found.values() for e in r["acceptance"] for name in e["by_category"]})
-    prompts, written, trained = (
-        files.read_json(run.path(*parts))
-        for parts in (("prompts", "summary.json"), ("completions", "summary.json"), ("train", "summary.json"))
-    )
-    report = inspect_draft(run.draft_directory)
-    config, made = report.config, report.config["draftsmith"]
-    coverage = files.read_json(run.path("vocab", "coverage.json"))
-    shares = dict(zip(coverage["sizes"], coverage["coverage"]["all"], strict=True))
-    share = shares.get(config["draft_vocab_size"])
-    sources = sorted(prompts["by_source"].items(), key=lambda item: -item[1])
-    data = data_licences([name for name, _ in sources], recipe.card.data_licences)
-    licence_lines = [f"license: {licence.id}"]
-    if licence.id == "other":
-        licence_lines += [f"license_name: {licence.name}", f"license_link: {licence.link}"]
-    commands = {name: _command(run, name) for name in sorted(run.draft_engines)}
-    sampling = recipe.regenerate
-    temperatures = [e["temperature"] for r in found.values() for e in r["acceptance"]]
-    return (
-        Environment(loader=PackageLoader("draftsmith.publishing", "."), undefined=StrictUndefined)
-        .get_template("card.md.j2")
-        .render(
-            target=target,
-            title=(recipe.card.repo or recipe.name).split("/")[-1],
-            licence=licence,
-            licence_lines=licence_lines,
-            data_sets=sorted({HUB[s.name].path for s in recipe.prompts.sources if s.name in HUB}),
-            status=trained["status"],
-            parameters=report.parameters,
-            size=f"{2 * report.parameters / 1e6:.0f} MB",
-            taps=list(made["taps"]),
-            layers=made["target"]["num_layers"],
-            draft_vocabulary=config["draft_vocab_size"],
-            vocabulary=config["vocab_size"],
-            coverage=None if share is None else f"{share:.1%}",
-            partial=first["partial"],
-            prompts=settings["prompts"],
-            prompts_available=settings["prompts_available"],
-            max_new_tokens=settings["max_new_tokens"],
-            target_dtype=recipe.target.dtype,
-            categories=categories,
-            quality=[
-                _quality(
-                    ENGINES[name],
-                    entry,
-                    categories,
-                    r,
-                )
-                for name, r in found.items()
-                for entry in r["acceptance"]
-            ],
-            losslessness=_losslessness(found),
-            speed=[
-                {
-                    "engine": ENGINES[name],
-                    "shape": s["shape"],
-                    "batch": s.get("batch", 1),
-                    "dtype": s["dtype"],
-                    "prompts": s["prompts"],
-                    "tokens": s["tokens"],
-                    "plain": f"{s['plain_tokens_per_s']:.1f}",
-                    "drafted": f"{s['drafted_tokens_per_s']:.1f}",
-                    "speedup": f"{s['speedup']:.2f}x",
-                    "tau": f"{s['tau']:.2f}" if s["tau"] else "-",
-                }
-                for name, r in found.items()
-                for s in r["speed"]
-            ],
-            hardware="; ".join(dict.fromkeys(f"{_machine(r)}" for r in found.values() if r["speed"])),
-            predicted=[
-                {**row, "c": f"{row['c']:.2f}", "speedup": f"{row['speedup']:.2f}x"} for row in prediction["rows"]
-            ],
-            sglang=commands.get("sglang"),
-            vllm=commands.get("vllm"),
-            plugin="SGLANG_EXTERNAL_MODEL_PACKAGE" in commands.get("sglang", ""),
-            training_prompts=prompts["prompts"],
-            sources=sources,
-            completions=written["completions"],
-            trained_on=trained["completions"],
-            completion_tokens=written["completion_tokens"],
-            sampling=f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, top-k {sampling.top_k or 'off'}"
-            + (f", {sampling.greedy_share:.0%} of the shards greedy" if sampling.greedy_share else ""),
-            ttt_steps=recipe.train.ttt_steps,
-            objective=recipe.train.objective,
-            optimizer=recipe.train.optimizer,
-            learning_rate=f"{recipe.train.learning_rate:g}",
-            steps=trained["steps"],
-            tokens=trained["tokens"],
-            max_document_tokens=recipe.train.max_document_tokens,
-            version=made["version"],
-            commit=made["commit"],
-            seed=recipe.seed,
-            recipe=_public_recipe(recipe),
-            hottest=f"T={max(temperatures):g}" if temperatures and max(temperatures) else "",
-            data=data,
-            author=recipe.card.author,
-        )
+        raise DataError(f"card: no results in {run.files.root}; run: draftsmith evaluate RECIPE")
+    report, prompts = inspect_draft(run.files.draft), _prompts(run)
+    titled = [(ENGINES[name].title, results) for name, results in found.items()]
+    entries = [entry for results in found.values() for entry in results.acceptance]
+    sources = sorted(prompts.by_source.items(), key=lambda item: -item[1])
+    method = METHODS[recipe.draft.method]
+    template = Environment(loader=PackageLoader("draftsmith.publishing", "."), undefined=StrictUndefined)
+    return template.get_template("card.md.j2").render(
+        head=_head(recipe, target, licence, found).to_yaml(),
+        title=(recipe.card.repo or recipe.name).split("/")[-1],
+        target=target,
+        licence=licence,
+        method=method,
+        recipe=recipe,
+        recipe_text=_public_recipe(recipe),
+        draft=report.config,
+        provenance=report.config["draftsmith"],
+        parameters=report.parameters,
+        coverage=_coverage(run, report.config["draft_vocab_size"]),
+        first=next(iter(found.values())),
+        results=titled,
+        categories=sorted({name for entry in entries for name in entry.by_category}),
+        hottest=max((entry.temperature for entry in entries), default=0.0),
+        losslessness=_losslessness(titled),
+        hardware="; ".join(dict.fromkeys(str(r.created_with.hardware) for r in found.values() if r.speed)),
+        predicted=prediction.rows,
+        commands=[_command(run, SERVERS[name]) for name in sorted(run.draft_engines)],
+        prompts=prompts,
+        sources=sources,
+        data=data_licences([name for name, _ in sources], recipe.card.data_licences),
+        completions=CompletionsSummary.load(run_files.summary(run.files.completions)),
+        sampling=_sampling(recipe),
+        training=TrainingSummary.load(run_files.summary(run.files.train)),
     )
 
 
-def write_card(run: "Run", prediction: dict[str, Any]) -> Path:
+def _prompts(run: FinishedRun) -> PromptsSummary:
+    return PromptsSummary.load(run_files.summary(run.files.training_prompts.parent))
+
+
+def write_card(run: FinishedRun, prediction: Predictions) -> Path:
     """Write it where `publish` takes it from: beside the draft."""
-    path = run.draft_directory / "README.md"
-    files.write_atomic(path, make_card(run, prediction))
-    sources = files.read_json(run.path("prompts", "summary.json"))["by_source"]
-    unknown = [s for s, _, terms in data_licences(sources, run.recipe.card.data_licences) if terms == UNSTATED]
+    files.write_atomic(run.files.card, make_card(run, prediction))
+    terms = data_licences(list(_prompts(run).by_source), run.recipe.card.data_licences)
+    unknown = [source for source, _, licence in terms if licence == UNSTATED]
     if unknown:
         say(f"card: the licence of {', '.join(unknown)} is not stated; set card.data_licences")
-    return path
+    return run.files.card

@@ -4,28 +4,27 @@ import os
 import re
 from pathlib import Path
 
-from draftsmith.drafts.checkpoint import inspect_draft
-from draftsmith.errors import CheckpointError, DataError, PublishError, RecipeError
+from draftsmith.core.errors import CheckpointError, DataError, PublishError, RecipeError
+from draftsmith.drafts.directories import inspect_draft
 
 WANTED = ("README.md", "config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def publish(export: Path, repo: str, really: bool, public: bool = False) -> str:
+def publish(draft: Path, repo: str, really: bool, public: bool = False) -> str:
     """Check, then upload or tell; returns what to print. The token comes from HF_TOKEN alone.
 
     A new repository is private unless `public`; one that exists keeps what it is.
     """
     if not REPO.fullmatch(repo):
         raise RecipeError(f"--repo: {repo!r} given; write owner/name")
-    root = export / "draft"
-    if not root.exists():
-        raise DataError(f"publish: no draft in {export}; run: draftsmith run RECIPE")
-    if problems := inspect_draft(root).blocking():
-        raise CheckpointError(f"publish: {root}: {problems[0]}; see: draftsmith inspect {root}")
-    if not (root / "README.md").exists():
-        raise DataError(f"publish: {root / 'README.md'} is missing; run: draftsmith card RECIPE")
-    chosen = sorted(path for name in WANTED for path in root.glob(name))
+    if not draft.exists():
+        raise DataError(f"publish: no draft in {draft.parent}; run: draftsmith run RECIPE")
+    if problems := inspect_draft(draft).blocking():
+        raise CheckpointError(f"publish: {draft}: {problems[0]}; see: draftsmith inspect {draft}")
+    if not (draft / "README.md").exists():
+        raise DataError(f"publish: {draft / 'README.md'} is missing; run: draftsmith card RECIPE")
+    chosen = sorted(path for name in WANTED for path in draft.glob(name))
     names = [path.name for path in chosen]
     lines = [f"{path.stat().st_size / 1e6:10.1f} MB  {name}" for path, name in zip(chosen, names, strict=True)]
     if not really:
@@ -42,9 +41,11 @@ def publish(export: Path, repo: str, really: bool, public: bool = False) -> str:
     try:
         hub.create_repo(repo, exist_ok=True, private=not public)
         done = hub.upload_folder(
-            repo_id=repo, folder_path=root, allow_patterns=names, commit_message="Draft made with draftsmith"
+            repo_id=repo, folder_path=draft, allow_patterns=names, commit_message="Draft made with draftsmith"
         )
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        told = str(error).strip().splitlines()
-        raise PublishError(f"publish: {repo} was not uploaded: {told[-1] if told else type(error).__name__}") from None
+        lines = str(error).strip().splitlines()
+        raise PublishError(
+            f"publish: {repo} was not uploaded: {lines[-1] if lines else type(error).__name__}"
+        ) from None
     return "\n".join([f"uploaded to {done.commit_url}", *lines])

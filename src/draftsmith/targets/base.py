@@ -1,28 +1,20 @@
 """The only seam to a target model: generate token ids, capture hidden states, lend the head and embedding rows."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from draftsmith.core.records.run import TargetIdentity
+from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
 
 # T tokens of all documents, K taps, H hidden size, V vocabulary
 
 
-@dataclass(frozen=True)
-class Generation:
-    """One completion. `finish_reason`: `eos`, `stop` (a stop string, cut off), `loop` or `length`.
-
-    verified: draft tokens accepted by every verification step, of servers that draft and tell; in order where
-    `in_order`, else sorted.
-    """
-
-    ids: list[int]
-    finish_reason: str
-    verified: tuple[int, ...] = ()
-    in_order: bool = False
+Follow = Callable[[int, Generation], list[int] | None]
+"""(index of the prompt, its answer) -> what the conversation goes on with; None where it ends."""
 
 
 @dataclass(frozen=True)
@@ -37,39 +29,29 @@ class Capture:
     last_TH: Tensor
 
 
-@dataclass(frozen=True)
-class TargetIdentity:
-    """What a draft belongs to; stored beside every checkpoint and export."""
-
-    model: str
-    revision: str | None
-    dtype: str
-    architecture: str
-    num_layers: int
-    hidden_size: int
-    vocab_size: int
-    max_position_embeddings: int
-    tokenizer_hash: str
-    template_hash: str  # of the tokenizer's own chat template and the options that it is given
-    quantization: str | None  # the model's own, such as fp8
-
-
 class Target(Protocol):
     identity: TargetIdentity
     logit_softcap: float | None
+    tokenizer: Any
+    eos_ids: frozenset[int]
+    independent: bool
+    """Whether an answer does not depend on those that are decoded beside it."""
+    identity_logprobs: list[float]
+    """Of a probe text, where servers answer: what tells one model from another."""
 
     def generate(
         self,
-        prompts: list[list[int]],
+        prompts: Iterable[list[int]],
         sampling: Sampling,
         max_new_tokens: int,
-        stop: tuple[str, ...],
-        seed: int,
-        stop_loops: bool,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        stop_loops: bool = False,
         max_tokens: int | None = None,
+        follow: Follow | None = None,
     ) -> Iterator[tuple[int, Generation]]:
-        """Completions as (index of the prompt, generation), each as soon as it ends; once `max_tokens` are written, no
-        further prompt is begun."""
+        """Completions as (index of the prompt, generation), each as soon as it ends, and those of the turns that
+        `follow`; once `max_tokens` are written, none is begun."""
         ...
 
     def logprobs(self, document: list[int]) -> list[float]:

@@ -12,10 +12,11 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from draftsmith.allocator import return_freed_memory
-from draftsmith.errors import TargetError
-from draftsmith.progress import say
+from draftsmith.core.allocator import return_freed_memory
+from draftsmith.core.errors import TargetError
+from draftsmith.core.progress import say
 
 CHECK_SENTENCE = "The quick brown fox jumps over the lazy dog, and then it sleeps."
 
@@ -76,7 +77,7 @@ def directory(name: str) -> Path:
     return cache_dir() / name
 
 
-def check_tokenizer(name: str, tokenizer) -> None:
+def check_tokenizer(name: str, tokenizer: Any) -> None:
     """Raise `TargetError` unless `tokenizer` reads plain English as the model's own BPE does."""
     count, wanted = len(tokenizer(CHECK_SENTENCE).input_ids), EMBEDDED[name].sentence_tokens
     if count != wanted:

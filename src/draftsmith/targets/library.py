@@ -6,13 +6,14 @@ linear attention, state-space layers, RoPE that depends on a text's length.
 Shapes: T tokens, W tokens a step, K taps, H hidden.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from draftsmith.errors import TargetError
+from draftsmith.core.errors import TargetError
+from draftsmith.decoding.generation import FinishReason
 
 Forward = Callable[..., tuple[Tensor, Tensor]]  # of targets/local.py: (taps [1, T, K, H], last [1, T, H])
 
@@ -105,20 +106,17 @@ class LibraryForward:
         tapped, last = self._step(cache, ids, taps)
         return tapped[0], last[0]
 
-    def sequences(
-        self,
-        prompts: list[list[int]],
-        draw: Callable[[Tensor], int],
-        ended: Callable[[list[int], int, int], str | None],
-    ) -> Iterator[tuple[int, list[int], str]]:
-        """Every prompt's completion, one after the other: (index, ids, finish reason)."""
-        for index, prompt in enumerate(prompts):
-            cache = self.new_cache()
-            last = self._step(cache, prompt)[1]
-            output: list[int] = []
-            while (reason := ended(output, draw(last[0, -1:]), len(prompt))) is None:
-                last = self._step(cache, output[-1:])[1]
-            yield index, output, reason
+    def sequence(
+        self, prompt: list[int], draw: Callable[[Tensor], int], ended: Callable[[list[int]], FinishReason | None]
+    ) -> tuple[list[int], FinishReason]:
+        """(ids, finish reason) of a prompt's completion."""
+        cache = self.new_cache()
+        last = self._step(cache, prompt)[1]
+        output = [draw(last[0, -1:])]
+        while (reason := ended(output)) is None:
+            last = self._step(cache, output[-1:])[1]
+            output.append(draw(last[0, -1:]))
+        return output, reason
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -4,23 +4,27 @@ Shapes: B sequences, T packed tokens, W tokens a step, L cached positions, K tap
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from draftsmith.core.errors import TargetError
+from draftsmith.core.files import JsonObject
+from draftsmith.core.progress import say
 from draftsmith.decoding.attention import ATTENTION_NAME, MaskedPlan, PackedPlan
 from draftsmith.decoding.cache import StaticCache
+from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling, sample
-from draftsmith.errors import TargetError
-from draftsmith.progress import say
-from draftsmith.targets.base import Capture, Generation
-from draftsmith.targets.endings import loops, stop_length
-from draftsmith.targets.ends import (
+from draftsmith.decoding.stopping import Ends
+from draftsmith.targets.base import Capture, Follow
+from draftsmith.targets.library import LibraryCache, LibraryForward
+from draftsmith.targets.parts import (
     DTYPES,
-    ModelEnds,
+    ModelParts,
     first_line,
     from_auto_class,
     load_tokenizer,
@@ -28,7 +32,6 @@ from draftsmith.targets.ends import (
     resolve_model,
     tell_slow_products,
 )
-from draftsmith.targets.library import LibraryCache, LibraryForward
 
 FEW_ROWS = 16
 LONGEST_CHECK = 1024  # sliding windows up to this are checked with a text that is longer
@@ -50,12 +53,15 @@ def _require_equal(got: Tensor, wanted: Tensor) -> None:
         raise ValueError(f"its logits come out differently, by {difference:.2g} of {scale:.2g}")
 
 
-class LocalTarget(ModelEnds):
+class LocalTarget(ModelParts):
     """Implements `Target` and, for decoding, `new_cache`, `prefill` and `verify`.
 
     Two ways: packed, with our attention, for the architectures on which it gives the model's own logits; else the
     library's own forward, text by text (targets/library.py). `library` is None for the first.
     """
+
+    identity_logprobs: list[float] = []  # noqa: RUF012 - never written: the model is the one of this process
+    independent = False  # one random stream for all, and products that round otherwise in other batches
 
     def __init__(
         self,
@@ -93,7 +99,7 @@ class LocalTarget(ModelEnds):
         self._choose_path()
 
     @classmethod
-    def from_model(cls, lm, tokenizer=None, batch_size: int = 64, name: str = "in-memory") -> "LocalTarget":
+    def from_model(cls, lm: Any, tokenizer: Any = None, batch_size: int = 64, name: str = "in-memory") -> "LocalTarget":
         """Wrap a model that is already in memory (tests, notebooks)."""
         target = cls.__new__(cls)
         target.device = next(lm.parameters()).device
@@ -177,14 +183,16 @@ class LocalTarget(ModelEnds):
                 return first_line(error)
         return None
 
-    def _record_tap(self, index: int):
-        def hook(_module, args, kwargs):
+    def _record_tap(self, index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: JsonObject) -> None:
             if index in self._taps:
                 self._tap_outputs[index] = args[0] if args else kwargs["hidden_states"]
 
         return hook
 
-    def _forward(self, ids, positions, cache, plan, taps: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    def _forward(
+        self, ids: Tensor, positions: Tensor, cache: Any, plan: Any, taps: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
         """(taps [B, T, K, H], the head's own input [B, T, H]); `plan` is None for the library's own attention."""
         self._taps = tuple(taps)
         named = "cache_params" if "cache_params" in self._takes else "past_key_values"  # Mamba's name, all others'
@@ -240,7 +248,9 @@ class LocalTarget(ModelEnds):
         return self.library.new_cache() if self.library else StaticCache(1, capacity)
 
     @torch.inference_mode()
-    def prefill(self, cache, rows: list[int], prompts: list[list[int]], taps: Sequence[int] = ()):
+    def prefill(
+        self, cache: Any, rows: list[int], prompts: list[list[int]], taps: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
         """Fill the cache rows with whole prompts in one packed forward; returns (taps [T, K, H], last [T, H])."""
         if self.library:
             return self.library.prefill(cache, prompts[0], taps)
@@ -256,7 +266,9 @@ class LocalTarget(ModelEnds):
         return tapped[0], last[0]
 
     @torch.inference_mode()
-    def verify(self, cache, length: int, ids: list[int], depths: Tensor, ancestors: Tensor, taps: Sequence[int]):
+    def verify(
+        self, cache: Any, length: int, ids: list[int], depths: Tensor, ancestors: Tensor, taps: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         """One forward over a token tree on top of `length` cached positions of a single sequence.
 
         ids [W] with the root first; depths [W]; ancestors [W, W] True where the column is the row's ancestor or
@@ -278,33 +290,47 @@ class LocalTarget(ModelEnds):
     @torch.inference_mode()
     def generate(
         self,
-        prompts: list[list[int]],
+        prompts: Iterable[list[int]],
         sampling: Sampling,
         max_new_tokens: int,
-        stop: tuple[str, ...] = (),
+        stop: Sequence[str] = (),
         seed: int = 0,
         stop_loops: bool = False,
         max_tokens: int | None = None,
+        follow: Follow | None = None,
+        *,
+        ignore_end: bool = False,
     ) -> Iterator[tuple[int, Generation]]:
         """Continuous batching over `batch_size` cache rows; a pure function of its arguments.
 
         Free rows are refilled when a quarter of them stand empty, so that prompts are read in packs, until `max_tokens`
-        are written. No text runs past the context; a prompt that fills it is a `TargetError`.
+        are written. No text runs past the context; a prompt that fills it is a `TargetError`. `ignore_end`: end tokens
+        do not end a text.
         """
-        if not prompts:
+        asked = list(prompts)
+        if not asked:
             return
-        longest = max(len(p) for p in prompts)
-        if longest >= self.context:
-            raise TargetError(
-                f"target.model: a prompt of {longest} tokens fills the context of {self.identity.model}, "
-                f"{self.context}; give a smaller regenerate.max_prompt_tokens"
-            )
+        longest = self._longest(asked)
+        ends = Ends(frozenset() if ignore_end else self.eos_ids, self.tokenizer, stop, stop_loops)
         generator = torch.Generator().manual_seed(seed)
         if self.library:
-            yield from self._one_by_one(prompts, sampling, max_new_tokens, stop, generator, stop_loops, max_tokens)
-            return
-        waiting = list(range(len(prompts)))
-        rows = min(self.batch_size, len(prompts))
+            yield from self._one_by_one(asked, sampling, max_new_tokens, ends, generator, max_tokens, follow)
+        else:
+            yield from self._batched(asked, sampling, max_new_tokens, ends, generator, max_tokens, follow, longest)
+
+    def _batched(
+        self,
+        asked: list[list[int]],
+        sampling: Sampling,
+        max_new_tokens: int,
+        ends: Ends,
+        generator: torch.Generator,
+        max_tokens: int | None,
+        follow: Follow | None,
+        longest: int,
+    ) -> Iterator[tuple[int, Generation]]:
+        waiting = deque(range(len(asked)))
+        rows = min(self.batch_size, len(asked))
         cache = StaticCache(rows, min(longest + max_new_tokens, self.context))
         running: list[int | None] = [None] * rows  # prompt index in each cache row
         lengths = torch.zeros(rows, dtype=torch.long)
@@ -317,75 +343,84 @@ class LocalTarget(ModelEnds):
                 waiting.clear()
             if waiting and (len(free) >= max(1, rows // 4) or len(free) == rows):
                 admitted = free[: len(waiting)]
-                chosen = [waiting.pop(0) for _ in admitted]
-                _, last = self.prefill(cache, admitted, [prompts[c] for c in chosen])
-                ends = torch.tensor([len(prompts[c]) for c in chosen]).cumsum(0) - 1
-                drawn = sample(self.logits(last[ends.to(self.device)]), sampling, generator).cpu()
-                for row, index, token in zip(admitted, chosen, drawn.tolist(), strict=True):
+                chosen = [waiting.popleft() for _ in admitted]
+                drawn = self._admit(cache, admitted, [asked[c] for c in chosen], sampling, generator)
+                for row, index, token in zip(admitted, chosen, drawn, strict=True):
                     running[row], outputs[index] = index, []
-                    lengths[row], next_ids[row] = len(prompts[index]), token
+                    lengths[row], next_ids[row] = len(asked[index]), token
             elif len(free) > rows // 4 and not waiting:  # the tail: smaller batches cost less
                 keep = [i for i, r in enumerate(running) if r is not None]
                 cache.select_rows(keep)
                 running = [running[i] for i in keep]
                 lengths, next_ids, rows = lengths[keep], next_ids[keep], len(keep)
-            for row, prompt in enumerate(running):
-                if prompt is None:
+            for row, number in enumerate(running):
+                if number is None:
                     continue
-                room = min(max_new_tokens, self.context - len(prompts[prompt]))
-                ended = self._extend(outputs[prompt], int(next_ids[row]), room, stop, stop_loops)
-                if ended:
-                    running[row] = None
-                    lengths[row] = 0
-                    finished_tokens += len(outputs[prompt])
-                    yield prompt, Generation(outputs.pop(prompt), ended)
+                outputs[number].append(int(next_ids[row]))
+                if ended := ends.reason(outputs[number], min(max_new_tokens, self.context - len(asked[number]))):
+                    running[row], lengths[row] = None, 0
+                    finished_tokens += len(outputs[number])
+                    answer = Generation(outputs.pop(number), ended)
+                    if follow and (following := follow(number, answer)) is not None:
+                        asked[number] = following
+                        waiting.append(number)
+                    yield number, answer
             if all(r is None for r in running):
                 continue
             next_ids = self._decode_step(cache, lengths, next_ids, sampling, generator)
             lengths = lengths + torch.tensor([r is not None for r in running])
+
+    def _longest(self, prompts: list[list[int]]) -> int:
+        longest = max(len(p) for p in prompts)
+        if longest >= self.context:
+            raise TargetError(
+                f"target.model: a prompt of {longest} tokens fills the context of {self.identity.model}, "
+                f"{self.context}; give a smaller regenerate.max_prompt_tokens"
+            )
+        return longest
+
+    def _admit(
+        self,
+        cache: StaticCache,
+        rows: list[int],
+        prompts: list[list[int]],
+        sampling: Sampling,
+        generator: torch.Generator,
+    ) -> list[int]:
+        """Read prompts into cache rows; the first token of every answer."""
+        _, last = self.prefill(cache, rows, prompts)
+        ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0) - 1
+        return sample(self.logits(last[ends.to(self.device)]), sampling, generator).cpu().tolist()
 
     def _one_by_one(
         self,
         prompts: list[list[int]],
         sampling: Sampling,
         max_new_tokens: int,
-        stop: tuple[str, ...],
+        ends: Ends,
         generator: torch.Generator,
-        stop_loops: bool,
         max_tokens: int | None,
+        follow: Follow | None,
     ) -> Iterator[tuple[int, Generation]]:
         assert self.library is not None
         written = 0
 
-        def ended(output: list[int], token: int, prompt_tokens: int) -> str | None:
-            return self._extend(output, token, min(max_new_tokens, self.context - prompt_tokens), stop, stop_loops)
-
         def draw(last: Tensor) -> int:
             return int(sample(self.logits(last), sampling, generator))
 
-        if max_tokens is not None and max_tokens <= 0:
-            return
-        for index, ids, reason in self.library.sequences(prompts, draw, ended):
-            written += len(ids)
-            yield index, Generation(ids, reason)
-            if max_tokens is not None and written >= max_tokens:
-                return
+        for index, prompt in enumerate(prompts):
+            asked: list[int] | None = prompt
+            while asked is not None and (max_tokens is None or written < max_tokens):
+                room = min(max_new_tokens, self.context - len(asked))
+                ids, reason = self.library.sequence(asked, draw, partial(ends.reason, room=room))
+                written += len(ids)
+                answer = Generation(ids, reason)
+                asked = follow(index, answer) if follow else None
+                yield index, answer
 
-    def _extend(
-        self, output: list[int], token: int, max_new_tokens: int, stop: tuple[str, ...], stop_loops: bool
-    ) -> str | None:
-        """Append a token; the finish reason if that ended the completion (a stop string is cut off)."""
-        output.append(token)
-        if token in self.eos_ids:
-            return "eos"
-        if stop and (length := stop_length(self.tokenizer, output, stop)) is not None:
-            del output[length:]
-            return "stop"
-        if stop_loops and loops(output):
-            return "loop"
-        return "length" if len(output) >= max_new_tokens else None
-
-    def _decode_step(self, cache, lengths, ids, sampling, generator) -> Tensor:
+    def _decode_step(
+        self, cache: StaticCache, lengths: Tensor, ids: Tensor, sampling: Sampling, generator: torch.Generator
+    ) -> Tensor:
         lengths_B = lengths.to(self.device)
         visible_length = int(lengths.max()) + 1
         cache.reserve(visible_length)

@@ -11,11 +11,11 @@ from typing import Protocol
 import torch
 from safetensors import safe_open
 
-from draftsmith.errors import DataError
-from draftsmith.files import read_json, save_tensors, write_json
-from draftsmith.progress import Meter, say
+from draftsmith.core.errors import DataError
+from draftsmith.core.files import read_json, save_tensors, write_json
+from draftsmith.core.progress import Meter, say
 from draftsmith.targets.base import Capture, Target
-from draftsmith.training.world import World
+from draftsmith.training.processes import ProcessGroup
 
 SHARD_TOKENS = 16384
 
@@ -71,7 +71,12 @@ class OfflineCapture:
     """Hidden states written once as sharded safetensors and read in every epoch."""
 
     def __init__(
-        self, directory: Path, target: Target, taps: Sequence[int], documents: dict[str, list[int]], world: World
+        self,
+        directory: Path,
+        target: Target,
+        taps: Sequence[int],
+        documents: dict[str, list[int]],
+        processes: ProcessGroup,
     ):
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
@@ -96,7 +101,7 @@ class OfflineCapture:
         with Meter("capture", len(shards), "shards") as meter:
             for number, names in enumerate(shards):
                 path = directory / f"{number:05d}.safetensors"
-                mine = number % world.size == world.rank
+                mine = number % processes.size == processes.rank
                 if mine and not self._holds(path, names):
                     states = target.capture([documents[name] for name in names], tuple(taps))
                     save_tensors(path, {"taps": states.taps_TKH.cpu(), "last": states.last_TH.cpu()})
@@ -106,7 +111,7 @@ class OfflineCapture:
                     self.place[name] = (path, start, len(documents[name]))
                     start += len(documents[name])
                 meter.advance(tokens=start)
-        world.wait()
+        processes.wait()
 
     @staticmethod
     def _holds(path: Path, names: list[str]) -> bool:

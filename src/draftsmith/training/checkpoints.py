@@ -14,18 +14,27 @@ after initialisation (orders follow from seed and epoch), so the step is also th
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
-from draftsmith.errors import CheckpointError
-from draftsmith.files import read_json, save_tensors, write_json
-from draftsmith.training.world import laid_out_like, whole
+from draftsmith.core.errors import CheckpointError, DataError
+from draftsmith.core.files import replace, save_tensors
+from draftsmith.core.records.training import TrainingState
 
 BEST, OLD_BEST = "best", ".old-best"
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+"""Of sharded tensors the whole ones: every rank asks, rank 0 is given them."""
 
 
 def checkpoint_paths(directory: Path) -> list[Path]:
@@ -33,39 +42,50 @@ def checkpoint_paths(directory: Path) -> list[Path]:
     return sorted(directory.glob("checkpoint-[0-9]*"))
 
 
+def whole_weights(draft: nn.Module) -> dict[str, Tensor]:
+    """On the CPU; empty on other ranks than the first, all of which have to ask."""
+    weights: Any = get_model_state_dict(draft, options=WHOLE)
+    return weights
+
+
+def discard(path: Path) -> None:
+    """One rename takes it away whole; what a kill leaves after that is nobody's checkpoint."""
+    if path.exists():
+        aside = path.with_name(f".old-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+        shutil.rmtree(aside)
+
+
 def save_checkpoint(
     directory: Path,
     draft: nn.Module,
     optimizers: list[torch.optim.Optimizer],
-    state: dict[str, Any],
+    state: TrainingState,
     keep: int,
     main: bool = True,
 ) -> Path:
-    """Every rank calls it, as sharded tensors are gathered; `main` alone writes. World sizes leave no trace in it."""
-    names = {id(p): name for name, p in draft.named_parameters()}
-    weights = {name: whole(p.detach()).cpu() for name, p in draft.named_parameters()}
-    moments: dict[str, Tensor] = {}
-    for optimizer in optimizers:
-        for parameter, values in optimizer.state.items():
-            for key, value in values.items():
-                moments[f"{names[id(parameter)]}/{key}"] = whole(value.detach()).cpu().clone()
-    path = directory / f"checkpoint-{state['step']:06d}"
+    """Every rank calls it, as sharded tensors are gathered; `main` alone writes. The number leaves no trace."""
+    weights = whole_weights(draft)
+    moments: Any = get_optimizer_state_dict(draft, optimizers, options=WHOLE).get("state")
+    path = directory / f"checkpoint-{state.step:06d}"
     if not main:
         return path
-    partial = directory / f".partial-{state['step']:06d}"
+    partial = directory / f".partial-{state.step:06d}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_tensors(partial / "draft.safetensors", weights)
-    save_tensors(partial / "optimizer.safetensors", moments)
-    write_json(partial / "state.json", state)
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(partial, path)
+    flat = {f"{name}/{key}": value for name, values in moments.items() for key, value in values.items()}
+    save_tensors(partial / "optimizer.safetensors", flat)
+    state.save(partial / "state.json")
+    discard(path)
+    replace(partial, path)
     for old in checkpoint_paths(directory)[:-keep]:
-        shutil.rmtree(old)
+        discard(old)
     return path
 
 
-def save_best(directory: Path, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+def save_best(directory: Path, weights: dict[str, Tensor], state: TrainingState) -> None:
     """Put these weights in the place of the best ones before. Drafts pass their peak while the loss still falls, so the
     newest checkpoint is not the one to export."""
     restore_best(directory)
@@ -73,11 +93,11 @@ def save_best(directory: Path, weights: dict[str, Tensor], state: dict[str, Any]
     for path in (partial, aside):
         shutil.rmtree(path, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_tensors(partial / "draft.safetensors", {name: tensor.cpu() for name, tensor in weights.items()})
-    write_json(partial / "state.json", state)
+    save_tensors(partial / "draft.safetensors", weights)
+    state.save(partial / "state.json")
     if (directory / BEST).exists():
         os.replace(directory / BEST, aside)
-    os.replace(partial, directory / BEST)
+    replace(partial, directory / BEST)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -87,45 +107,35 @@ def restore_best(directory: Path) -> None:
         os.replace(directory / OLD_BEST, directory / BEST)
 
 
-def load_state(path: Path) -> dict[str, Any]:
+def load_state(path: Path) -> TrainingState:
     try:
-        return read_json(path / "state.json")
-    except (OSError, ValueError) as error:
+        return TrainingState.load(path / "state.json")
+    except (OSError, DataError) as error:
         raise CheckpointError(
             f"{path}: cannot read state.json: {error}; delete the directory to use the one before"
         ) from None
 
 
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path.parent}: cannot read {path.name}: {error}") from None
+
+
 def load_weights(path: Path, draft: nn.Module) -> None:
     """Copy the master weights into `draft`; names and shapes must match exactly."""
-    try:
-        tensors = load_file(path / "draft.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot read draft.safetensors: {error}") from None
-    wanted = dict(draft.named_parameters())
+    tensors, wanted = _tensors(path / "draft.safetensors"), dict(draft.named_parameters())
     if {n: tuple(t.shape) for n, t in tensors.items()} != {n: tuple(p.shape) for n, p in wanted.items()}:
         raise CheckpointError(f"{path}: the weights do not fit the draft of this recipe; use another run directory")
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(laid_out_like(parameter, tensors[name]))
+    set_model_state_dict(draft, cast("Any", tensors), options=StateDictOptions(full_state_dict=True))
 
 
 def load_optimizers(path: Path, draft: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
     """Put every parameter's moments back into the optimiser that owns it."""
-    try:
-        moments = load_file(path / "optimizer.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot read optimizer.safetensors: {error}") from None
-    by_name: dict[str, dict[str, Tensor]] = {}
-    for key, value in moments.items():
-        name, field = key.rsplit("/", 1)
-        by_name.setdefault(name, {})[field] = value
-    names = {id(p): name for name, p in draft.named_parameters()}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                optimizer.state[parameter] = {
-                    # the fused AdamW keeps even its step counter there
-                    field: laid_out_like(parameter, value) if value.ndim else value.to(parameter.device)
-                    for field, value in by_name.get(names[id(parameter)], {}).items()
-                }
+    values: Any = get_optimizer_state_dict(draft, optimizers, options=StateDictOptions(full_state_dict=True))
+    values["state"] = {}
+    for key, value in _tensors(path / "optimizer.safetensors").items():
+        name, moment = key.rsplit("/", 1)
+        values["state"].setdefault(name, {})[moment] = value
+    set_optimizer_state_dict(draft, optimizers, values, options=StateDictOptions(full_state_dict=True))

@@ -1,43 +1,91 @@
-"""What training reports about itself: JSON lines, held-out accept length, the stop rule."""
+"""What training reports about itself: rows that a resumed run goes on with, held-out accept length, the stop rule."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-import orjson
 import torch
+from torch import Tensor
 
-from draftsmith.drafts.eagle3 import Eagle3Draft
-from draftsmith.files import write_jsonl
-from draftsmith.training.ttt_loss import PackInputs, chain_walk, greedy_matches
+from draftsmith.core.errors import DataError
+from draftsmith.core.records.base import write_rows
+from draftsmith.core.records.training import HeldOut, MetricsRow, StepTiming
+from draftsmith.drafts import METHODS
+from draftsmith.drafts.method import Draft
+from draftsmith.drafts.objectives import CHUNK_ROWS
+from draftsmith.drafts.packing import Pack, PackInputs
+
+Row = TypeVar("Row", MetricsRow, StepTiming)
 
 
-def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+def append_row(path: Path, row: MetricsRow | StepTiming) -> None:
     with path.open("ab") as file:
-        file.write(orjson.dumps(row) + b"\n")
+        file.write(row.line())
 
 
-def truncate_jsonl(path: Path, last_step: int) -> None:
+def truncate_rows(path: Path, kind: type[Row], last_step: int) -> None:
     """Drop lines after `last_step` (and a torn last line): the resumed run writes them again."""
     if not path.exists():
         return
-    rows = []
-    for line in path.read_bytes().splitlines():
-        try:
-            row = orjson.loads(line)
-        except orjson.JSONDecodeError:
-            break  # the process died while writing it
-        if row["step"] <= last_step:
-            rows.append(row)
-    write_jsonl(path, rows)
+    kept = []
+    try:
+        for row in kind.read_rows(path):
+            if row.step <= last_step:
+                kept.append(row)
+    except DataError:
+        pass  # the process died while writing it
+    write_rows(path, kept)
 
 
-def evaluate_heldout(draft: Eagle3Draft, packs: Iterable[PackInputs], d2t: torch.Tensor, steps: int) -> dict[str, Any]:
+@torch.no_grad()
+def greedy_matches(
+    draft: Draft, inputs: PackInputs, d2t: Tensor, steps: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Per depth, over its scored rows: the rows, whether the draft's first choice is the token that the target wrote,
+    and alpha."""
+    pack = inputs.pack
+    outputs = METHODS[draft.method].guesses(draft, pack, inputs.taps_TKH, inputs.embeds_TH, steps)
+    chains, all_rows = pack.chains_R, [pack.step_rows(step) for step in range(steps)]
+    matches, alphas = [], []
+    for step, (output, rows) in enumerate(zip(outputs, all_rows, strict=True)):
+        match, alpha = [torch.zeros(0, dtype=torch.bool)], [torch.zeros(0)]
+        for part in rows.split(CHUNK_ROWS):
+            logits = draft.logits(output[part.to(output.device)])
+            match.append(d2t[logits.argmax(-1).cpu()] == pack.ids_T[chains[part] + 2 + step])
+            q = torch.softmax(logits, -1, dtype=torch.float32)
+            p = inputs.teacher_RD[(part + step).to(output.device)].float()
+            alpha.append(torch.minimum(p, q).sum(-1).cpu())
+        matches.append(torch.cat(match))
+        alphas.append(torch.cat(alpha))
+    return all_rows, matches, alphas
+
+
+def chain_walk(pack: Pack, rows: list[Tensor], matches: list[Tensor], length: int) -> tuple[int, int]:
+    """(accepted draft tokens, verification steps) of chain decoding along the text of the pack.
+
+    Each verification starts where the one before it ended, after its accepted tokens and the bonus token. A chain that
+    reaches the end of its completion is not counted: serving would have drafted beyond it.
+    """
+    hits = torch.zeros(length, pack.chain_count, dtype=torch.bool)
+    for step in range(length):
+        hits[step, rows[step]] = matches[step]
+    accepted_R = hits.long().cumprod(0).sum(0).tolist()
+    accepted = verifications = offset = 0
+    for segment in pack.segments:
+        chain = 0
+        while chain + length <= len(segment):
+            accepted += accepted_R[offset + chain]
+            verifications += 1
+            chain += accepted_R[offset + chain] + 1
+        offset += len(segment)
+    return accepted, verifications
+
+
+def evaluate_heldout(draft: Draft, packs: Iterable[PackInputs], d2t: Tensor, steps: int) -> HeldOut:
     """Acceptance per depth and chain accept length on completions that training never sees.
 
-    `match[i]`: share of step-i first choices that the target wrote, given that serving reached depth i with the
-    target's own tokens before it. `alpha[i]`: sum of min(p, q). `tau_K`: 1 + accepted / verifications of a chain of K
-    steps along the written text, which is what greedy verification of that text would accept.
+    A depth is scored as serving would reach it, with the target's own tokens before it; tau is that of greedy
+    verification of the written text.
     """
     hits, scored, alphas = [0] * steps, [0] * steps, [0.0] * steps
     lengths = sorted({min(3, steps), steps})
@@ -52,12 +100,12 @@ def evaluate_heldout(draft: Eagle3Draft, packs: Iterable[PackInputs], d2t: torch
             a, v = chain_walk(inputs.pack, rows, matches, length)
             accepted[length] += a
             verified[length] += v
-    return {
-        "match": [h / max(1, n) for h, n in zip(hits, scored, strict=True)],
-        "alpha": [a / max(1, n) for a, n in zip(alphas, scored, strict=True)],
-        **{f"tau_{k}": 1 + accepted[k] / max(1, verified[k]) for k in lengths},
-        "verifications": verified[lengths[0]],
-    }
+    return HeldOut(
+        match=[h / max(1, n) for h, n in zip(hits, scored, strict=True)],
+        alpha=[a / max(1, n) for a, n in zip(alphas, scored, strict=True)],
+        tau={length: 1 + accepted[length] / max(1, verified[length]) for length in lengths},
+        verifications=verified[lengths[0]],
+    )
 
 
 def converged(taus: Sequence[float], patience: int) -> bool:

@@ -2,24 +2,30 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
-from draftsmith.data.packing import Pack, make_pack, schedule, trainable
+from draftsmith.core import run_files
+from draftsmith.core.errors import CheckpointError, DataError, TrainingError
+from draftsmith.core.files import digest
+from draftsmith.core.progress import Meter, say
+from draftsmith.core.recipe import BOOKKEEPING, Recipe
+from draftsmith.core.records.data import Completion
+from draftsmith.core.records.training import Belongs, Best, MetricsRow, StepTiming, Sums, TrainingState, TrainingSummary
 from draftsmith.data.regenerate import read_completions
 from draftsmith.data.vocabulary import DraftVocabulary
-from draftsmith.drafts.eagle3 import Eagle3Draft
-from draftsmith.errors import CheckpointError, DataError, TrainingError
-from draftsmith.files import digest, write_json
-from draftsmith.progress import Meter, say
-from draftsmith.recipe import BOOKKEEPING, Recipe
+from draftsmith.drafts import METHODS
+from draftsmith.drafts.method import Draft
+from draftsmith.drafts.objectives import pack_inputs
+from draftsmith.drafts.packing import Pack, PackInputs, make_pack, schedule, trainable
 from draftsmith.targets.base import Target
-from draftsmith.targets.ends import DTYPES
+from draftsmith.targets.parts import DTYPES
 from draftsmith.training.capture import CaptureSource, OfflineCapture, OnlineCapture, StreamedCapture
 from draftsmith.training.checkpoints import (
     BEST,
@@ -30,13 +36,11 @@ from draftsmith.training.checkpoints import (
     restore_best,
     save_best,
     save_checkpoint,
+    whole_weights,
 )
-from draftsmith.training.metrics import append_jsonl, converged, evaluate_heldout, truncate_jsonl
+from draftsmith.training.metrics import append_row, converged, evaluate_heldout, truncate_rows
 from draftsmith.training.muon import Muon
-from draftsmith.training.objectives import Objective
-from draftsmith.training.shape import draft_config, shape_note
-from draftsmith.training.ttt_loss import PackInputs, TTTLoss, prepare
-from draftsmith.training.world import World, whole
+from draftsmith.training.processes import ProcessGroup
 
 
 class Trainer:
@@ -48,117 +52,123 @@ class Trainer:
         completions: Path,
         vocabulary: DraftVocabulary,
         out: Path,
-        world: World | None = None,
+        processes: ProcessGroup | None = None,
     ):
         settings = recipe.train
-        self.world = world = world or World()
-        if settings.accumulate % world.size:
+        self.processes = processes = processes or ProcessGroup()
+        if settings.accumulate % processes.size:
             raise DataError(
-                f"train.accumulate: {settings.accumulate} packs a step cannot be dealt out to {world.size} processes; "
-                f"give a multiple of {world.size}"
+                f"train.accumulate: {settings.accumulate} packs a step cannot be dealt out to {processes.size} "
+                f"processes; give a multiple of {processes.size}"
             )
         self.recipe, self.settings, self.target, self.vocabulary, self.out = recipe, settings, target, vocabulary, out
         out.mkdir(parents=True, exist_ok=True)
         self.dtype = DTYPES[settings.dtype]
         self.device = target.head_rows(torch.tensor([0])).device
-        every = list(read_completions(completions))
-        rows = [c for c in every if trainable(c, settings.max_document_tokens)]
-        self.left_out = len(every) - len(rows)
-        self.cut = sum(len(c["ids"]) > settings.max_document_tokens for c in rows)
-        if self.left_out or self.cut:
-            say(
-                f"train: {self.left_out} of {len(every)} completions carry no loss within train.max_document_tokens "
-                f"{settings.max_document_tokens} and are left out; {self.cut} are cut there"
-            )
-        rows.sort(key=lambda c: digest(recipe.seed, c["id"]))  # held-out completions are a random choice
-        if len(rows) < 2:
-            raise DataError(f"train: {len(rows)} completions carry a loss; at least 2 are needed, regenerate more")
-        held_out = min(settings.held_out, len(rows) // 2)
-        self.heldout, self.rows = rows[:held_out], rows[held_out:]
+        self.heldout, self.rows = self._split(list(read_completions(completions)))
         self.steps = schedule(
-            [len(c["ids"]) for c in self.rows],
+            [len(c.ids) for c in self.rows],
             settings.pack_tokens,
             settings.max_document_tokens,
             recipe.seed,
             settings.epochs,
             settings.accumulate,
         )[: settings.max_steps]
-        config = draft_config(recipe, target_config, target.identity.num_layers, len(vocabulary.ids_D))
-        if note := shape_note(recipe, target_config):
+        self.method = METHODS[recipe.draft.method]
+        layers, rows = target.identity.num_layers, len(vocabulary.ids_D)
+        if note := self.method.config_note(recipe.draft, target_config):
             say(note)
-        self.draft = Eagle3Draft(config).to(self.device)
+        config = self.method.config(recipe.draft, target_config, layers, rows)
+        self.draft: Draft = self.method.build(config).to(self.device)
         self.draft.initialise(
             target.head_rows(vocabulary.ids_D), target.norm_gain(), torch.Generator().manual_seed(recipe.seed)
         )
-        self.loss = TTTLoss(self.draft, settings.ttt_steps, Objective(settings.objective, settings.lk_eta))
-        self.sharded = settings.shard and world.size > 1
+        self.loss = self.method.loss(self.draft, settings)
+        self.sharded = settings.shard and processes.size > 1
         if self.sharded:
             if settings.optimizer == "muon":
                 raise DataError("train.shard: Muon needs whole matrices; give train.optimizer adamw or shard false")
-            world.shard(self.loss, self.dtype)
+            processes.shard(self.loss, self.dtype)
         self.optimizers = self._make_optimizers()
         self.head_rows = target.head_rows(vocabulary.ids_D).contiguous()
         everything = torch.arange(vocabulary.target_size)
         self.full_head = target.head_rows(everything) if settings.true_probabilities else None
         self.step = 0
         self.quarantined: list[str] = []
-        self.sums: dict[str, Any] = {}
+        self.sums = Sums()
         self.taus: list[float] = []
+
+    def _split(self, every: list[Completion]) -> tuple[list[Completion], list[Completion]]:
+        """Completions that are held out, a random choice, and those to train on; counts and says what is left out."""
+        longest = self.settings.max_document_tokens
+        rows = [c for c in every if trainable(c, longest)]
+        self.left_out = len(every) - len(rows)
+        self.cut = sum(len(c.ids) > longest for c in rows)
+        if self.left_out or self.cut:
+            say(
+                f"train: {self.left_out} of {len(every)} completions carry no loss within train.max_document_tokens "
+                f"{longest} and are left out; {self.cut} are cut there"
+            )
+        rows.sort(key=lambda c: digest(self.recipe.seed, c.id))  # held-out completions are a random choice
+        if len(rows) < 2:
+            raise DataError(f"train: {len(rows)} completions carry a loss; at least 2 are needed, regenerate more")
+        held_out = min(self.settings.held_out, len(rows) // 2)
+        return rows[:held_out], rows[held_out:]
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
-    def train(self) -> dict[str, Any]:
-        """Run to the end of the schedule; returns the summary that is also written to summary.json."""
+    def train(self) -> TrainingSummary:
+        """Run to the end of the schedule."""
         self._resume()
-        settings, world, capture = self.settings, self.world, self._capture_source()
-        tokens = sum(
-            min(len(self.rows[i]["ids"]), settings.max_document_tokens) for p in self.steps for q in p for i in q
-        )
+        settings, processes, capture = self.settings, self.processes, self._capture_source()
+        tokens = sum(min(len(self.rows[i].ids), settings.max_document_tokens) for p in self.steps for q in p for i in q)
         say(
             f"train: {sum(p.numel() for p in self.draft.parameters()):,} parameters, {len(self.rows):,} completions, "
             f"{len(self.steps):,} steps, {tokens:,} tokens, {settings.dtype} on {self.device}"
-            + (f", {world.size} processes" if world.size > 1 else "")
+            + (f", {processes.size} processes" if processes.size > 1 else "")
         )
         with Meter("train", len(self.steps)) as meter:
             meter.resume(self.step)
             while self.step < len(self.steps):
                 started = time.perf_counter()
                 step = self.steps[self.step]
-                packs = [make_pack([self.rows[i] for i in p], settings.max_document_tokens) for p in world.share(step)]
+                packs = [
+                    make_pack([self.rows[i] for i in p], settings.max_document_tokens) for p in processes.share(step)
+                ]
                 self._optimiser_step(packs, capture)
                 self.step += 1
                 last = self.step == len(self.steps)
-                size = sum(min(len(self.rows[i]["ids"]), settings.max_document_tokens) for p in step for i in p)
-                meter.advance(1, size, f"loss {self.sums['last_loss']:.3f}")
-                self._write(
-                    "timing.jsonl", {"step": self.step, "tokens": size, "seconds": time.perf_counter() - started}
-                )
+                size = sum(min(len(self.rows[i].ids), settings.max_document_tokens) for p in step for i in p)
+                meter.advance(1, size, f"loss {self.sums.last_loss:.3f}")
+                spent = time.perf_counter() - started
+                self._write(run_files.step_timing, StepTiming(step=self.step, tokens=size, seconds=spent))
                 if self.step % settings.log_every == 0 or last:
                     self._log()
                 if self.step % settings.evaluate_every == 0 or last:
                     self._evaluate(capture)
                 if self.step % settings.checkpoint_every == 0 or last:
                     self._checkpoint()
-        summary = {
-            "steps": self.step,
-            "parameters": sum(p.numel() for p in self.draft.parameters()),
-            "completions": len(self.rows),
-            "held_out_completions": len(self.heldout),
-            "completions_left_out": self.left_out,
-            "completions_cut": self.cut,
-            "tokens": tokens,
-            "quarantined": world.union(self.quarantined),
-            "status": self.status,
-            "tau_held_out": self.taus[-1] if self.taus else None,  # only rank 0 measures
-            "best": load_state(self.out / BEST)["best"] if (self.out / BEST).exists() else None,
-            "checkpoint": checkpoint_paths(self.out)[-1].name,
-        }
-        if world.main:
-            write_json(self.out / "summary.json", summary)
+        best = self.out / BEST
+        summary = TrainingSummary(
+            steps=self.step,
+            parameters=sum(p.numel() for p in self.draft.parameters()),
+            completions=len(self.rows),
+            held_out_completions=len(self.heldout),
+            completions_left_out=self.left_out,
+            completions_cut=self.cut,
+            tokens=tokens,
+            quarantined=processes.union(self.quarantined),
+            status=self.status,
+            tau_held_out=self.taus[-1] if self.taus else None,  # only rank 0 measures
+            best=load_state(best).best if best.exists() else None,
+            checkpoint=checkpoint_paths(self.out)[-1].name,
+        )
+        if processes.main:
+            summary.save(run_files.summary(self.out))
         return summary
 
     def _optimiser_step(self, packs: list[Pack], capture: CaptureSource) -> None:
-        inputs = [made for pack in packs if (made := self._inputs(pack, capture)) is not None]
+        inputs = [ready for pack in packs if (ready := self._inputs(pack, capture)) is not None]
         if self.sharded and len(inputs) < len(packs):
             raise TrainingError(
                 "train.shard: a whole pack was quarantined on one process, which sharded training cannot sit out; "
@@ -172,18 +182,19 @@ class Trainer:
         weights = self._step_weights([i.pack for i in inputs])
         total = 0.0
         alpha_sums, alpha_counts = [0.0] * self.settings.ttt_steps, [0] * self.settings.ttt_steps
-        for pack_inputs in inputs:
-            loss, alphas = self._forward(pack_inputs, weights)
-            (loss * self.world.size if self.sharded else loss).backward()  # FSDP2 averages where we sum
+        for ready in inputs:
+            loss, alphas = self._forward(ready, weights)
+            (loss * self.processes.size if self.sharded else loss).backward()  # FSDP2 averages where we sum
             total += loss.item()
             for i, alpha in enumerate(alphas):
                 alpha_sums[i] += alpha.sum().item()
                 alpha_counts[i] += len(alpha)
         if not self.sharded:
-            self.world.sum_gradients(list(self.draft.parameters()))
-        total, *flat = self.world.sum([total, *alpha_sums, *alpha_counts])
+            self.processes.sum_gradients(list(self.draft.parameters()))
+        total, *flat = self.processes.sum([total, *alpha_sums, *alpha_counts])
         alpha_sums, alpha_counts = flat[: len(alpha_sums)], [round(n) for n in flat[len(alpha_sums) :]]
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self.settings.clip_norm)).item()
+        clipped = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self.settings.clip_norm)
+        norm = (clipped.full_tensor() if isinstance(clipped, DTensor) else clipped).item()
         if not (math.isfinite(norm) and math.isfinite(total)):
             names = [name for pack in packs for name in pack.names]
             raise TrainingError(
@@ -194,19 +205,16 @@ class Trainer:
             if any(alpha_counts):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        sums = self.sums or {
-            "loss": 0.0,
-            "norm": 0.0,
-            "count": 0,
-            "alpha": [0.0] * len(alpha_sums),
-            "alpha_n": [0] * len(alpha_sums),
-        }
-        sums["loss"] += total
-        sums["norm"] += norm
-        sums["count"] += 1
-        sums["alpha"] = [a + b for a, b in zip(sums["alpha"], alpha_sums, strict=True)]
-        sums["alpha_n"] = [a + b for a, b in zip(sums["alpha_n"], alpha_counts, strict=True)]
-        self.sums = {**sums, "last_loss": total, "lr": lr}
+        sums, depths = self.sums, self.settings.ttt_steps
+        self.sums = Sums(
+            loss=sums.loss + total,
+            gradient_norm=sums.gradient_norm + norm,
+            count=sums.count + 1,
+            alpha=[a + b for a, b in zip(sums.alpha or [0.0] * depths, alpha_sums, strict=True)],
+            alpha_count=[a + b for a, b in zip(sums.alpha_count or [0] * depths, alpha_counts, strict=True)],
+            last_loss=total,
+            learning_rate=lr,
+        )
 
     def _forward(self, inputs: PackInputs, weights: list[float]) -> tuple[Tensor, list[Tensor]]:
         """Loss with the parameters cast to the compute dtype; gradients arrive at the fp32 masters."""
@@ -223,7 +231,9 @@ class Trainer:
         settings = self.settings
         use_muon = settings.optimizer == "muon"
         matrices = [
-            p for n, p in self.draft.named_parameters() if use_muon and p.ndim == 2 and not n.startswith("lm_head")
+            p
+            for n, p in self.draft.named_parameters()
+            if use_muon and p.ndim == 2 and not n.startswith(self.draft.head)
         ]
         chosen = {id(p) for p in matrices}
         optimizers: list[torch.optim.Optimizer] = [
@@ -249,7 +259,7 @@ class Trainer:
         taps, last = states.taps_TKH.to(self.device), states.last_TH.to(self.device)
         if not (taps.isfinite().all() and last.isfinite().all()):
             good, start = [], 0
-            by_name = {c["id"]: c for c in (*self.rows, *self.heldout)}
+            by_name = {c.id: c for c in (*self.rows, *self.heldout)}
             for name, document in zip(pack.names, pack.documents, strict=True):
                 part = slice(start, start + len(document))
                 start += len(document)
@@ -264,21 +274,13 @@ class Trainer:
             taps, last = (torch.cat([x[part] for _, part in good]) for x in (taps, last))
         # Made under inference mode, and autograd saves only ordinary tensors.
         taps, last = taps.clone(), last.clone()
-        return prepare(
-            pack,
-            taps,
-            last,
-            self.target.embedding_rows(),
-            self.head_rows,
-            self.full_head,
-            self.target.logit_softcap,
-            self.dtype,
-        )
+        rows, full, softcap = self.head_rows, self.full_head, self.target.logit_softcap
+        return pack_inputs(pack, taps, last, self.target.embedding_rows(), rows, full, softcap, self.dtype)
 
     def _step_weights(self, packs: list[Pack]) -> list[float]:
         """Weight of one scored row at every step: a mean over the whole batch, whatever its packing."""
         decay = [self.settings.step_decay**i for i in range(self.settings.ttt_steps)]
-        counts = self.world.sum([sum(len(p.step_rows(i)) for p in packs) for i in range(self.settings.ttt_steps)])
+        counts = self.processes.sum([sum(len(p.step_rows(i)) for p in packs) for i in range(self.settings.ttt_steps)])
         return [d / (sum(decay) * max(1, n)) for d, n in zip(decay, counts, strict=True)]
 
     def _learning_rate(self) -> float:
@@ -298,18 +300,18 @@ class Trainer:
         if self.settings.capture == "online":
             return StreamedCapture(self.target, taps, self._packs_to_come(), self.recipe.server.packs_ahead)
         limit = self.settings.max_document_tokens
-        documents = {c["id"]: c["ids"][:limit] for c in (*self.heldout, *self.rows)}
-        return OfflineCapture(self.out / "hidden_states", self.target, taps, documents, self.world)
+        documents = {c.id: c.ids[:limit] for c in (*self.heldout, *self.rows)}
+        return OfflineCapture(self.out / "hidden_states", self.target, taps, documents, self.processes)
 
     def _packs_to_come(self) -> Iterator[tuple[list[str], list[list[int]]]]:
         for step in self.steps[self.step :]:
-            for indices in self.world.share(step):
+            for indices in self.processes.share(step):
                 pack = make_pack([self.rows[i] for i in indices], self.settings.max_document_tokens)
                 yield pack.names, pack.documents
 
     def _heldout_packs(self, capture: CaptureSource) -> Iterator[PackInputs]:
         settings = self.settings
-        lengths = [len(c["ids"]) for c in self.heldout]
+        lengths = [len(c.ids) for c in self.heldout]
         for step in schedule(lengths, settings.pack_tokens, settings.max_document_tokens, 0, 1, 1):
             pack = make_pack([self.heldout[i] for i in step[0]], settings.max_document_tokens)
             inputs = self._inputs(pack, capture)
@@ -318,84 +320,84 @@ class Trainer:
 
     def _evaluate(self, capture: CaptureSource) -> None:
         steps = self.settings.ttt_steps
-        masters = {name: whole(tensor.detach()) for name, tensor in self.draft.state_dict().items()}
-        if not self.world.main:
+        masters = whole_weights(self.draft)
+        if not self.processes.main:
             return
-        cast = Eagle3Draft(self.draft.config).to(self.device, self.dtype)
-        cast.load_state_dict({name: tensor.to(self.dtype) for name, tensor in masters.items()})
+        cast = self.method.build(self.draft.config).to(self.device, self.dtype)
+        cast.load_state_dict(masters)
         result = evaluate_heldout(cast, self._heldout_packs(capture), self.vocabulary.ids_D, steps)
-        self.taus.append(result[f"tau_{min(3, steps)}"])
-        self._write("metrics.jsonl", {"step": self.step, "held_out": result})
+        self.taus.append(result.tau[min(3, steps)])
+        self._write(run_files.metrics, MetricsRow(step=self.step, held_out=result))
         if self.taus[-1] > max(self.taus[:-1], default=0.0):
-            best = {"step": self.step, "tau_held_out": self.taus[-1]}
-            save_best(self.out, masters, {**self._belongs(), "step": self.step, "best": best})
+            best = Best(step=self.step, tau_held_out=self.taus[-1])
+            save_best(self.out, masters, TrainingState(belongs=self._belongs(), step=self.step, best=best))
 
-    def _write(self, name: str, row: dict[str, Any]) -> None:
-        if self.world.main:
-            append_jsonl(self.out / name, row)
+    def _write(self, place: Callable[[Path], Path], row: MetricsRow | StepTiming) -> None:
+        if self.processes.main:
+            append_row(place(self.out), row)
 
     def _log(self) -> None:
         sums = self.sums
-        self._write(
-            "metrics.jsonl",
-            {
-                "step": self.step,
-                "loss": sums["loss"] / sums["count"],
-                "gradient_norm": sums["norm"] / sums["count"],
-                "learning_rate": sums["lr"],
-                "alpha": [a / max(1, n) for a, n in zip(sums["alpha"], sums["alpha_n"], strict=True)],
-            },
+        row = MetricsRow(
+            step=self.step,
+            loss=sums.loss / sums.count,
+            gradient_norm=sums.gradient_norm / sums.count,
+            learning_rate=sums.learning_rate,
+            alpha=[a / max(1, n) for a, n in zip(sums.alpha, sums.alpha_count, strict=True)],
         )
-        self.sums = {}
+        self._write(run_files.metrics, row)
+        self.sums = Sums()
 
     @property
-    def status(self) -> str:
+    def status(self) -> Literal["preview", "converged"]:
         return "converged" if converged(self.taus, self.settings.patience) else "preview"
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
-    def _belongs(self) -> dict[str, Any]:
-        """What a checkpoint must agree on to be continued by this run."""
+    def _belongs(self) -> Belongs:
         recipe = self.recipe
-        return {
-            "draft": self.draft.config.to_dict(),
-            "vocabulary": self.vocabulary.name,
-            "target": self.target.identity.__dict__,
-            "train": recipe.train.model_dump(mode="json", exclude=BOOKKEEPING),
-            "seed": recipe.seed,
-            "data": digest([c["id"] for c in self.rows], [len(c["ids"]) for c in self.rows]),
-        }
+        return Belongs(
+            method=self.method.name,
+            draft=self.draft.config.model_dump(mode="json"),
+            vocabulary=self.vocabulary.name,
+            target=self.target.identity,
+            train=recipe.train.model_dump(mode="json", exclude=BOOKKEEPING),
+            seed=recipe.seed,
+            data=digest([c.id for c in self.rows], [len(c.ids) for c in self.rows]),
+        )
 
     def _checkpoint(self) -> None:
-        state = {
-            "step": self.step,
-            **self._belongs(),
-            "status": self.status,
-            "taus": self.taus,
-            "sums": self.sums,
-            "quarantined": self.world.union(self.quarantined),
-        }
-        save_checkpoint(self.out, self.draft, self.optimizers, state, self.settings.keep_checkpoints, self.world.main)
-        self.world.wait()
+        state = TrainingState(
+            belongs=self._belongs(),
+            step=self.step,
+            status=self.status,
+            taus=self.taus,
+            sums=self.sums,
+            quarantined=self.processes.union(self.quarantined),
+        )
+        save_checkpoint(
+            self.out, self.draft, self.optimizers, state, self.settings.keep_checkpoints, self.processes.main
+        )
+        self.processes.wait()
 
     def _resume(self) -> None:
         """Continue from the newest checkpoint, which must belong to this very run."""
-        if self.world.main:
+        if self.processes.main:
             restore_best(self.out)
         paths = checkpoint_paths(self.out)
         if paths:
-            state = load_state(paths[-1])
-            for key, value in self._belongs().items():
-                if state.get(key) != value:
+            state, own = load_state(paths[-1]), self._belongs()
+            for key in Belongs.model_fields:
+                if getattr(state.belongs, key) != getattr(own, key):
                     raise CheckpointError(
                         f"{paths[-1]}: was trained with another {key}; use another --out, or delete the directory"
                     )
             load_weights(paths[-1], self.draft)
             load_optimizers(paths[-1], self.draft, self.optimizers)
-            self.step, self.taus = state["step"], state["taus"]
-            self.sums, self.quarantined = state["sums"], state["quarantined"]
+            self.step, self.taus = state.step, list(state.taus)
+            self.sums, self.quarantined = state.sums, list(state.quarantined)
             say(f"train: continuing from {paths[-1].name}")
-        self.world.wait()
-        if self.world.main:
-            for name in ("metrics.jsonl", "timing.jsonl"):
-                truncate_jsonl(self.out / name, self.step)
+        self.processes.wait()
+        if self.processes.main:
+            truncate_rows(run_files.metrics(self.out), MetricsRow, self.step)
+            truncate_rows(run_files.step_timing(self.out), StepTiming, self.step)

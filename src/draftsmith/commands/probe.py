@@ -1,0 +1,38 @@
+"""`draftsmith probe RECIPE`."""
+
+from typing import TYPE_CHECKING
+
+from draftsmith.commands.base import RecipeCommand
+from draftsmith.core.errors import RecipeError
+
+if TYPE_CHECKING:
+    from draftsmith.runs.run import Run
+
+
+class Probe(RecipeCommand):
+    """Measure what a speed-up depends on, here or on a running server. Needs no trained draft.
+
+    Without a server and without a target in this process the machine alone is measured, its links included; a
+    prediction for it is then a roofline over what was measured.
+    """
+
+    url: str | None = None
+    """Measure a server of the target alone (engine: serve.engine) instead of this machine."""
+    draft_url: str | None = None
+    """A second server that drafts serve.shape for the same target; tells what drafting costs there."""
+
+    def __call__(self, run: "Run") -> int:
+        if self.draft_url is not None and self.url is None:
+            raise RecipeError("--draft-url: give --url too, a server of the target alone to compare it with")
+        from draftsmith.hardware.probe import page
+        from draftsmith.runs.probing import probe_here, probe_server
+
+        if self.url is not None:
+            engine = run.recipe.serve.engine
+            probe = probe_server(run, engine, self.url, self.draft_url, run.serving_shape(engine))
+            out = run.files.probe(engine)
+        else:
+            probe, out = probe_here(run), run.files.probe()
+        probe.save(out)
+        print(f"{page(probe)}\n\nprobe: {out}")
+        return 0

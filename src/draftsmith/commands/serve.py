@@ -1,0 +1,31 @@
+"""`draftsmith serve RECIPE`."""
+
+from typing import TYPE_CHECKING, Literal
+
+from draftsmith.commands.base import RecipeCommand
+
+if TYPE_CHECKING:
+    from draftsmith.runs.run import Run
+
+
+class Serve(RecipeCommand):
+    """Start vLLM or SGLang with the run's draft, and stop it on Ctrl-C."""
+
+    purpose: Literal["draft", "plain", "capture", "last"] = "draft"
+    """draft: what users run; plain: the target alone; capture: the target keeping hidden states for `train`; last:
+    SGLang's other half of it."""
+    print: bool = False
+    """Print the command instead of running it."""
+
+    @property
+    def writes(self) -> bool:
+        return False
+
+    def __call__(self, run: "Run") -> int:
+        from draftsmith.engines.process import serve
+
+        launched = run.serving(self.purpose)
+        if self.print:
+            print(launched)
+            return 0
+        return serve(launched, run.recipe.serve.patience_s)

@@ -1,0 +1,64 @@
+"""`draftsmith run RECIPE`, and every stage as a command of its own."""
+
+from typing import TYPE_CHECKING, Literal
+
+from draftsmith.commands.base import RecipeCommand
+from draftsmith.core.errors import RecipeError
+from draftsmith.core.recipe import EngineName
+
+if TYPE_CHECKING:
+    from draftsmith.runs.run import Run
+
+
+StageName = Literal["prompts", "regenerate", "vocab", "train", "export", "evaluate", "report"]
+
+
+class Stages(RecipeCommand):
+    """Make a draft model for speculative decoding.
+
+    `run` goes through all stages; a stage's name runs that stage alone. Finished stages are skipped.
+    """
+
+    stage: str = "run"
+    """run, or one stage."""
+    dry_run: bool = False
+    """Print the resolved recipe and what each stage would do, then stop."""
+    redo: StageName | None = None
+    """Make this stage's output anew; the old one is kept beside it."""
+    check: EngineName | None = None
+    """After export: start this engine and compare it with the embedded one, token by token and depth by depth."""
+
+    @property
+    def writes(self) -> bool:
+        return not self.dry_run
+
+    def __call__(self, run: "Run") -> int:
+        from draftsmith.runs.pipeline import explain, run_pipeline
+
+        if self.dry_run:
+            print(explain(run))
+            return 0
+        report = run_pipeline(run, None if self.stage == "run" else self.stage, self.redo)
+        if self.check:
+            from draftsmith.runs.check import check
+
+            if not check(run, self.check):
+                return 1
+        if self.stage == "report":
+            print(f"report: {report}")
+        if self.stage == "run" and run.processes.main:
+            print(f"report: {report}\ndraft:  {run.files.draft}")
+            self._card(run)
+            for engine, line in run.serve_commands.items():
+                print(f"\nserve it on {engine}:\n  {line}")
+        return 0
+
+    @staticmethod
+    def _card(run: "Run") -> None:
+        from draftsmith.publishing.card import write_card
+        from draftsmith.runs.estimates import card_prediction
+
+        try:
+            print(f"card:   {write_card(run, card_prediction(run))}")
+        except RecipeError as error:  # the draft is done; only its card has to wait
+            print(f"card:   none yet; {error}")

@@ -1,0 +1,74 @@
+"""Writing files so that a crash or a power cut at any moment leaves the old one or the new one, never half of one."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from draftsmith.core.errors import DataError
+
+JsonObject = dict[str, Any]
+"""An object of a file or an answer that others wrote: nothing is known of it before it is looked at."""
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a directory, on the disk before anything is built on them."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace(temporary: Path, path: Path) -> None:
+    """Put a finished file or directory in its place. A rename may reach the disk before the content does, so what is
+    inside is synced first, and the rename itself after it."""
+    for inside in temporary.iterdir() if temporary.is_dir() else (temporary,):
+        sync(inside)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write to a temporary name beside `path`, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS))
+
+
+def read_json(path: Path) -> Any:
+    return orjson.loads(path.read_bytes())
+
+
+def save_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
+    """safetensors, written beside its place and renamed; a write that fails is a `DataError` of one line."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+    except SafetensorError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"{path}: cannot be written: {error}; free space or give another --out") from None
+    replace(temporary, path)
+
+
+def digest(*parts: Any) -> str:
+    """Content hash of files (given as Path) and JSON values, 16 hex digits."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with part.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        else:
+            total.update(orjson.dumps(part, option=orjson.OPT_SORT_KEYS))
+    return total.hexdigest()[:16]

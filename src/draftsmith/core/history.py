@@ -1,0 +1,58 @@
+"""What a run's stages were made of: their recipes as they ran, and the files they wrote as they were written."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from draftsmith.core.files import digest
+from draftsmith.core.recipe import Recipe
+from draftsmith.core.records.run import Output, StageState
+from draftsmith.core.run_files import RunFiles, stage_state
+
+PARTS = {  # of the recipe, that a stage decides
+    "prompts": ("prompts",),
+    "regenerate": ("target", "regenerate", "seed"),
+    "vocab": ("vocab",),
+    "train": ("draft", "train"),
+    "evaluate": ("evaluate",),
+}
+# What others add later, what may be thrown away, and what goes on growing.
+NOT_OUTPUT = {"stage.json", "README.md", "parts", "hidden_states"}
+
+
+def recipe_that_ran(run: RunFiles, recipe: Recipe) -> Recipe:
+    """The recipe with every part as its stage ran with it: what was done, not what was typed last."""
+    values = recipe.model_dump(mode="json")
+    for stage, parts in PARTS.items():
+        state = StageState.readable(stage_state(run.stage(stage)))
+        if state is not None and state.finished:
+            values |= {part: state.recipe[part] for part in parts if part in state.recipe}
+    return Recipe.model_validate(values)
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    for path in sorted(directory.rglob("*")):
+        parts = path.relative_to(directory).parts
+        hidden = any(part.startswith(".") or part in NOT_OUTPUT for part in parts)
+        if path.is_file() and not hidden and path.suffix not in (".log", ".unused"):
+            yield path
+
+
+def outputs_of(directory: Path) -> dict[str, Output]:
+    """Every file that a finished stage answers for."""
+    return {str(path.relative_to(directory)): _output(path) for path in _files(directory)}
+
+
+def _output(path: Path) -> Output:
+    status = path.stat()
+    return Output(size=status.st_size, mtime_ns=status.st_mtime_ns, digest=digest(path))
+
+
+def changed(directory: Path, outputs: dict[str, Output]) -> list[str]:
+    """Files that are missing or not as they were written. One of the same size and time is taken for the same."""
+
+    def same(path: Path, known: Output) -> bool:
+        if not path.is_file() or path.stat().st_size != known.size:
+            return False
+        return path.stat().st_mtime_ns == known.mtime_ns or digest(path) == known.digest
+
+    return [name for name, known in outputs.items() if not same(directory / name, known)]

@@ -1,0 +1,75 @@
+"""Every file of a run is a model, validated when it is written and when it is read (docs/files.md)."""
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import orjson
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from draftsmith.core import files
+from draftsmith.core.errors import DataError
+from draftsmith.core.progress import say
+from draftsmith.core.recipe import EngineName
+
+Points = tuple[tuple[float, float], ...]
+"""(x, y) of a measured curve, ascending in x."""
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""JSON has no NaN: null stands for what is not known."""
+Decodes = Literal["embedded"] | EngineName
+
+
+class Record(BaseModel):
+    """One file, or a part of one: validated when it is written and when it is read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    def save(self, path: Path) -> None:
+        options = orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS
+        files.write_atomic(path, orjson.dumps(self.model_dump(mode="json"), option=options) + b"\n")
+
+    def line(self) -> bytes:
+        """As a row of a .jsonl file, without what has its default."""
+        values = self.model_dump(mode="json", exclude_defaults=True)
+        return orjson.dumps(values, option=orjson.OPT_NON_STR_KEYS) + b"\n"
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Raises `DataError` of one line for a file that is damaged or of another version."""
+        return cls._parsed(path.read_bytes(), str(path))
+
+    @classmethod
+    def found(cls, path: Path) -> Self | None:
+        """The file where there is one."""
+        return cls.load(path) if path.exists() else None
+
+    @classmethod
+    def readable(cls, path: Path) -> Self | None:
+        """The file where there is one and it can be read; says what is wrong with it otherwise. For records that a run
+        can do without: what they speak of counts as not done."""
+        try:
+            return cls.found(path)
+        except (DataError, OSError) as error:
+            say(f"{error}; it counts as missing")
+            return None
+
+    @classmethod
+    def read_rows(cls, path: Path) -> Iterator[Self]:
+        """Of a .jsonl file."""
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                yield cls._parsed(line, f"{path}:{number}")
+
+    @classmethod
+    def _parsed(cls, text: bytes, where: str) -> Self:
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(str(part) for part in problem["loc"])
+            raise DataError(f"{where}: is no {cls.__name__} ({key + ': ' if key else ''}{problem['msg']})") from None
+
+
+def write_rows(path: Path, rows: Iterable[Record]) -> None:
+    files.write_atomic(path, b"".join(row.line() for row in rows))

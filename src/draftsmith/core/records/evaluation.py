@@ -1,0 +1,201 @@
+"""What decoding with a draft measures."""
+
+from draftsmith.core.files import JsonObject
+from draftsmith.core.records.base import Decodes, Record
+from draftsmith.core.records.run import Provenance
+from draftsmith.core.shape import Shape
+
+
+class Tau(Record):
+    tau: float | None
+    low: float | None = None
+    """95 % percentile interval over prompts; null under ten prompts."""
+    high: float | None = None
+    prompts: int
+    steps: int
+
+    def __str__(self) -> str:
+        """`2.10 [2.02, 2.19]`; without the interval where there is none."""
+        if self.tau is None:
+            return "-"
+        return f"{self.tau:.2f}" + ("" if self.low is None else f" [{self.low:.2f}, {self.high:.2f}]")
+
+    @property
+    def short(self) -> str:
+        return "-" if self.tau is None else f"{self.tau:.2f}"
+
+    @property
+    def dot(self) -> tuple[float, float, float] | None:
+        """(value, low, high) of a plot."""
+        return None if self.tau is None else (self.tau, self.low or self.tau, self.high or self.tau)
+
+
+class PromptCounts(Record):
+    """Verification steps of one prompt; what a loop or the end cuts short is apart. Lists are by depth."""
+
+    id: str
+    category: str
+    tokens: int
+    looping_tokens: int
+    steps: int = 0
+    accepted: int = 0
+    reached: list[int] = []
+    """Steps in which the depth could be accepted."""
+    accepted_at: list[int] = []
+    looping_steps: int = 0
+    looping_accepted: int = 0
+
+
+class Acceptance(Record):
+    """Accept length of one shape at one temperature."""
+
+    shape: Shape
+    temperature: float
+    all: Tau
+    by_category: dict[str, Tau]
+    acceptance_by_depth: list[float | None]
+    """Share accepted of the steps that reached the depth."""
+    looping_share: float
+    """Of the tokens; they count in `tau_with_loops` alone."""
+    tau_with_loops: float
+    tokens: int
+    prompts: list[PromptCounts]
+    oracle: Tau | None = None
+    """Of chains that always propose the target's first choice; at temperatures above 0, where the engine tells."""
+    share_of_oracle: float | None = None
+
+
+class Difference(Record):
+    """Where a drafted greedy output parts from the plain one."""
+
+    id: str
+    shape: Shape
+    token: int
+    plain: int | None = None
+    """The token there; null where one of the texts ended."""
+    drafted: int | None = None
+    logit_gap: float | None = None
+    """How close the target holds the two tokens."""
+
+
+class Lossless(Record):
+    """Greedy output against plain decoding, token by token."""
+
+    dtype: str
+    prompts: int
+    tokens_per_prompt: int
+    tokens: int
+    shapes: tuple[Shape, ...]
+    differences: list[Difference]
+
+
+class TimedGroup(Record):
+    """Prompts that were decoded at once."""
+
+    tokens: int
+    seconds: float
+    accepted: int = 0
+    steps: int = 0
+    outputs: list[list[int]] = []
+
+
+class Speed(Record):
+    """Greedy decoding of the same prompts with and without the draft."""
+
+    shape: Shape
+    batch: int
+    prompts: int
+    tokens: int
+    plain_tokens_per_s: float
+    drafted_tokens_per_s: float
+    speedup: float
+    """Median over prompts."""
+    tau: float | None
+    dtype: str
+    differences: list[Difference] = []
+
+
+class Profile(Record):
+    """Ranks of the target's own tokens among the draft's choices, teacher-forced."""
+
+    prompts: int
+    positions: int
+    table: list[list[float]]
+    """table[d][r]: share of choice r + 1 at depth d + 1 where the first choices before it were right."""
+    walks: list[list[str]]
+    """walks[prompt][position]: one digit per depth, 0 for none of the first nine choices."""
+
+
+class EvaluationSettings(Record):
+    engine: Decodes
+    prompts: int
+    prompts_available: int
+    max_new_tokens: int
+    top_p: float
+    top_k: int
+    target: str
+    dtype: str
+    threads: int | None = None
+
+
+class PlainReference(Record):
+    """Of the target alone: what drafted outputs and times are compared with."""
+
+    outputs: list[list[int]]
+    timed: dict[int, list[TimedGroup]]
+    """By requests at once."""
+
+
+class Results(Record):
+    """evaluate/results.json, evaluate-ENGINE/results.json"""
+
+    created_with: Provenance
+    settings: EvaluationSettings
+    acceptance: list[Acceptance]
+    left_out: list[float] = []
+    """Temperatures at which the engine does not draw, so that nothing was measured."""
+    lossless: Lossless | None = None
+    speed: list[Speed] = []
+    profile: Profile | None = None
+
+    @property
+    def partial(self) -> bool:
+        return self.settings.prompts < self.settings.prompts_available
+
+
+class PairedDifference(Record):
+    """tau of a draft less tau of the first one, on the prompts that both have."""
+
+    difference: float | None
+    low: float | None = None
+    high: float | None = None
+    prompts: int
+
+    def __str__(self) -> str:
+        if self.difference is None:
+            return "-"
+        interval = "" if self.low is None else f" [{self.low:+.2f}, {self.high:+.2f}]"
+        return f"{self.difference:+.2f}{interval} against the first on {self.prompts} prompts"
+
+
+class ComparedDraft(Record):
+    draft: str
+    parameters: int
+    bytes: int
+    coverage: float | None
+    """Share of the target's own tokens that the draft can propose."""
+    acceptance: list[Acceptance]
+    against_first: list[PairedDifference] = []
+    """For every entry of `acceptance`; none for the first draft."""
+    profile: Profile | None
+    config: JsonObject
+    """The method's own configuration."""
+    predicted: dict[str, float] = {}
+    """Speed-up by machine."""
+
+
+class Comparison(Record):
+    """compare/compare.json"""
+
+    created_with: Provenance
+    drafts: list[ComparedDraft]

@@ -1,0 +1,25 @@
+"""Tables for a terminal."""
+
+import io
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+WIDTH = 400  # lines are never folded: a terminal folds them, a file keeps them
+
+
+def table(rows: Iterable[Sequence[str]], head: Sequence[str] = (), right: Iterable[int] = ()) -> str:
+    """Columns two spaces apart; `right`: numbers of the columns that are aligned there."""
+    right = set(right)
+    out = Table(box=None, show_header=bool(head), header_style="", padding=(0, 2, 0, 0), pad_edge=False)
+    rows = [list(map(str, row)) for row in rows]
+    for number in range(max((len(row) for row in rows), default=len(head))):
+        title = Text(head[number]) if head else ""
+        out.add_column(title, justify="right" if number in right else "left", no_wrap=True)
+    for row in rows:
+        out.add_row(*map(Text, row))
+    console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
+    console.print(out)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]

@@ -1,0 +1,154 @@
+"""EAGLE-3 (arXiv 2503.01840): one Llama layer over [token embedding, fused target feature].
+
+Draft position t sees the feature of token t and the embedding of token t + 1 and predicts token t + 2. The feature is
+`fc` over the concatenated taps where the target has run, and the layer's own pre-norm output where it has not.
+Parameter names are those of the checkpoint file. Embeddings are the target's and no part of the draft.
+
+Shapes: ... any leading dimensions, W query tokens, L cached positions, K taps, H hidden, V target vocabulary,
+D draft vocabulary. Taps are as wide as the target, which is H unless `target_hidden_size` says otherwise.
+"""
+
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from draftsmith.core.files import JsonObject
+from draftsmith.drafts.layers import Attention, RMSNorm, SwiGLU, rope_frequencies, rope_table, rotate
+from draftsmith.drafts.method import Draft, DraftConfig
+
+
+class Eagle3Config(DraftConfig):
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float
+    rms_norm_eps: float = 1e-6
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    rope_scaling: JsonObject | None = None
+    """As in config.json, with `rope_type` linear, llama3 or yarn."""
+
+
+class DraftLayer(nn.Module):
+    def __init__(self, config: Eagle3Config):
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        self.mlp = SwiGLU(size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(size, eps)  # over the embedding
+        self.hidden_norm = RMSNorm(size, eps)  # over the feature
+        self.post_attention_layernorm = RMSNorm(size, eps)
+
+
+class DraftCache:
+    """Keys and values [L, N, D] of the draft layer for one sequence; rows beyond `length` are scratch."""
+
+    def __init__(self, config: Eagle3Config, capacity: int, dtype: torch.dtype, device: torch.device):
+        shape = (capacity, config.num_key_value_heads, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add W rows; returns views of all rows so far."""
+        end = self.length + key.shape[0]
+        if end > self.keys.shape[0]:
+            more = max(end - self.keys.shape[0], self.keys.shape[0])
+            self.keys = torch.cat([self.keys, self.keys.new_zeros(more, *self.keys.shape[1:])])
+            self.values = torch.cat([self.values, self.values.new_zeros(more, *self.values.shape[1:])])
+        self.keys[self.length : end] = key
+        self.values[self.length : end] = value
+        self.length = end
+        return self.keys[:end], self.values[:end]
+
+
+class Eagle3Draft(Draft):
+    method = "eagle3"
+    config: Eagle3Config
+
+    def __init__(self, config: Eagle3Config):
+        super().__init__()
+        self.config = config
+        size, taps, tap_size = config.hidden_size, len(config.taps), config.tap_size
+        if config.norm_before_fc:
+            self.input_norm = RMSNorm(taps * tap_size, config.rms_norm_eps)
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList([RMSNorm(tap_size, config.rms_norm_eps) for _ in range(taps)])
+        self.fc = nn.Linear(taps * tap_size, size, bias=False)
+        self.midlayer = DraftLayer(config)
+        self.norm = RMSNorm(size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
+
+    @torch.no_grad()
+    def initialise(self, head_rows_DH: Tensor, norm_gain_H: Tensor, generator: torch.Generator) -> None:
+        """Head and final norm from the target's own rows; everything else normal, and the layer's two output
+        projections small, so that the draft starts as fc followed by the target's head.
+
+        The norm's gain is scaled so that a feature of random direction gives logits of deviation 1. At the target's
+        own scale it gives wildly confident guesses (on Gemma many times the loss of a uniform guess), and training
+        begins by unlearning them; a direction that fits a row still reaches sqrt(H) times as far.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                std = parameter.shape[1] ** -0.5
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    std *= 0.1
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        self.lm_head.weight.copy_(head_rows_DH)
+        deviation = (head_rows_DH.float() * norm_gain_H.float()).square().sum(1).mean().sqrt()
+        self.norm.weight.copy_(norm_gain_H / deviation)
+
+    @cached_property
+    def _rope(self) -> tuple[Tensor, float]:
+        config = self.config
+        return rope_frequencies(
+            config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings or 2048
+        )
+
+    def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [..., 1, head_dim] at positions [...]."""
+        return rope_table(positions, *self._rope, dtype)
+
+    def fuse(self, taps: Tensor) -> Tensor:
+        """Features [..., H] from the target's taps [..., K, H]."""
+        if self.config.fc_norm:
+            taps = torch.stack([norm(taps[..., k, :]) for k, norm in enumerate(self.fc_norm)], dim=-2)
+        flat = taps.flatten(-2)
+        return self.fc(self.input_norm(flat) if self.config.norm_before_fc else flat)
+
+    def logits(self, output: Tensor) -> Tensor:
+        """Draft logits [..., D] from the layer's pre-norm output."""
+        return self.lm_head(self.norm(output))
+
+    def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
+        """Everything after attention: output projection, residuals, SwiGLU; the pre-norm output [..., H]."""
+        layer = self.midlayer
+        residual = residual + layer.self_attn.o_proj(attended)
+        return residual + layer.mlp(layer.post_attention_layernorm(residual))
+
+    def step(
+        self, embeds_WH: Tensor, features_WH: Tensor, positions_W: Tensor, cache: DraftCache, visible_WL: Tensor | None
+    ) -> Tensor:
+        """Serving forward of W positions on top of the cache, to which they are added.
+
+        visible_WL says which cached rows (the new ones included) each query sees; None: all of them, which is right
+        for a single query. Returns the pre-norm output [W, H], the feature of the next step.
+        """
+        layer, attn = self.midlayer, self.midlayer.self_attn
+        x = torch.cat([layer.input_layernorm(embeds_WH), layer.hidden_norm(features_WH)], dim=-1)
+        table = self.rope(positions_W, x.dtype)
+        query = rotate(attn.q_proj(x).unflatten(-1, (attn.num_heads, -1)), table)
+        key = rotate(attn.k_proj(x).unflatten(-1, (attn.num_kv_heads, -1)), table)
+        value = attn.v_proj(x).unflatten(-1, (attn.num_kv_heads, -1))
+        keys, values = cache.append(key, value)
+        width, groups = len(x), attn.num_heads // attn.num_kv_heads
+        folded = query.view(width, attn.num_kv_heads, groups, -1).permute(1, 2, 0, 3).flatten(1, 2)
+        mask = None if visible_WL is None else visible_WL.repeat(groups, 1)[None, None]
+        attended = F.scaled_dot_product_attention(
+            folded[None], keys.transpose(0, 1)[None], values.transpose(0, 1)[None], attn_mask=mask
+        )[0]
+        attended = attended.unflatten(1, (groups, width)).permute(2, 0, 1, 3).flatten(1)
+        return self.finish(features_WH, attended)

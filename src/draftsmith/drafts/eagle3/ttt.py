@@ -1,0 +1,73 @@
+"""Training-time test: all steps of all chains of a pack, as serving would compute them.
+
+The embedding half of the q, k and v projections depends on the token alone, so it is computed once per token and
+looked up by every step. Positions that start no chain (the prompt) only ever serve as keys: they get no query, no
+output projection and no MLP.
+
+Shapes: T tokens, R chains, K taps, H hidden, N heads, D head dimension.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from draftsmith.drafts.eagle3.chain_attention import ChainAttention
+from draftsmith.drafts.eagle3.model import Eagle3Draft
+from draftsmith.drafts.layers import rotate
+from draftsmith.drafts.packing import Pack
+
+
+def ttt_outputs(draft: Eagle3Draft, pack: Pack, taps_TKH: Tensor, embeds_TH: Tensor, steps: int) -> list[Tensor]:
+    """Pre-norm outputs [R, H] of every step; row r of step i predicts token chains[r] + 2 + i."""
+    layer, attn, config = draft.midlayer, draft.midlayer.self_attn, draft.config
+    device, dtype = embeds_TH.device, embeds_TH.dtype
+    chains_R = pack.chains_R.to(device)
+    positions_T = pack.positions_T.to(device)
+    last = len(pack.ids_T) - 1
+    shape_q, shape_kv = (attn.num_heads, attn.head_dim), (attn.num_kv_heads, attn.head_dim)
+    query_size = attn.num_heads * attn.head_dim
+
+    def keys_and_values(kv: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = kv.unflatten(-1, (2, *shape_kv)).unbind(1)
+        return key, value
+
+    weight = torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight])
+    from_embed, from_feature = (half.contiguous() for half in weight.split(config.hidden_size, dim=1))
+
+    # Token t + 1 + i stands beside feature t; past the end of the pack any row will do, those are never scored.
+    embed_qkv = F.linear(layer.input_layernorm(embeds_TH), from_embed)
+    following_T = (torch.arange(last + 1, device=device) + 1).clamp_(max=last)
+
+    features_TH = draft.fuse(taps_TKH)
+    kv = F.linear(layer.hidden_norm(features_TH), from_feature[query_size:]) + embed_qkv[following_T, query_size:]
+    key0, value0 = keys_and_values(kv)
+    key0 = rotate(key0, draft.rope(positions_T, dtype))
+
+    feature = features_TH[chains_R]
+    own_keys: list[Tensor] = []
+    own_values: list[Tensor] = []
+    outputs: list[Tensor] = []
+    for step in range(steps):
+        beside = (chains_R + 1 + step).clamp(max=last)
+        table = draft.rope(positions_T[chains_R] + step, dtype)
+        normed = layer.hidden_norm(feature)
+        if step:
+            query, kv = (F.linear(normed, from_feature) + embed_qkv[beside]).tensor_split([query_size], dim=-1)
+            key, value = keys_and_values(kv)
+            own_keys.append(rotate(key, table))
+            own_values.append(value)
+        else:  # its keys and values are among step 0's
+            query = F.linear(normed, from_feature[:query_size]) + embed_qkv[beside, :query_size]
+        query = rotate(query.unflatten(-1, shape_q), table)
+        empty = key0.new_zeros(0, len(chains_R), *shape_kv)
+        attended = ChainAttention.apply(
+            query,
+            key0,
+            value0,
+            torch.stack(own_keys) if own_keys else empty,
+            torch.stack(own_values) if own_values else empty,
+            pack.segments,
+        )
+        feature = draft.finish(feature, attended.flatten(1))
+        outputs.append(feature)
+    return outputs

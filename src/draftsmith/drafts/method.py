@@ -1,0 +1,184 @@
+"""What a drafting method is to the rest of draftsmith. A folder beside this file holds one (docs/architecture.md).
+
+Shapes: T tokens, R chains, K taps, H hidden, V target vocabulary, D draft vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from draftsmith.core.files import JsonObject
+from draftsmith.core.recipe import DraftRecipe, TrainRecipe
+from draftsmith.core.records.base import Record
+from draftsmith.core.shape import Shape
+from draftsmith.core.taps import Taps
+from draftsmith.decoding.speculate import Drafter
+from draftsmith.drafts.packing import Pack
+from draftsmith.drafts.tensors import Shapes
+
+Reading = Literal["auto", "inputs", "outputs"]
+"""How layer ids of a draft that others made are meant: of layer inputs, of layer outputs, or by the key they have."""
+
+
+class DraftConfig(Record):
+    """What every draft has, whatever its method."""
+
+    hidden_size: int
+    vocab_size: int
+    draft_vocab_size: int
+    taps: Taps
+    max_position_embeddings: int
+    target_hidden_size: int | None = None
+    """Width of the taps where it is not the draft's own."""
+
+    @property
+    def tap_size(self) -> int:
+        return self.target_hidden_size or self.hidden_size
+
+
+class Draft(nn.Module):
+    """Its parameters are what is trained; their names are those of the checkpoint file."""
+
+    method: ClassVar[str]
+    """Its name in recipes."""
+    config: DraftConfig
+    head: ClassVar[str] = "lm_head"
+    """Prefix of the output head's parameters."""
+
+    def initialise(self, head_rows_DH: Tensor, norm_gain_H: Tensor, generator: torch.Generator) -> None:
+        """Start from the target's own head rows and the gain of its final norm."""
+        raise NotImplementedError
+
+    def logits(self, output: Tensor) -> Tensor:
+        """Draft logits [..., D] from an output [..., H] of `Method.guesses`."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward of drafting: tokens of each sequence, bytes of weights that it reads, weights per token."""
+
+    tokens: int
+    read_bytes: float
+    parameters: float
+
+
+class DraftSize(ABC):
+    """What a draft weighs, and what its steps and its training cost; bf16 as it is served."""
+
+    @property
+    @abstractmethod
+    def hidden(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def parameters(self) -> float:
+        """Without the few thousand of the norms."""
+
+    @property
+    @abstractmethod
+    def head(self) -> float:
+        """Parameters of the output head."""
+
+    @property
+    @abstractmethod
+    def kv_bytes_per_token(self) -> float: ...
+
+    @property
+    def bytes(self) -> float:
+        return 2 * self.parameters
+
+    @abstractmethod
+    def forwards(self, shape: Shape) -> list[Forward]:
+        """What drafting this shape once takes; engines run the first over all verified tokens, right or wrong."""
+
+    @abstractmethod
+    def optimiser_bytes(self, train: TrainRecipe) -> float:
+        """Its moments, in fp32."""
+
+    @abstractmethod
+    def activation_bytes(self, train: TrainRecipe) -> float:
+        """What a pack keeps for the backward."""
+
+    @abstractmethod
+    def training_flops(self, train: TrainRecipe, steps: float, tokens: float, loss_tokens: float) -> float: ...
+
+
+@dataclass
+class DraftReport:
+    """What a draft directory holds, and everything wrong with it. Lines that start with `note:` are harmless.
+
+    Of a method that draftsmith does not read only `method`, `config` and the tensors' shapes and dtypes are told.
+    """
+
+    directory: Path
+    method: str
+    """In words, such as EAGLE-3."""
+    config: JsonObject
+    shapes: Shapes
+    dtypes: dict[str, str]
+    parameters: int = 0
+    taps: list[int] | None = None
+    draft: DraftConfig | None = None
+    ids_D: Tensor | None = None
+    problems: list[str] = field(default_factory=list)
+    serving: list[str] = field(default_factory=list)
+    """Those of the problems that spoil serving alone; the draft itself is whole."""
+
+    def blocking(self, lenient: bool = False) -> list[str]:
+        """Problems without notes; `lenient` leaves out those of serving."""
+        return [p for p in self.problems if not p.startswith("note:") and not (lenient and p in self.serving)]
+
+
+C = TypeVar("C", bound=DraftConfig)
+D = TypeVar("D", bound=Draft)
+
+
+@dataclass(frozen=True)
+class Method(Generic[C, D]):
+    """What a method's folder offers."""
+
+    name: str
+    """In recipes: draft.method."""
+    title: str
+    architecture: str
+    """The class that engines serve it with."""
+
+    config: Callable[[DraftRecipe, Any, int, int], C]
+    """(recipe, the target's `transformers` text config, its layers, draft vocabulary) -> the draft's configuration."""
+    config_note: Callable[[DraftRecipe, Any], str | None]
+    """(recipe, text config) -> one line where the shape is neither the recipe's nor the target's own; else None."""
+    read_config: Callable[[JsonObject], C]
+    """Of a training checkpoint."""
+    size: Callable[[C], DraftSize]
+
+    build: Callable[[C], D]
+    loss: Callable[[D, TrainRecipe], nn.Module]
+    """A module: (PackInputs, weight of a scored row at every depth) -> (loss, alpha of each depth's scored rows)."""
+    guesses: Callable[[D, Pack, Tensor, Tensor, int], list[Tensor]]
+    """(draft, pack, taps [T, K, H], embeddings [T, H], depths) -> outputs [R, H] of every depth, as serving would
+    compute them; row r of depth i guesses token chains[r] + 2 + i."""
+    drafter: Callable[[D, Tensor, Tensor], Drafter]
+    """(draft, target ids [D] of its rows, embeddings [V, H]) -> what decoding drives."""
+
+    files: Callable[[D, Tensor, int, JsonObject], tuple[JsonObject, dict[str, Tensor]]]
+    """(draft, target ids [D], the target's layers, provenance) -> (config.json, tensors) as every engine loads them."""
+    inspect: Callable[[DraftReport], None]
+    """Fill in what only a draft of this method has, and name everything wrong with it."""
+    taps: Callable[[DraftReport, int, Reading], Taps]
+    """(report, the target's layers, reading) -> the taps of a draft that others made."""
+    facts: Callable[[DraftReport], list[tuple[str, str]]]
+    """What `inspect` shows of it."""

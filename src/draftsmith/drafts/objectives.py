@@ -1,0 +1,129 @@
+"""Losses on draft logits, with their gradients made in the forward pass.
+
+Holding [rows, D] logits of every step for a backward would cost gigabytes, and recomputing them a second product with
+the head. Row weights are known beforehand, so each chunk of rows makes its logits, loss and gradients at once and
+drops the logits: three products in all, and never more than one chunk of them in memory.
+
+With target probabilities p and draft probabilities q over the draft vocabulary (p may sum to less than 1):
+    soft_ce    -sum p log q                                            EAGLE-3
+    lk_alpha   -log alpha,  alpha = sum min(p, q)                      LK losses, arXiv 2602.23881
+    lk_lambda  w * KL(p | q) + (1 - w) * (1 - alpha),  w = exp(-eta * alpha) without gradient      the same
+
+Shapes: M scored rows of all steps, R teacher rows, H hidden, D draft vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftsmith.drafts.packing import Pack, PackInputs
+
+CHUNK_ROWS = 512  # logits of a chunk stay in a CPU's last-level cache
+
+
+@dataclass(frozen=True)
+class Objective:
+    name: str = "soft_ce"
+    eta: float = 3.0
+
+    def loss_and_gradient(self, logits: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Per row: loss [m], d loss / d logits [m, D] and alpha [m], all fp32."""
+        q = torch.softmax(logits, dim=-1, dtype=torch.float32)
+        mass = p.sum(-1)
+        alpha = torch.minimum(p, q).sum(-1)
+        if self.name != "lk_alpha":
+            z = logits.float()
+            # log sum exp z, read off the softmax at its maximum: saves a pass of exp over [m, D]
+            log_sum = z.amax(-1) - q.amax(-1).log()
+            cross_entropy = mass * log_sum - torch.linalg.vecdot(p, z)
+            if self.name == "soft_ce":
+                return cross_entropy, q.mul_(mass[:, None]).sub_(p), alpha
+        # d alpha / d z_v = q_v * (b_v - sum_u q_u b_u), b = 1 where q < p
+        gated = q * (q < p)
+        alpha_gradient = gated - q * gated.sum(-1, keepdim=True)
+        if self.name == "lk_alpha":
+            safe = alpha.clamp_min(1e-6)
+            return -safe.log(), alpha_gradient.div_(-safe[:, None]), alpha
+        weight = torch.exp(-self.eta * alpha)
+        kl = cross_entropy + torch.special.xlogy(p, p).sum(-1)
+        gradient = weight[:, None] * (q * mass[:, None] - p) - (1 - weight)[:, None] * alpha_gradient
+        return weight * kl + (1 - weight) * (1 - alpha), gradient, alpha
+
+
+def teacher_probabilities(
+    last_RH: Tensor, rows_DH: Tensor, full_head_VH: Tensor | None, softcap: float | None, dtype: torch.dtype
+) -> Tensor:
+    """Target probabilities [R, D] of the draft vocabulary.
+
+    Renormalised over it where `full_head_VH` is None, otherwise true ones: the log-sum-exp then runs over the whole
+    vocabulary. Stored in `dtype`; fp16 has eleven bits for numbers in [0, 1], bf16 only eight.
+    """
+    out = last_RH.new_empty(len(last_RH), len(rows_DH), dtype=dtype)
+
+    def capped(logits: Tensor) -> Tensor:
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+    chunk = CHUNK_ROWS if full_head_VH is None else 64  # fewer rows of the whole vocabulary
+    for start in range(0, len(last_RH), chunk):
+        hidden = last_RH[start : start + chunk]
+        logits = capped(hidden @ rows_DH.T)
+        if full_head_VH is None:
+            out[start : start + chunk] = torch.softmax(logits, -1, dtype=torch.float32)
+        else:
+            total = capped(hidden @ full_head_VH.T).float().logsumexp(-1, keepdim=True)
+            out[start : start + chunk] = (logits.float() - total).exp()
+    return out
+
+
+class HeadLoss(torch.autograd.Function):
+    """apply(x [M, H], head [D, H], p [R, D], teacher_rows [M], row_weights [M], objective) -> (loss, alpha [M])
+
+    loss = sum of row_weights * per-row loss; alpha carries no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, head: Tensor, p: Tensor, teacher_rows: Any, row_weights: Tensor, objective: Objective
+    ) -> Any:
+        grad_x = torch.empty_like(x)
+        grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device)
+        alphas = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        for start in range(0, len(x), CHUNK_ROWS):
+            rows = slice(start, start + CHUNK_ROWS)
+            logits = x[rows] @ head.T
+            losses, gradient, alphas[rows] = objective.loss_and_gradient(logits, p[teacher_rows[rows]].float())
+            weights = row_weights[rows]
+            loss += torch.dot(losses, weights)
+            gradient = gradient.mul_(weights[:, None]).to(x.dtype)
+            grad_x[rows] = gradient @ head
+            grad_head += gradient.T @ x[rows]
+        ctx.save_for_backward(grad_x, grad_head.to(head.dtype))
+        ctx.mark_non_differentiable(alphas)
+        return loss, alphas
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _grad_alphas: Tensor) -> Any:
+        grad_x, grad_head = ctx.saved_tensors
+        return grad_x * grad_loss, grad_head * grad_loss, None, None, None, None
+
+
+def pack_inputs(
+    pack: Pack,
+    taps_TKH: Tensor,
+    last_TH: Tensor,
+    embedding_VH: Tensor,
+    head_rows_DH: Tensor,
+    full_head_VH: Tensor | None,
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> PackInputs:
+    """Teacher distributions and casts; everything here is computed once per token, not once per depth."""
+    device = taps_TKH.device
+    stored = torch.float32 if dtype == torch.float32 else torch.float16
+    following = last_TH[pack.chains_R.to(device) + 1]
+    teacher = teacher_probabilities(following, head_rows_DH, full_head_VH, softcap, stored)
+    embeds = embedding_VH[pack.ids_T.to(embedding_VH.device)].to(device, dtype)
+    return PackInputs(pack, taps_TKH.to(dtype), embeds, teacher)

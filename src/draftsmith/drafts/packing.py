@@ -1,0 +1,118 @@
+"""Documents packed into one row, and the chains that training runs on them.
+
+A *chain* starts at every position s from which serving would draft: the feature of token s is known, token s + 1 is
+the verified root, and step i predicts token s + 2 + i. So a completion at [start, end) has the chains
+start - 1 <= s < end - 2, and step i of chain s is scored while s + 2 + i < end.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draftsmith.core.records.data import Completion
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of chains [first, last) of one document that begins at `document` (all positions in the pack)."""
+
+    document: int
+    first: int
+    last: int
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+
+@dataclass(frozen=True)
+class Pack:
+    """T tokens of several documents; R chains."""
+
+    names: list[str]
+    documents: list[list[int]]
+    segments: list[Segment]
+    ids_T: Tensor
+    positions_T: Tensor  # inside each document
+
+    @property
+    def chain_count(self) -> int:
+        return sum(len(segment) for segment in self.segments)
+
+    @property
+    def chains_R(self) -> Tensor:
+        """Pack position s of every chain."""
+        return torch.cat([torch.arange(s.first, s.last) for s in self.segments])
+
+    def step_rows(self, step: int) -> Tensor:
+        """Rows (into R) of the chains that are scored at this step."""
+        rows, offset = [], 0
+        for segment in self.segments:
+            rows.append(torch.arange(offset, offset + max(0, len(segment) - step)))
+            offset += len(segment)
+        return torch.cat(rows)
+
+
+@dataclass
+class PackInputs:
+    """What the target contributes to one pack, in the compute dtype."""
+
+    pack: Pack
+    taps_TKH: Tensor
+    embeds_TH: Tensor
+    teacher_RD: Tensor  # row r is the target's distribution after the root of chain r
+
+
+def make_pack(completions: Sequence[Completion], max_document_tokens: int) -> Pack:
+    names, documents, segments, positions, start = [], [], [], [], 0
+    for completion in completions:
+        ids = completion.ids[:max_document_tokens]
+        for first, last in completion.spans:
+            segment = Segment(start, start + first - 1, start + min(last, len(ids)) - 2)
+            if len(segment) > 0 and first >= 1:
+                segments.append(segment)
+        names.append(completion.id)
+        documents.append(ids)
+        positions.append(torch.arange(len(ids)))
+        start += len(ids)
+    ids_T = torch.tensor([i for document in documents for i in document])
+    return Pack(names, documents, segments, ids_T, torch.cat(positions))
+
+
+def trainable(completion: Completion, max_document_tokens: int) -> bool:
+    """Whether any chain of the completion is scored."""
+    return any(min(end, max_document_tokens) - start >= 2 and start >= 1 for start, end in completion.spans)
+
+
+def epoch_packs(
+    lengths: Sequence[int], pack_tokens: int, max_document_tokens: int, seed: int, epoch: int
+) -> list[list[int]]:
+    """Document indices of every pack of one epoch: a shuffled order, filled greedily; the same for the same seed."""
+    order = list(range(len(lengths)))
+    random.Random(f"{seed}-epoch-{epoch}").shuffle(order)
+    packs: list[list[int]] = []
+    room = 0
+    for index in order:
+        length = min(lengths[index], max_document_tokens)
+        if not packs or length > room:
+            packs.append([])
+            room = pack_tokens
+        packs[-1].append(index)
+        room -= length
+    return packs
+
+
+def schedule(
+    lengths: Sequence[int], pack_tokens: int, max_document_tokens: int, seed: int, epochs: int, accumulate: int
+) -> list[list[list[int]]]:
+    """Packs of every optimiser step of a whole training run; a remainder smaller than a step is left out."""
+
+    def packs() -> Iterator[list[int]]:
+        for epoch in range(epochs):
+            yield from epoch_packs(lengths, pack_tokens, max_document_tokens, seed, epoch)
+
+    everything = list(packs())
+    whole = len(everything) - len(everything) % accumulate if len(everything) >= accumulate else len(everything)
+    return [everything[i : i + accumulate] for i in range(0, whole, accumulate)]

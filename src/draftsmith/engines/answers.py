@@ -1,0 +1,57 @@
+"""What servers answer, validated as it comes: nothing of it is believed before."""
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from draftsmith.decoding.generation import Generation
+
+MALFORMED = (KeyError, IndexError, TypeError, AttributeError, ValueError)
+"""What reading an answer may raise that is not one; pydantic's errors are among them."""
+Whole = Annotated[int, Field(ge=0, strict=True)]
+_WHOLE = TypeAdapter(list[Whole])
+_NUMBERS = TypeAdapter(list[float])
+
+
+class Model(BaseModel):
+    """One of /v1/models."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", protected_namespaces=())
+    id: str
+    root: str | None = None
+    max_model_len: Whole | None = None
+
+    @property
+    def names(self) -> set[str]:
+        return {self.id, *([self.root] if self.root else [])}
+
+
+class Models(BaseModel):
+    data: list[Model]
+
+
+def checked_completion(answer: Generation, vocabulary: int, most: int) -> Generation:
+    """Raises `ValueError` unless it is token ids of the vocabulary, at most as many as were asked for."""
+    ids = _WHOLE.validate_python(answer.ids)
+    _WHOLE.validate_python(list(answer.verified))
+    if not isinstance(answer.finish_reason, str):
+        raise ValueError("its finish reason is no text")
+    if len(ids) > most:
+        raise ValueError(f"{len(ids)} tokens where {most} were asked for")
+    if beyond := [token for token in ids if token >= vocabulary]:
+        raise ValueError(f"token {beyond[0]} of a vocabulary of {vocabulary}")
+    return answer
+
+
+def checked_tokens(tokens: Any) -> list[int]:
+    return _WHOLE.validate_python(tokens)
+
+
+def checked_logprobs(found: Any, ids: Sequence[int]) -> list[float]:
+    """Raises `ValueError` unless there is a finite number for every token after the first."""
+    numbers = _NUMBERS.validate_python(found)
+    if len(numbers) != len(ids) - 1 or not all(map(math.isfinite, numbers)):
+        raise ValueError("log-probabilities that are no numbers")
+    return numbers

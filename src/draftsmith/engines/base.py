@@ -1,0 +1,109 @@
+"""What an engine is to draftsmith: what it can do, and sessions in which it decodes.
+
+Another engine is one more file with a class of these (docs/architecture.md); a served one derives from
+engines/server.py. Engines are asked through sessions alone, so that what is measured is measured alike.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from draftsmith.core.errors import DataError
+from draftsmith.core.progress import say
+from draftsmith.core.recipe import Recipe
+from draftsmith.core.records.base import Decodes
+from draftsmith.core.records.run import TargetIdentity
+from draftsmith.core.shape import Shape
+from draftsmith.decoding.generation import Generation
+from draftsmith.decoding.sampling import Sampling
+from draftsmith.drafts.method import Reading
+from draftsmith.targets.local import LocalTarget
+
+
+class Session(Protocol):
+    """A target that decodes, alone or with a draft."""
+
+    tokenizer: Any
+    identity: TargetIdentity
+
+    @property
+    def capacity(self) -> int:
+        """Prompts worth giving it at once."""
+        ...
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        *,
+        at_once: int | None = None,
+        ignore_end: bool = False,
+    ) -> Iterator[tuple[int, Generation]]:
+        """Completions as (index of the prompt, generation), each as soon as it ends; at most `at_once` in flight.
+        `ignore_end`: end tokens do not end them."""
+        ...
+
+    def logprobs(self, document: list[int]) -> list[float]:
+        """Log-probability of every token of a text after the first."""
+        ...
+
+    def first_choices(self, prompt: list[int], ids: list[int]) -> list[bool] | None:
+        """Whether each token that follows the prompt is the target's own first choice; None where it does not tell."""
+        ...
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What sessions decode with: a run's recipe and draft, and the target where it runs in this process."""
+
+    recipe: Recipe
+    draft: Path
+    logs: Path
+    """Folder for the logs of engines that are started."""
+    target: LocalTarget | None = None
+    reading: Reading | None = None
+    """How to take the taps of a draft that others made."""
+
+
+class Engine(ABC):
+    """One engine's facts, and its sessions."""
+
+    name: ClassVar[Decodes]
+    title: ClassVar[str]
+    drafts_trees: ClassVar[bool]
+    in_process: ClassVar[bool] = False
+    """Whether a session without a draft can lie beside one with it: its target is the one of this process."""
+    always_draws: ClassVar[bool] = True
+    """False where some of its builds verify greedily at any temperature."""
+    tells_of_stopped: ClassVar[bool] = True
+    """Whether it tells of its drafting, too, where a stop text ended the answer."""
+    tells_with: ClassVar[str] = ""
+    """What a server has to be started with before it tells of its drafting."""
+
+    @abstractmethod
+    def serves(self, taps: Sequence[int]) -> bool:
+        """Whether it can capture at these taps (HF hidden_states)."""
+
+    @abstractmethod
+    def open(self, setup: Setup, shape: Shape | None, url: str | None = None) -> AbstractContextManager[Session]:
+        """A session; with the draft where a shape is given. `url`: a server that was started already."""
+
+    def exact(self, setup: Setup) -> Setup:
+        """What losslessness is proved on: in fp32, in which ties do not hide behind rounding, where that is ours to
+        choose."""
+        return setup
+
+    def draftable(self, shapes: Sequence[Shape], setup: Setup) -> list[Shape]:
+        """Those of the shapes that it can draft; says which it cannot, and a `DataError` if that is all."""
+        kept = [shape for shape in shapes if self.drafts_trees or shape.topk == 1]
+        if left_out := [str(shape) for shape in shapes if shape not in kept]:
+            say(f"evaluate: {', '.join(left_out)} left out; {self.title} drafts chains only")
+        if not kept:
+            raise DataError(f"evaluate.shapes: none that {self.title} can draft; add 3/1/4")
+        return kept

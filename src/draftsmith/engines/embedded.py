@@ -1,0 +1,98 @@
+"""The engine of this process: the target as `transformers` has it, decoding one text at a time (decoding/)."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from draftsmith.core.errors import TargetError
+from draftsmith.core.progress import say
+from draftsmith.core.shape import Shape
+from draftsmith.decoding.generation import Generation
+from draftsmith.decoding.sampling import Sampling
+from draftsmith.decoding.speculate import Decoder, Drafter
+from draftsmith.decoding.stopping import Ends
+from draftsmith.drafts.directories import ready_draft
+from draftsmith.engines.base import Engine, Setup
+from draftsmith.targets.local import LocalTarget
+
+
+class EmbeddedSession:
+    """Implements `Session`. Without a draft, prompts that are given together are decoded as batches."""
+
+    def __init__(self, target: LocalTarget, drafter: Drafter | None = None, shape: Shape | None = None):
+        self.target, self.drafter, self.shape = target, drafter, shape
+        self.tokenizer, self.identity = target.tokenizer, target.identity
+        self._decoder = Decoder(target, drafter)
+
+    @property
+    def capacity(self) -> int:
+        return 1 if self.drafter else self.target.batch_size
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        *,
+        at_once: int | None = None,
+        ignore_end: bool = False,
+    ) -> Iterator[tuple[int, Generation]]:
+        if self.drafter is None and at_once != 1:
+            yield from self.target.generate(prompts, sampling, max_new_tokens, stop, seed, ignore_end=ignore_end)
+            return
+        ends = Ends(frozenset() if ignore_end else self.target.eos_ids, self.tokenizer, stop)
+        for number, prompt in enumerate(prompts):
+            yield number, self._decoder.generate(prompt, sampling, max_new_tokens, self.shape, seed + number, ends)
+
+    def logprobs(self, document: list[int]) -> list[float]:
+        return self.target.logprobs(document)
+
+    @torch.inference_mode()
+    def first_choices(self, prompt: list[int], ids: list[int]) -> list[bool]:
+        last = self.target.capture([[*prompt, *ids]], ()).last_TH[len(prompt) - 1 : -1]
+        return (self.target.logits(last).argmax(-1).cpu() == torch.tensor(ids)).tolist()
+
+
+class Embedded(Engine):
+    name = "embedded"
+    title = "draftsmith"
+    drafts_trees = True
+    in_process = True
+
+    def serves(self, taps: Sequence[int]) -> bool:
+        return True
+
+    @contextlib.contextmanager
+    def open(self, setup: Setup, shape: Shape | None, url: str | None = None) -> Iterator[EmbeddedSession]:
+        assert url is None, "no server"
+        assert setup.target is not None, "in this process"
+        drafter = ready_draft(setup.target, setup.draft, setup.reading).drafter() if shape else None
+        yield EmbeddedSession(setup.target, drafter, shape)
+
+    def exact(self, setup: Setup) -> Setup:
+        settings = setup.recipe.target
+        if settings.dtype == "fp32":
+            return setup
+        target = LocalTarget(settings.model, settings.revision, "fp32", setup.recipe.device, settings.trust_remote_code)
+        return replace(setup, target=target)
+
+    def draftable(self, shapes: Sequence[Shape], setup: Setup) -> list[Shape]:
+        assert setup.target is not None
+        library = setup.target.library
+        if library is None:
+            return super().draftable(shapes, setup)
+        if not library.can_cut_back:
+            raise TargetError(
+                f"evaluate.engine: {setup.target.identity.architecture} keeps a state that cannot be cut back, so only "
+                "an engine verifies its drafts; give --evaluate.engine vllm or sglang"
+            )
+        kept = [shape for shape in shapes if shape.topk == 1]
+        if left_out := [str(shape) for shape in shapes if shape.topk > 1]:
+            say(f"evaluate: {', '.join(left_out)} left out; transformers' own forward verifies chains only")
+        if not kept:
+            raise TargetError("evaluate.shapes: none that can be verified here; add 3/1/4")
+        return kept

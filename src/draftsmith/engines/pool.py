@@ -1,0 +1,277 @@
+"""Replicas of one model behind URLs: who is asked, who rests, who is trusted again.
+
+A request goes to the replica with the fewest in flight; one that fails is asked again, elsewhere if there is an
+elsewhere; a replica that fails is left alone for a while and proved again before it is trusted. A request is answered
+once or not at all, whatever happens on the way.
+"""
+
+import asyncio
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import httpx2 as httpx
+import orjson
+
+from draftsmith.core.errors import DraftsmithError, TargetError
+from draftsmith.core.files import JsonObject
+from draftsmith.core.progress import say
+from draftsmith.core.recipe import ServerRecipe
+from draftsmith.engines.answers import MALFORMED
+from draftsmith.engines.state_files import Retry
+
+RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
+LONGEST_PAUSE_S = 60.0
+GO_ON = "finished completions are kept, run the same command to go on"
+
+LARGEST_ANSWER = 1 << 30  # bytes; hidden states that come as text are the largest
+
+T = TypeVar("T")
+
+
+async def _content(response: httpx.Response) -> bytes:
+    """The whole answer, cut off where it has no end."""
+    content = bytearray()
+    async for chunk in response.aiter_bytes():
+        content += chunk
+        if len(content) > LARGEST_ANSWER:
+            raise Retry(f"an answer of more than {LARGEST_ANSWER >> 20} MB")
+    return bytes(content)
+
+
+def _seconds(retry_after: str | None) -> float:
+    """What a server asks for with `Retry-After`, up to a minute; 0 where it says nothing or a date."""
+    return min(float(retry_after), LONGEST_PAUSE_S) if retry_after and retry_after.strip().isdecimal() else 0.0
+
+
+@dataclass
+class Replica:
+    url: str
+    context: int = 0  # longest text it takes, in tokens; 0 where it does not say
+    in_flight: int = 0
+    answered: int = 0
+    failures: int = 0  # in a row
+    rests_until: float = 0.0  # monotonic seconds
+    name: str = ""  # what it calls the model
+    trusted: bool = False  # its identity was proved since it last failed
+    proving: bool = False
+    captures_right: bool = False  # what it returns as hidden states was checked
+
+
+class Pool:
+    """Asks replicas on an event loop in a thread of its own.
+
+    prove: refuses a replica that is not what it should be, by a `TargetError`; a `Retry` where it does not answer.
+    """
+
+    def __init__(
+        self, urls: Sequence[str], settings: ServerRecipe, prove: Callable[[Replica], Coroutine[Any, Any, None]]
+    ):
+        self.settings, self._identify = settings, prove
+        for url in urls:
+            try:
+                urlsplit(url).port  # noqa: B018 - raises where there can be no such port
+            except ValueError as error:
+                raise TargetError(f"server.urls: {url}: {error}") from None
+        self.replicas = [Replica(url.rstrip("/")) for url in urls]
+        self._random = random.Random(0)  # spreads retries only
+        self._client: httpx.AsyncClient | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="servers", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        async def let_go() -> None:
+            unfinished = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in unfinished:
+                task.cancel()
+            await asyncio.gather(*unfinished, return_exceptions=True)
+            if self._client is not None:
+                await self._client.aclose()
+
+        asyncio.run_coroutine_threadsafe(let_go(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    @property
+    def capacity(self) -> int:
+        """Requests worth having in flight."""
+        return self.settings.concurrency * len(self.replicas)
+
+    def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run a coroutine function against the servers from ordinary code; connects first."""
+        future = self.submit(work)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def submit(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
+        async def connected() -> T:
+            await self._connect()
+            return await work()
+
+        return asyncio.run_coroutine_threadsafe(connected(), self._loop)
+
+    async def _connect(self) -> None:
+        if self._client is not None:
+            return
+        key = os.environ.get(self.settings.api_key_env, "")
+        self._client = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=self.capacity),
+            timeout=httpx.Timeout(self.settings.deadline_s, connect=10.0),
+            trust_env=False,  # a proxy of the environment is not meant for servers next door
+        )
+        self._freed = asyncio.Condition()
+        failures = await asyncio.gather(*(self._first_check(replica) for replica in self.replicas))
+        if not any(replica.trusted for replica in self.replicas):
+            raise TargetError(f"server.urls: no server answers; {self.replicas[0].url}: {failures[0]}")
+
+    async def somewhere(self, ask: Callable[[Replica], Coroutine[Any, Any, T]]) -> T:
+        """What a replica answers; raises `TargetError` once `server.attempts` have failed."""
+        last = ""
+        failed: set[str] = set()
+        for attempt in range(self.settings.attempts):
+            if attempt:
+                await asyncio.sleep(self._pause(attempt))
+            replica = await self._take(failed)
+            try:
+                answer = await ask(replica)
+            except Retry as error:
+                last = f"{replica.url}: {error}"
+                failed.add(replica.url)
+                self._rest(replica, str(error), error.after_s)
+                continue
+            finally:
+                await self._release(replica)
+            replica.failures = 0
+            replica.answered += 1
+            return answer
+        raise TargetError(f"server.attempts: {self.settings.attempts} attempts failed, the last at {last}; {GO_ON}")
+
+    async def _take(self, failed: set[str]) -> Replica:
+        """A trusted replica, the least busy one; waits for it. One that failed this request comes last.
+
+        A replica that rested is proved by one request's patience, not by everybody's: until then others go elsewhere.
+        """
+        while True:
+            replica = await self._choose(failed)
+            if replica.trusted:
+                return replica
+            try:
+                await self._prove(replica)
+                async with self._freed:
+                    self._freed.notify_all()  # it has room for others too
+                return replica
+            except Retry as error:
+                self._rest(replica, str(error))
+                await self._release(replica)
+                if min(r.failures for r in self.replicas) >= self.settings.attempts:
+                    raise TargetError(
+                        f"server.attempts: no server answers any more, the last one {replica.url}: {error}; {GO_ON}"
+                    ) from None
+            except BaseException:
+                await self._release(replica)
+                raise
+
+    async def _choose(self, failed: set[str]) -> Replica:
+        async with self._freed:
+            while True:
+                now = time.monotonic()
+                awake = [r for r in self.replicas if r.rests_until <= now and not r.proving]
+                able = [r for r in awake if r.url not in failed] or awake
+                able = [r for r in able if r.in_flight < self.settings.concurrency]
+                if able:
+                    chosen = min(able, key=lambda r: (r.in_flight, r.answered))
+                    chosen.in_flight += 1
+                    chosen.proving = not chosen.trusted
+                    return chosen
+                resting = [r.rests_until - now for r in self.replicas if r.rests_until > now]
+                try:
+                    await asyncio.wait_for(self._freed.wait(), min(resting) + 0.01 if resting else None)
+                except TimeoutError:
+                    continue  # a replica has rested
+
+    async def _release(self, replica: Replica) -> None:
+        async with self._freed:
+            replica.in_flight -= 1
+            self._freed.notify_all()
+
+    def _rest(self, replica: Replica, why: str, after_s: float = 0.0) -> None:
+        replica.trusted = replica.captures_right = False  # it may come back as something else
+        if replica.rests_until <= time.monotonic():  # the first of many requests that fail together
+            replica.failures += 1
+            pause = max(after_s, self._pause(replica.failures))
+            replica.rests_until = time.monotonic() + pause
+            say(f"server {replica.url}: {why}; left alone for {pause:.1f} s")
+
+    def _pause(self, failures: int) -> float:
+        longest = min(LONGEST_PAUSE_S, self.settings.backoff_s * 2 ** (failures - 1))
+        return longest * self._random.uniform(0.5, 1.0)
+
+    async def _first_check(self, replica: Replica) -> str:
+        try:
+            await self._prove(replica)
+        except Retry as error:
+            self._rest(replica, str(error))
+            return str(error)
+        return ""
+
+    async def _prove(self, replica: Replica) -> None:
+        try:
+            await self._identify(replica)
+            replica.trusted = True
+        except DraftsmithError:
+            raise
+        except MALFORMED:
+            raise TargetError(
+                f"server.urls: {replica.url} does not answer as the engine of target.engine does; is it another one?"
+            ) from None
+        finally:
+            replica.proving = False
+
+    async def request(
+        self,
+        replica: Replica,
+        method: str,
+        path: str,
+        body: JsonObject | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Any:
+        """The JSON of an answer, which nobody has looked at yet; `Retry` where another attempt may get one."""
+        assert self._client is not None
+        try:
+            async with (
+                asyncio.timeout(self.settings.deadline_s),
+                self._client.stream(method, replica.url + path, json=body, headers=headers) as response,
+            ):
+                content = await _content(response)
+        except TimeoutError:
+            raise Retry(f"no answer within {self.settings.deadline_s:g} s (server.deadline_s)") from None
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+            raise TargetError(f"server.urls: {replica.url}: {error}") from None
+        except httpx.RequestError as error:  # of the network, or of an answer that cannot be unpacked
+            raise Retry(str(error) or type(error).__name__) from None
+        if response.status_code in RETRIED:
+            raise Retry(f"HTTP {response.status_code}", _seconds(response.headers.get("Retry-After")))
+        text = " ".join(content[:1000].decode(errors="replace").split())[:200]
+        if response.status_code in (401, 403):
+            raise TargetError(
+                f"{replica.url}{path}: HTTP {response.status_code}: {text}; put the key into the environment variable "
+                f"{self.settings.api_key_env} (server.api_key_env)"
+            )
+        if response.status_code != 200:
+            raise TargetError(f"{replica.url}{path}: HTTP {response.status_code}: {text}")
+        try:
+            return orjson.loads(content)
+        except ValueError:  # too deep a nesting is one, too
+            raise Retry("an answer that is no JSON") from None

@@ -1,0 +1,157 @@
+"""The command that starts an engine for one of four purposes, and its life from start to stop.
+
+draft     the target with our draft: what users run
+plain     the target alone: answers for `regenerate`, the other side of a comparison
+capture   the target keeping hidden states for `train`
+last      the last layer's states alone, where an engine keeps them apart
+"""
+
+import contextlib
+import ctypes
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import httpx2 as httpx
+
+from draftsmith.core.errors import ServeError
+from draftsmith.core.progress import say
+from draftsmith.core.recipe import Recipe
+
+if TYPE_CHECKING:
+    from draftsmith.engines.server import Purpose, ServerEngine
+
+DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
+STOP_S = 30.0  # an engine is given this long to stop by itself
+POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A command, what it adds to the environment, and where its server will answer."""
+
+    command: tuple[str, ...]
+    environment: dict[str, str]
+    url: str
+
+    def __str__(self) -> str:
+        """A line for a shell."""
+        return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in self.environment.items()), shlex.join(self.command)])
+
+
+def launch(
+    engine: "ServerEngine", recipe: Recipe, model: str, draft: Path, purpose: "Purpose", layers: Sequence[int]
+) -> Launch:
+    """`model`: path or hub name; `draft`: its directory; `layers`: taps and the last layer, for capture."""
+    settings = recipe.serve
+    arguments, environment = engine.arguments(recipe, model, draft, purpose, layers)
+    program = shlex.split(settings.program) if settings.program else engine.program
+    arguments += ["--host", settings.host, "--port", str(settings.port), "--dtype", DTYPES[recipe.target.dtype]]
+    if recipe.target.revision:
+        arguments += ["--revision", recipe.target.revision]
+    if recipe.target.trust_remote_code:
+        arguments += ["--trust-remote-code"]
+    if not settings.peer_to_peer:  # broken between PCIe cards more often than engines think
+        arguments += ["--disable-custom-all-reduce"]
+        environment = {**environment, "NCCL_P2P_DISABLE": "1"}
+    arguments += shlex.split(settings.extra)
+    host = "127.0.0.1" if settings.host == "0.0.0.0" else settings.host
+    return Launch((*program, *arguments), environment, f"http://{host}:{settings.port}")
+
+
+@contextlib.contextmanager
+def running(launched: Launch, patience_s: float, log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """The engine, healthy; its log goes to our own output or a file; stopped in every case, even if we are killed."""
+    environment = {**os.environ, **launched.environment}
+    _require_free(launched.url)
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(log.open("ab")) if log else None
+        try:
+            process = subprocess.Popen(
+                launched.command,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C reaches us alone, and we stop the engine in order
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            )
+        except OSError as error:
+            raise ServeError(
+                f"serve.program: cannot start {launched.command[0]!r}: {error.strerror}; install the engine or "
+                'name it, for example --serve.program "/opt/engine/bin/vllm serve"'
+            ) from None
+        try:
+            _wait_until_healthy(process, launched.url, patience_s)
+            yield process
+        finally:
+            stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to the engine, and SIGKILL to all its processes if it does not go, or at a second Ctrl-C."""
+    try:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_S)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # workers that outlived it
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _require_free(url: str) -> None:
+    """A server that is already there would answer in our engine's place."""
+    place = urlsplit(url)
+    with contextlib.suppress(OSError), socket.create_connection((place.hostname or "", place.port or 80), timeout=2):
+        raise ServeError(f"serve.port: something already answers at {url}; stop it, or give another --serve.port")
+
+
+def _die_with_parent() -> None:
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, patience_s: float) -> None:
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise ServeError(f"serve: the engine stopped with exit code {process.returncode}; its log says why")
+        try:
+            if httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200 and process.poll() is None:
+                return
+        except httpx.TransportError:
+            pass  # not up yet
+        time.sleep(POLL_S)
+    raise ServeError(
+        f"serve.patience_s: the engine did not answer within {patience_s:g} s; give it more or see its log"
+    )
+
+
+def serve(launched: Launch, patience_s: float) -> int:
+    """Run until the engine ends or Ctrl-C; returns the engine's exit code, 0 if we stopped it."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    say(f"serve: {launched}")
+    try:
+        with running(launched, patience_s) as process:
+            say(f"serve: ready at {launched.url}; Ctrl-C stops it")
+            code = process.wait()
+            say(f"serve: the engine ended with exit code {code}")
+            return 0 if code == 0 else 1
+    except KeyboardInterrupt:
+        say("serve: stopped")
+        return 0

@@ -1,0 +1,307 @@
+"""A target behind SGLang or vLLM servers: any number of replicas of one model, unmodified.
+
+Token ids go in and out, so nothing is ever tokenised twice. Who is asked, and what becomes of a request that fails, is
+engines/pool.py's.
+"""
+
+import asyncio
+import queue
+import threading
+import uuid
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from draftsmith.core.errors import DraftsmithError, TargetError
+from draftsmith.core.files import JsonObject, digest
+from draftsmith.core.recipe import ServerRecipe, TargetRecipe
+from draftsmith.core.tasks import all_or_none
+from draftsmith.decoding.generation import Generation
+from draftsmith.decoding.sampling import Sampling
+from draftsmith.decoding.stopping import Ends
+from draftsmith.engines.answers import MALFORMED, Models, checked_completion, checked_logprobs, checked_tokens
+from draftsmith.engines.pool import Pool, Replica
+from draftsmith.engines.state_files import FILE_PREFIX, Retry, checked, discard_states, sweep, take_states
+from draftsmith.targets.base import Capture, Follow
+from draftsmith.targets.parts import WeightsOnlyTarget, first_line, resolve_model
+
+if TYPE_CHECKING:
+    from draftsmith.engines.server import ServerEngine
+
+PROBE = "The quick brown fox jumps over the lazy dog, and then it sleeps."
+SAME_LOGPROB = 0.15  # nats a token: replicas of one model differ by rounding only
+FINISHED = {"stop", "length"}
+
+T = TypeVar("T")
+
+
+class ServedTarget(WeightsOnlyTarget):
+    """Implements `Target` and `Session` over replicas."""
+
+    independent = True
+
+    def __init__(self, target: TargetRecipe, server: ServerRecipe, engine: "ServerEngine", device: str = "auto"):
+        if not server.urls:
+            raise TargetError(f"server.urls: none given; target.engine {engine.name} needs at least one URL")
+        super().__init__(
+            target.model, target.revision, target.dtype, device, target.trust_remote_code, target.template_options
+        )
+        self.settings, self.engine = server, engine
+        self.known_as = {target.model, resolve_model(target.model)}
+        self.pool = Pool(server.urls, server, self._identify)
+        self.identity_logprobs: list[float] = []  # of the probe's tokens, of the first server that answered
+        self._lost: list[str] = []  # requests for hidden states that were given up
+        self._folders: set[Path] = set()
+        self._proof, self._proven = threading.Lock(), False
+        self.last: ServedTarget | None = None
+        if server.last_urls:
+            others = server.model_copy(update={"urls": server.last_urls, "last_urls": ()})
+            self.last = ServedTarget(target, others, engine, device)
+            self.last.identity_logprobs = self.identity_logprobs  # one list: both groups have the same weights
+
+    def close(self) -> None:
+        if self.last is not None:
+            self.last.close()
+        for folder in self._folders:
+            sweep(folder, self._lost)
+        self.pool.close()
+
+    @property
+    def capacity(self) -> int:
+        """Requests worth having in flight."""
+        return self.pool.capacity
+
+    @property
+    def replicas(self) -> list[Replica]:
+        return self.pool.replicas
+
+    def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run a coroutine function against the servers from ordinary code; connects first."""
+        return self.pool.run(work)
+
+    def generate(
+        self,
+        prompts: Iterable[list[int]],
+        sampling: Sampling,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        stop_loops: bool = False,
+        max_tokens: int | None = None,
+        follow: Follow | None = None,
+        *,
+        at_once: int | None = None,
+        ignore_end: bool = False,
+    ) -> Iterator[tuple[int, Generation]]:
+        """As `Target` and `Session` have it; prompts are taken from an iterator as there is room for them."""
+        done: queue.SimpleQueue[tuple[int, Generation] | None] = queue.SimpleQueue()
+        ends = Ends(frozenset() if ignore_end else self.eos_ids, self.tokenizer, stop, stop_loops)
+        numbered, written = enumerate(prompts), 0
+
+        async def work() -> None:
+            nonlocal written
+            for number, ids in numbered:
+                asked: list[int] | None = ids
+                while asked is not None and (max_tokens is None or written < max_tokens):
+                    own_seed = int(digest(seed, asked), 16) % 2**31  # the same whoever else asks, and when
+                    answer = await self._complete(asked, sampling, max_new_tokens, ends, own_seed, ignore_end)
+                    written += len(answer.ids)
+                    asked = follow(number, answer) if follow else None
+                    done.put((number, answer))
+
+        async def every() -> None:
+            await all_or_none(work() for _ in range(at_once or self.capacity))
+
+        future = self.pool.submit(every)
+        future.add_done_callback(lambda _: done.put(None))
+        try:
+            while (item := done.get()) is not None:
+                yield item
+            future.result()
+        finally:
+            future.cancel()
+
+    def first_choices(self, prompt: list[int], ids: list[int]) -> None:
+        return None
+
+    def logprobs(self, document: list[int]) -> list[float]:
+        """Log-probability of every token of a text after the first."""
+
+        async def ask(replica: Replica) -> list[float]:
+            try:
+                return await self._logprobs(replica, document)
+            except DraftsmithError:
+                raise
+            except MALFORMED as error:
+                raise Retry(f"an answer without log-probabilities ({first_line(error)})") from None
+
+        return self.run(lambda: self.pool.somewhere(ask))
+
+    async def _complete(
+        self, ids: list[int], sampling: Sampling, max_new_tokens: int, ends: Ends, seed: int, ignore_end: bool
+    ) -> Generation:
+        """One completion; raises `TargetError` once `server.attempts` have failed."""
+
+        async def ask(replica: Replica) -> Generation:
+            self._require_room(replica, len(ids) + max_new_tokens, "give a smaller max_new_tokens")
+            path, body = self.engine.completion(
+                replica.name, ids, sampling, max_new_tokens, ends.texts, seed, ignore_end
+            )
+            answer = await self.pool.request(replica, "POST", path, body)
+            await self._let_go(answer)
+            try:
+                most = self.identity.vocab_size, max_new_tokens
+                written = checked_completion(self.engine.read_completion(answer), *most)
+            except MALFORMED as error:
+                raise Retry(f"{path}: an answer without token ids ({first_line(error)})") from None
+            if written.finish_reason not in FINISHED:
+                raise Retry(f"it gave up in mid-answer ({written.finish_reason})")
+            return written
+
+        written = await self.pool.somewhere(ask)
+        kept, reason = ends.of_answer(written.ids, written.finish_reason)
+        return replace(written, ids=kept, finish_reason=reason)
+
+    def capture(self, documents: list[list[int]], taps: Sequence[int]) -> Capture:
+        """Hidden states of whole documents, each by the prefill of one request; safe to call from several threads.
+
+        vLLM keeps taps and the last layer's output side by side. SGLang returns the taps or the last state, never
+        both, so there `server.last_urls` are asked as well. The first capture is preceded by a proof (`_prove_states`).
+        """
+        with self._proof:
+            if not self._proven:
+                self._prove_states(taps)
+                self._proven = True
+        return self._capture(documents, taps)
+
+    def _prove_states(self, taps: Sequence[int]) -> None:
+        """What we make of the last hidden states has to be what the server itself thinks of the probe text.
+
+        A wrong layer id, norm, head, scale or dtype would train towards another distribution without a word.
+        """
+        ids = self.tokenizer(PROBE).input_ids
+        last = self._capture([ids], taps).last_TH[:-1]
+        everything = self.head_rows(torch.arange(self.identity.vocab_size))
+        logits = (last.to(everything.dtype) @ everything.T).float()
+        if self.logit_softcap is not None:
+            logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
+        wanted = torch.tensor(ids[1:], device=logits.device)
+        found = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].tolist()
+        away = sum(abs(a - b) for a, b in zip(self.identity_logprobs, found, strict=True)) / len(found)
+        if not away <= SAME_LOGPROB:
+            raise TargetError(
+                f"server.urls: the hidden states of {self.replicas[0].url} give other log-probabilities of a probe "
+                f"text than the server itself, by {away:.2f} nats a token: another layer id than `serve --purpose "
+                "capture` names, or another final norm, head, scale or dtype than target.model has"
+            )
+
+    def _capture(self, documents: list[list[int]], taps: Sequence[int]) -> Capture:
+        if self.last is None:
+            states_THK = self.states(documents, len(taps) + 1)
+            return Capture(states_THK[:, :-1], self.final_norm(states_THK[:, -1]))
+        with ThreadPoolExecutor(1) as beside:
+            last = beside.submit(self.last.states, documents, 1)
+            return Capture(self.states(documents, len(taps)), last.result()[:, 0])
+
+    def states(self, documents: list[list[int]], count: int) -> Tensor:
+        """What the servers were told to keep, [T, count, H] over all documents."""
+
+        async def every_document() -> list[Tensor]:
+            return await all_or_none(self._states(document, count) for document in documents)
+
+        return torch.cat(self.run(every_document)).to(self.device)
+
+    async def _states(self, ids: list[int], count: int) -> Tensor:
+        async def ask(replica: Replica) -> Tensor:
+            self._require_room(replica, len(ids) + 1, "give a smaller train.max_document_tokens")
+            if not replica.captures_right:
+                await self._check_capture(replica)
+                replica.captures_right = True
+            path, body = self.engine.capture(replica.name, ids)
+            name = f"{FILE_PREFIX}{uuid.uuid4().hex}"
+            try:
+                answer = await self.pool.request(replica, "POST", path, body, {"X-Request-Id": name})
+            except BaseException:
+                self._lost.append(name)  # whatever became of the request, its file may still come
+                raise
+            if self.engine.finish_reason(answer) not in FINISHED:
+                self._lost.append(name)
+                raise Retry(f"it gave up in mid-answer ({self.engine.finish_reason(answer)})")
+            kept = self.engine.read_capture(answer)
+            if kept is None:
+                raise TargetError(
+                    f"server.urls: {replica.url} keeps no hidden states; start it with `draftsmith serve RECIPE "
+                    "--purpose capture`, or train with target.engine transformers"
+                )
+            size = self.identity.hidden_size
+            if isinstance(kept, str):
+                path_here = self._here(kept)
+                self._folders.add(path_here.parent)
+                return await asyncio.to_thread(take_states, path_here, ids, count, size, self.settings.deadline_s)
+            rows = torch.tensor(kept, dtype=self.head.weight.dtype)[: len(ids)]
+            return checked(rows.reshape(len(rows), -1, size) if rows.shape[-1] % size == 0 else rows, ids, count, size)
+
+        return await self.pool.somewhere(ask)
+
+    def _here(self, path: str) -> Path:
+        """Where this machine sees a file that a server wrote."""
+        folder = self.settings.hidden_states
+        return Path(path) if folder is None else folder / Path(path).name
+
+    async def _let_go(self, answer: JsonObject) -> None:
+        """A server that captures keeps the hidden states of every request, wanted or not."""
+        if isinstance(kept := self.engine.read_capture(answer), str):
+            await asyncio.to_thread(discard_states, self._here(kept), self.settings.deadline_s)
+
+    def _require_room(self, replica: Replica, tokens: int, mend: str) -> None:
+        if replica.context and tokens > replica.context:
+            raise TargetError(
+                f"server.urls: {replica.url} takes {replica.context} tokens, this request needs {tokens}; {mend}, or "
+                "start the server with a larger serve.context"
+            )
+
+    # --- who is trusted -----------------------------------------------------------------------------------------
+
+    async def _logprobs(self, replica: Replica, ids: list[int]) -> list[float]:
+        path, body = self.engine.probe(replica.name, ids)
+        answer = await self.pool.request(replica, "POST", path, body)
+        await self._let_go(answer)
+        return checked_logprobs(self.engine.read_probe(answer), ids)
+
+    async def _identify(self, replica: Replica) -> None:
+        """Refuse a server of another model: by name, by tokenizer, and by what it thinks of a text."""
+        listed = Models.model_validate(await self.pool.request(replica, "GET", "/v1/models")).data
+        names = {name for model in listed for name in model.names}
+        if not names & self.known_as:
+            raise TargetError(
+                f"server.urls: {replica.url} serves {', '.join(sorted(names))}, not target.model "
+                f"{self.identity.model}; give another URL, or start it with --served-model-name {self.identity.model}"
+            )
+        model = next(m for m in listed if m.names & self.known_as)
+        replica.name, replica.context = model.id, model.max_model_len or 0
+        ids = self.tokenizer(PROBE).input_ids
+        answer = await self.pool.request(replica, "POST", "/tokenize", {"model": replica.name, "prompt": PROBE})
+        if checked_tokens(answer["tokens"]) != ids:
+            raise TargetError(f"server.urls: {replica.url} has another tokenizer than {self.identity.model}")
+        self.check_identity(replica.url, await self._logprobs(replica, ids))
+
+    async def _check_capture(self, replica: Replica) -> None:
+        path = self.engine.capture_check(self.config.model_type) if self.last is not None else None
+        if path and (fault := self.engine.capture_fault(await self.pool.request(replica, "GET", path))):
+            raise TargetError(f"server.urls: {replica.url} {fault}")
+
+    def check_identity(self, origin: str, found: list[float]) -> None:
+        """The first server's log-probabilities are the truth; others are an error that names where they come from."""
+        if not self.identity_logprobs:
+            self.identity_logprobs.extend(found)
+        away = sum(abs(a - b) for a, b in zip(self.identity_logprobs, found, strict=True)) / len(found)
+        if not away <= SAME_LOGPROB:  # nan is no agreement
+            raise TargetError(
+                f"server.urls: {origin} has other weights under the same name: the log-probabilities of a probe text "
+                f"are {away:.2f} nats a token away from those seen first"
+            )

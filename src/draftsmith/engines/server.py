@@ -1,0 +1,136 @@
+"""What an engine behind a server is to draftsmith: how it is asked and read, how it is started."""
+
+import contextlib
+import re
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from draftsmith.core.errors import ServeError
+from draftsmith.core.files import JsonObject, read_json
+from draftsmith.core.progress import say
+from draftsmith.core.recipe import EngineName, Recipe
+from draftsmith.core.shape import Shape
+from draftsmith.decoding.generation import Generation
+from draftsmith.decoding.sampling import Sampling
+from draftsmith.engines.base import Engine, Setup
+from draftsmith.engines.process import launch, running
+from draftsmith.engines.served import ServedTarget
+from draftsmith.targets.parts import resolve_model
+
+Request = tuple[str, JsonObject]  # path and JSON body
+Purpose = Literal["draft", "plain", "capture", "last"]
+
+
+class ServerEngine(Engine):
+    """Answers are its server's JSON."""
+
+    name: ClassVar[EngineName]
+    program: ClassVar[tuple[str, ...]]
+    """What starts it, where serve.program names nothing else."""
+    models: ClassVar[Path | None] = None
+    """Model classes of ours that run inside it, where its own are wrong; put on its PYTHONPATH."""
+    models_note: ClassVar[str] = ""
+    """Why, for the model card."""
+
+    @contextlib.contextmanager
+    def open(self, setup: Setup, shape: Shape | None, url: str | None = None) -> Iterator[ServedTarget]:
+        """On GPUs each server takes all the memory there is, so sessions are opened one at a time."""
+        recipe, serve = setup.recipe, setup.recipe.serve
+        if url is None and serve.engine != self.name and (serve.program or serve.extra):
+            raise ServeError(
+                f"serve.program and serve.extra: given for serve.engine {serve.engine}, but {self.name} is to be "
+                f"started; give --serve.engine {self.name} and its own"
+            )
+        with contextlib.ExitStack() as stack:
+            if url is None:
+                purpose: Purpose = "draft" if shape else "plain"
+                settings = serve.model_copy(update={"engine": self.name, **({"shape": shape} if shape else {})})
+                started = recipe.model_copy(update={"serve": settings})
+                launched = launch(self, started, resolve_model(recipe.target.model), setup.draft, purpose, ())
+                say(f"{self.name}: {launched}")
+                log = setup.logs / f"{self.name}-{str(shape).replace('/', '-') if shape else 'plain'}.log"
+                stack.enter_context(running(launched, serve.patience_s, log))
+                url = launched.url
+            most = max(recipe.server.concurrency, *recipe.evaluate.batches)
+            server = recipe.server.model_copy(update={"urls": (url,), "last_urls": (), "concurrency": most})
+            yield stack.enter_context(contextlib.closing(ServedTarget(recipe.target, server, self, recipe.device)))
+
+    # --- how it is asked and read -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def probe(self, model: str, ids: list[int]) -> Request:
+        """Ask what the model thinks of every token of a text."""
+
+    @abstractmethod
+    def read_probe(self, answer: Any) -> list[float]:
+        """Log-probability of every token after the first."""
+
+    @abstractmethod
+    def completion(
+        self,
+        model: str,
+        ids: list[int],
+        sampling: Sampling,
+        max_new_tokens: int,
+        stop: Sequence[str],
+        seed: int,
+        ignore_end: bool,
+    ) -> Request:
+        """Ask for a completion; `ignore_end`: of exactly so many tokens."""
+
+    @abstractmethod
+    def read_completion(self, answer: Any) -> Generation:
+        """Token ids as generated, with the server's own finish reason and what it tells of its verification steps."""
+
+    @abstractmethod
+    def finish_reason(self, answer: Any) -> str:
+        """`stop` or `length`; anything else means that the server gave up in between."""
+
+    @abstractmethod
+    def capture(self, model: str, ids: list[int]) -> Request:
+        """Ask for the hidden states of a text."""
+
+    @abstractmethod
+    def read_capture(self, answer: Any) -> str | list[list[float]] | None:
+        """Path of the safetensors file that the server writes or has written, or the numbers, one list a token.
+
+        None if the server keeps no hidden states.
+        """
+
+    def capture_check(self, model_type: str) -> str | None:
+        """What a server is asked (GET) before its hidden states are believed; None where all of them are right."""
+        return None
+
+    def capture_fault(self, answer: Any) -> str | None:
+        """What is wrong with hidden states, from the answer to `capture_check`."""
+        return None
+
+    # --- how it is started --------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def arguments(
+        self, recipe: Recipe, model: str, draft: Path, purpose: Purpose, layers: Sequence[int]
+    ) -> tuple[list[str], dict[str, str]]:
+        """(flags, environment) of a server. `layers`: taps and the last layer, for capture. Raises `ServeError`."""
+
+
+def in_full(sampling: Sampling, stop: Sequence[str], ignore_end: bool) -> JsonObject:
+    """Settings without defaults: servers take what is left out from the model's generation_config."""
+    settings: JsonObject = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+    }
+    return settings | ({"stop": list(stop)} if stop else {}) | ({"ignore_eos": True} if ignore_end else {})
+
+
+def is_gemma3(model: str) -> bool:
+    """Whether engines need help with its taps (docs/engines.md); a hub name is not looked up."""
+    config = Path(model) / "config.json"
+    if config.exists():
+        return read_json(config).get("model_type", "").startswith("gemma3")
+    return re.search(r"gemma-?3", model, re.IGNORECASE) is not None

@@ -1,0 +1,94 @@
+"""Whether an engine and the embedded one made the same of a draft, prompt by prompt, within noise."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from draftsmith.core.records.evaluation import Acceptance, PromptCounts
+from draftsmith.core.shape import Shape
+from draftsmith.decoding.generation import Generation
+from draftsmith.evaluation.acceptance import count, summarise
+from draftsmith.evaluation.evaluate import Question
+from draftsmith.evaluation.lossless import first_difference
+
+NOISE = 3.0  # standard errors of the paired difference between the two engines
+# of tau and of a depth's share: rounding moves a few steps, and SGLang counts those that the end cuts short
+LEAST_NOISE = 0.1
+
+
+@dataclass
+class Agreement:
+    """What the two engines made of the same prompts. Loops count here: they flatter both alike."""
+
+    engine: str
+    theirs: Acceptance
+    ours: Acceptance
+    same_tokens: int  # prompts whose greedy outputs are identical
+    tolerance: float
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        def depths(entry: Acceptance) -> str:
+            return " ".join("-" if share is None else f"{share:.2f}" for share in entry.acceptance_by_depth)
+
+        return (
+            f"{self.engine} {self.theirs.shape}: tau {self.theirs.tau_with_loops:.2f} ({depths(self.theirs)}), "
+            f"embedded {self.ours.tau_with_loops:.2f} ({depths(self.ours)}), noise {self.tolerance:.2f}; greedy tokens "
+            f"identical on {self.same_tokens} of {len(self.ours.prompts)} prompts"
+        )
+
+
+def compare_engines(
+    engine: str, shape: Shape, questions: Sequence[Question], ours: Sequence[Generation], theirs: Sequence[Generation]
+) -> Agreement:
+    """Paired over prompts; where greedy texts part (bf16 ties) the prompt still counts, as both are on-policy."""
+    own, others = (
+        [count(q.id, q.category, answer, shape.steps) for q, answer in zip(questions, side, strict=True)]
+        for side in (ours, theirs)
+    )
+    same = sum(first_difference(a.ids, b.ids) is None for a, b in zip(ours, theirs, strict=True))
+    agreement = Agreement(engine, summarise(others, shape, 0.0), summarise(own, shape, 0.0), same, _noise(own, others))
+    tau, trained = agreement.theirs.tau_with_loops, agreement.ours.tau_with_loops
+    if abs(tau - trained) > agreement.tolerance:
+        agreement.problems.append(
+            f"{engine} accepts tau {tau:.2f} where the trained draft has {trained:.2f} "
+            f"(noise {agreement.tolerance:.2f}): it reads the directory differently"
+        )
+    for depth, (a, b, noise) in enumerate(_by_depth(others, own, shape.steps), 1):
+        if abs(a - b) > noise:
+            agreement.problems.append(
+                f"at depth {depth} {engine} accepts {a:.0%} where the trained draft has {b:.0%} (noise {noise:.0%})"
+            )
+    if same * 2 < len(questions):
+        agreement.problems.append(
+            f"greedy tokens of {engine} and the embedded engine agree on only {same} of {len(questions)} prompts: "
+            "another target, revision or dtype"
+        )
+    return agreement
+
+
+def _noise(ours: Sequence[PromptCounts], theirs: Sequence[PromptCounts]) -> float:
+    def taus(rows: Sequence[PromptCounts]) -> list[float]:
+        return [1 + (r.accepted + r.looping_accepted) / max(1, r.steps + r.looping_steps) for r in rows]
+
+    difference = np.subtract(taus(theirs), taus(ours))
+    return max(LEAST_NOISE, NOISE * float(difference.std(ddof=1)) / len(difference) ** 0.5)
+
+
+def _by_depth(
+    theirs: Sequence[PromptCounts], ours: Sequence[PromptCounts], steps: int
+) -> list[tuple[float, float, float]]:
+    """(engine's acceptance, embedded one's, noise of their difference) of every depth that both reached."""
+    rows = []
+    for depth in range(steps):
+        counts = [
+            (sum(r.accepted_at[depth] for r in side), sum(r.reached[depth] for r in side)) for side in (theirs, ours)
+        ]
+        if not all(reached for _, reached in counts):
+            break
+        (a, n), (b, m) = counts
+        pooled = (a + b) / (n + m)
+        noise = max(LEAST_NOISE, NOISE * (pooled * (1 - pooled) * (1 / n + 1 / m)) ** 0.5)
+        rows.append((a / n, b / m, noise))
+    return rows

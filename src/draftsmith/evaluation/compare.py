@@ -1,0 +1,125 @@
+"""`draftsmith compare`: several drafts of one target on the same prompts, side by side with intervals."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from draftsmith.core import files
+from draftsmith.core.progress import say
+from draftsmith.core.records.evaluation import Acceptance, ComparedDraft, PairedDifference, PlainReference, Profile
+from draftsmith.core.tables import table
+from draftsmith.decoding.sampling import Sampling
+from draftsmith.drafts.directories import inspect_draft, load_draft
+from draftsmith.engines.base import Engine, Setup
+from draftsmith.evaluation.acceptance import paired_difference
+from draftsmith.evaluation.evaluate import PROFILE_PROMPTS, Evaluation, complete
+from draftsmith.evaluation.plots import interval_plot
+
+
+def coverage(ids: set[int], answers: Sequence[list[int]]) -> float | None:
+    """Share of the target's own tokens that the draft can propose at all."""
+    total = sum(map(len, answers))
+    return sum(token in ids for answer in answers for token in answer) / total if total else None
+
+
+def measure(engine: Engine, setup: Setup, layers: int, prompts: Path, out: Path) -> ComparedDraft:
+    """One draft's row: greedy acceptance at every shape of `evaluate.shapes`, its profile, coverage and size."""
+    recipe, directory = setup.recipe, setup.draft
+    report = inspect_draft(directory)
+    draft, ids_D = load_draft(directory, layers=layers, reading=setup.reading)
+    key = files.digest(
+        *sorted(directory.glob("*.safetensors")),
+        directory / "config.json",
+        prompts,
+        recipe.evaluate.model_dump(mode="json"),
+        recipe.target.model_dump(mode="json"),
+        recipe.seed,
+        setup.reading,
+    )
+    evaluation = Evaluation(engine, setup, prompts, out / key[:12])
+    say(f"compare: {directory}: reads HF hidden_states {list(draft.config.taps)}")
+    for problem in report.serving:
+        say(f"compare: {directory}: {problem}; measured all the same")
+    acceptance: list[Acceptance] = []
+    for shape in evaluation.shapes:
+        with engine.open(setup, shape) as session:
+            questions = evaluation.questions(session)
+            entry = partial(evaluation.acceptance, session, questions, shape, 0.0)
+            acceptance += filter(None, [evaluation.once(f"tau-{shape}", Acceptance, entry)])
+    profile = None
+    if engine.in_process:
+        profile = evaluation.once("profile", Profile, partial(evaluation.profile, questions))
+
+    def written() -> PlainReference:
+        """Of what the target writes to the evaluation prompts: none of the drafts was made for them."""
+        with engine.open(setup, None) as alone:
+            chosen, length = questions[:PROFILE_PROMPTS], recipe.evaluate.max_new_tokens
+            answers = complete(alone, chosen, "answers", Sampling(), length, None, evaluation.chat.stop)
+        return PlainReference(outputs=[answer.ids for answer in answers], timed={})
+
+    plain = evaluation.once("answers", PlainReference, written)
+    return ComparedDraft(
+        draft=str(directory),
+        parameters=report.parameters,
+        bytes=sum(path.stat().st_size for path in directory.glob("*.safetensors")),
+        coverage=coverage(set(ids_D.tolist()), plain.outputs if plain else []),
+        acceptance=acceptance,
+        profile=profile,
+        config=draft.config.model_dump(mode="json"),
+    )
+
+
+def pair_up(drafts: list[ComparedDraft]) -> list[ComparedDraft]:
+    """Every entry with its paired difference to the first draft's at the same shape."""
+    first = {entry.shape: entry.prompts for entry in drafts[0].acceptance}
+    others = [
+        draft.model_copy(
+            update={"against_first": [paired_difference(first[e.shape], e.prompts) for e in draft.acceptance]}
+        )
+        for draft in drafts[1:]
+    ]
+    return [drafts[0], *others]
+
+
+def page(drafts: list[ComparedDraft]) -> str:
+    """The comparison as text for a terminal."""
+    rows, sizes = [], []
+    for draft in drafts:
+        paired: list[PairedDifference | None] = [*draft.against_first] or [None] * len(draft.acceptance)
+        for entry, difference in zip(draft.acceptance, paired, strict=True):
+            tau = "too short" if entry.all.tau is None else str(entry.all)
+            if difference is not None and difference.difference is not None:
+                tau += f", {difference}"
+            depths = "/".join("-" if share is None else f"{share:.2f}" for share in entry.acceptance_by_depth)
+            categories = ", ".join(f"{name} {value.short}" for name, value in entry.by_category.items() if value.tau)
+            rows.append((draft.draft, str(entry.shape), tau, f"depths {depths}", categories))
+        covered = "unknown" if draft.coverage is None else f"{draft.coverage:.1%}"
+        speeds = ", ".join(f"{gain:.2f}x on {machine}" for machine, gain in draft.predicted.items()) or "nothing"
+        sizes.append(
+            (
+                draft.draft,
+                f"{draft.parameters / 1e6:.1f} M parameters, {draft.bytes / 1e6:.0f} MB, vocabulary covers {covered}, "
+                f"predicted {speeds}",
+            )
+        )
+    return f"{table(rows)}\n\n{table(sizes)}"
+
+
+def _labels(drafts: Sequence[str]) -> list[str]:
+    """A run's name or the directory's own; more of the path where that is not enough to tell them apart."""
+    parts = [Path(draft).resolve().parts for draft in drafts]
+    short = [p[-3] if p[-2] == "export" else p[-1] for p in parts]
+    return short if len(set(short)) == len(short) else ["/".join(p[-3:]) for p in parts]
+
+
+def plot(drafts: list[ComparedDraft]) -> str:
+    """SVG: tau with its interval by category, one row per draft and shape."""
+    names, columns = [], sorted({name for draft in drafts for e in draft.acceptance for name in e.by_category})
+    series: dict[str, list[tuple[float, float, float] | None]] = {name: [] for name in ("all", *columns)}
+    for label, draft in zip(_labels([draft.draft for draft in drafts]), drafts, strict=True):
+        for entry in draft.acceptance:
+            names.append(f"{label} {entry.shape}")
+            for name, values in series.items():
+                value = entry.all if name == "all" else entry.by_category.get(name)
+                values.append(value.dot if value else None)
+    return interval_plot("tau, 95 % intervals over prompts", "tau", names, series)

@@ -1,0 +1,71 @@
+"""`draftsmith export --check ENGINE`: does an engine read the exported directory as we mean it?
+
+Two looks. The directory is compared with what the newest checkpoint exports to, which names any damage. Then the engine
+decodes a few prompts with it, and so does the embedded engine with the checkpoint's own weights: greedy tokens and the
+acceptance at every depth have to agree.
+"""
+
+from pathlib import Path
+
+import torch
+
+from draftsmith.core.errors import TargetError
+from draftsmith.core.progress import say
+from draftsmith.core.recipe import EngineName
+from draftsmith.data.vocabulary import DraftVocabulary
+from draftsmith.decoding.sampling import Sampling
+from draftsmith.drafts.directories import ReadyDraft
+from draftsmith.engines import ENGINES
+from draftsmith.engines.base import Setup
+from draftsmith.engines.embedded import EmbeddedSession
+from draftsmith.evaluation.check import Agreement, compare_engines
+from draftsmith.evaluation.evaluate import Evaluation, complete
+from draftsmith.runs.run import Run
+from draftsmith.training.export import damages, trained_draft
+
+PROMPTS, TOKENS = 6, 48
+
+
+def check(run: Run, engine: EngineName, directory: Path | None = None) -> bool:
+    """True if the directory (the run's own export if none is given) is whole and the engine serves it as the embedded
+    engine does; says what is wrong."""
+    directory, checkpoints = directory or run.draft_for(engine), run.files.train
+    vocabulary = DraftVocabulary.load(run.files.vocabulary)
+    found = damages(directory, checkpoints, vocabulary)
+    for problem in found:
+        say(f"check: {directory}: {problem}")
+    if found:
+        say("check: the directory is damaged; export again: draftsmith export RECIPE")
+        return False
+    say(f"check: {directory} is what {checkpoints} exports to")
+    agreement = agreement_with(run, engine, vocabulary, directory)
+    say(f"check: {agreement}")
+    for problem in agreement.problems:
+        say(f"check: {problem}")
+    return not agreement.problems
+
+
+def agreement_with(run: Run, name: EngineName, vocabulary: DraftVocabulary, directory: Path) -> Agreement:
+    """Start the engine with the directory and compare it with the embedded engine and the checkpoint's own weights."""
+    recipe, engine = run.recipe, ENGINES[name]
+    if recipe.target.engine != "transformers":
+        raise TargetError(
+            "export --check: compares with the embedded engine, which needs the target in this process; where it "
+            "fits, give --target.engine transformers, else use: draftsmith evaluate RECIPE"
+        )
+    shape = next((s for s in recipe.evaluate.shapes if s.topk == 1 or engine.drafts_trees), recipe.serve.shape)
+    changed = {"prompts": PROMPTS, "max_new_tokens": TOKENS, "shapes": (shape,)}
+    short = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=changed)})
+    setup = Setup(short, directory, run.files.root)
+    evaluation = Evaluation(engine, setup, run.files.evaluation_prompts, run.files.root)
+    with engine.open(setup, shape) as drafted:
+        questions = evaluation.questions(drafted)
+        theirs = complete(drafted, questions, f"check {shape} on {name}", Sampling(), TOKENS, 1)
+    target = run.target
+    with torch.no_grad():
+        draft = trained_draft(run.files.train, vocabulary)[0].to(target.device, target.head.weight.dtype).eval()
+    ready = ReadyDraft(draft, vocabulary.ids_D, target.embedding_rows())
+    ours = complete(
+        EmbeddedSession(target, ready.drafter(), shape), questions, f"check {shape} here", Sampling(), TOKENS, 1
+    )
+    return compare_engines(name, shape, questions, ours, theirs)

@@ -1,0 +1,158 @@
+"""What a run's files and a machine's name tell before anything runs: costs of a step, accept lengths, plans."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from draftsmith.core.errors import DataError, RecipeError
+from draftsmith.core.progress import say
+from draftsmith.core.recipe import DEFAULT_SHAPE
+from draftsmith.core.records.evaluation import ComparedDraft, Results
+from draftsmith.core.records.machine import Predictions, Probe
+from draftsmith.core.run_files import DECODERS
+from draftsmith.core.shape import Shape
+from draftsmith.drafts import METHODS
+from draftsmith.drafts.method import DraftConfig, DraftSize
+from draftsmith.engines import ENGINES
+from draftsmith.hardware.accept_length import AcceptLength, from_results, published
+from draftsmith.hardware.cost_model import Costs, MeasuredCosts, RooflineCosts, predict
+from draftsmith.hardware.predict import predict_all, where_it_pays
+from draftsmith.hardware.presets import CPU, PRESETS, Machine, preset
+from draftsmith.hardware.probe import as_machine
+from draftsmith.hardware.sizes import TargetSize
+from draftsmith.runs.plan import Plan, plan
+from draftsmith.runs.run import Run
+
+
+def draft_of(run: Run) -> DraftConfig:
+    """The draft that the recipe describes."""
+    text, method = run.target_config.get_text_config(), METHODS[run.recipe.draft.method]
+    rows = min(run.recipe.vocab.size, text.vocab_size)
+    config: DraftConfig = method.config(run.recipe.draft, text, text.num_hidden_layers, rows)
+    return config
+
+
+def draft_size(run: Run, config: DraftConfig) -> DraftSize:
+    return METHODS[run.recipe.draft.method].size(config)
+
+
+def target_size(run: Run) -> TargetSize:
+    return TargetSize.of(run.recipe.target.model, run.target_config, run.recipe.target.dtype)
+
+
+def roofline(run: Run, machine: Machine, correlation: float = 0.0) -> RooflineCosts:
+    return RooflineCosts(machine, target_size(run), draft_size(run, draft_of(run)), correlation)
+
+
+def probed(run: Run) -> Path | None:
+    """The run's own probe, of this machine before one of a server."""
+    return next((path for engine in DECODERS if (path := run.files.probe(engine)).exists()), None)
+
+
+def costs_of(run: Run, hardware: str | None, correlation: float = 0.0) -> MeasuredCosts | RooflineCosts:
+    """A preset's name, a probe's file, or None for the run's own probe."""
+    if hardware in PRESETS:
+        return roofline(run, preset(hardware), correlation)
+    path = Path(hardware) if hardware else probed(run)
+    if path is None:
+        raise DataError(
+            f"--hardware: no probe in {run.files.root}; run: draftsmith probe RECIPE, or name one of "
+            + ", ".join(PRESETS)
+        )
+    return read_probe(run, path, correlation)
+
+
+def read_probe(run: Run, path: Path, correlation: float = 0.0) -> MeasuredCosts | RooflineCosts:
+    try:
+        probe = Probe.load(path)
+    except OSError:
+        raise RecipeError(
+            f"--hardware: {str(path)!r} given; a probe's JSON file or one of {', '.join(PRESETS)}"
+        ) from None
+    except DataError:
+        raise RecipeError(f"--hardware: {path} is not a probe; make one with: draftsmith probe RECIPE") from None
+    if probe.times is None and probe.rates is not None:
+        return roofline(run, as_machine(probe.machine, probe.rates), correlation)
+    return MeasuredCosts(probe)
+
+
+def results_of(run: Run) -> Results | None:
+    """What `evaluate` measured: on the embedded engine, else on a real one, first one that drafts trees, too."""
+    found = run.files.results
+    trees_first = sorted(found, key=lambda name: not ENGINES[name].drafts_trees)
+    return next((Results.load(found[name]) for name in trees_first), None)
+
+
+def accept_of(run: Run, tau: float | None = None, shape: Shape = DEFAULT_SHAPE) -> AcceptLength:
+    """The run's own, or the one of a published tau, measured at `shape`."""
+    if tau is not None:
+        return published(tau, shape)
+    results = results_of(run)
+    if results is None:
+        raise DataError(
+            f"no accept length in {run.files.root}; run: draftsmith evaluate RECIPE, or let predict take a published "
+            "one: --tau 2.6 --shape 3/4/8"
+        )
+    return from_results(results)
+
+
+def plan_of(
+    run: Run,
+    costs: MeasuredCosts | RooflineCosts,
+    trainer_gpus: int | None = None,
+    completion_tokens: int | None = None,
+    network_gbit: float | None = None,
+) -> Plan:
+    """The plan of a run on the machine that the costs are of."""
+    if isinstance(costs, RooflineCosts):
+        machine = costs.machine
+    elif costs.probe.rates is not None:
+        machine = as_machine(costs.name, costs.probe.rates)
+    else:
+        raise RecipeError(f"--hardware: a plan needs a probe of a machine, not of {costs.name}; or one by name")
+    if network_gbit is not None:
+        machine = replace(machine, network_bytes_s=network_gbit * 1e9 / 8)
+    if note := METHODS[run.recipe.draft.method].config_note(run.recipe.draft, run.target_config.get_text_config()):
+        say(note)
+    return plan(run.recipe, costs, machine, target_size(run), draft_of(run), trainer_gpus, completion_tokens)
+
+
+def speeds_of(run: Run, draft: ComparedDraft) -> dict[str, float]:
+    """Predicted speed-up of the best measured shape, by machine: here, if it was probed, and on one named GPU."""
+    size = draft_size(run, METHODS[run.recipe.draft.method].read_config(draft.config))
+    machines: list[Costs] = [replace(roofline(run, preset("h100-1")), draft=size)]
+    if run.files.probe().exists():
+        machines.append(read_probe(run, run.files.probe()))
+    try:
+        accept = from_results(draft)
+    except RecipeError:  # nothing greedy was long enough
+        return {}
+    known = [entry.shape for entry in draft.acceptance if entry.shape.steps <= accept.deepest]
+    return {costs.name: max(predict(costs, accept, shape).speedup for shape in known) for costs in machines if known}
+
+
+def card_prediction(run: Run) -> Predictions:
+    """What the card tells of realised speed-up: the evaluated shapes at batch 1 on every preset that holds the target,
+    and on this machine where it was probed."""
+    results = results_of(run)
+    if results is None:
+        raise DataError(f"card: no results in {run.files.root}; run: draftsmith evaluate RECIPE")
+    try:
+        accept = from_results(results)
+    except RecipeError:  # nothing greedy was measured, so nothing can be told
+        return Predictions(rows=[])
+    shapes = [shape for shape in dict.fromkeys(e.shape for e in results.acceptance) if shape.steps <= accept.deepest]
+    single = roofline(run, preset("h100-1")).fits
+    presets = [roofline(run, m) for m in PRESETS.values() if m is not CPU and (m.gpus == 1) == single]
+    machines: list[Costs] = [costs for costs in presets if costs.fits]
+    if run.files.probe().exists():
+        machines.append(read_probe(run, run.files.probe()))
+    rows = []
+    for costs in machines:
+        for (prediction,) in predict_all(costs, accept, shapes, [1], 512):
+            pays = where_it_pays(costs, accept, prediction)
+            if isinstance(costs, MeasuredCosts):  # of one sequence at a time
+                pays = "only batch 1 was probed"
+            rows.append(prediction.model_copy(update={"batches": pays}))
+    predictions = Predictions(rows=rows)
+    predictions.save(run.files.prediction("card"))
+    return predictions

@@ -1,0 +1,90 @@
+"""The hours of a plan: an estimate, from a probe or a named machine's published rates and shares measured once."""
+
+from draftsmith.evaluation.evaluate import PROFILE_PROMPTS
+from draftsmith.hardware.cost_model import FLOPS_SHARE, Costs
+from draftsmith.hardware.quantisation import BYTES
+from draftsmith.runs.plan import GPU_FLOPS_S, Plan, Sizes, duration, source_size
+
+# Of a device's matrix peak: calibrated on runs of the quick recipe on two quiet cores; GPUs are assumed alike.
+TRAIN_SHARE = 0.55
+REFILL = 0.88  # of a batch's rows that write: a quarter of them ends before new prompts are read
+# An evaluation: speed-up of drafted greedy decoding (none at temperatures above 0), answers as shares of
+# max_new_tokens, and the time to read the weights in two formats and warm up; runs of the two Gemma recipes.
+DRAFTED, GREEDY_SHARE, SAMPLED_SHARE, START_S = 1.3, 0.5, 0.85, 15.0
+
+
+def put_hours(out: Plan, s: Sizes, costs: Costs) -> float:
+    """Add the hours and their assumptions; returns the bytes a second that keep target and trainers busy."""
+    machine = s.machine
+    rate = _rate(s, costs)
+    reading_s = 2 * s.target.active_body / (machine.flops_s * FLOPS_SHARE * machine.gpus)  # a token, in large batches
+    regenerate_s = s.written / rate + s.answers * s.prompt * reading_s / s.replicas
+    how = f"{rate:,.0f} tokens/s from {s.replicas} replica(s), {s.batch} sequences at once"
+    out.put("hours", "regenerate", regenerate_s, f"{duration(regenerate_s)}: {how}")
+
+    captured = s.epoch if s.recipe.train.capture == "offline" else s.trained
+    capture_s = captured * reading_s / s.replicas
+    compute_s = _training_flops(s) / (machine.flops_s * TRAIN_SHARE * s.trainers)
+    network_s = s.trained * s.token_bytes / machine.network_bytes_s if s.served else 0.0
+    limits = {"the trainer": compute_s, "the target": capture_s, "the network": network_s}
+    # servers work while the trainer does; in one process they take turns
+    train_s = max(limits.values()) if s.served else compute_s + capture_s
+    slowest = max(limits, key=lambda name: limits[name])
+    parts = f"trainer alone {duration(compute_s)}, hidden states {duration(capture_s)}"
+    pace = f"{s.trained / train_s:,.0f} tokens/s; {slowest} sets the pace ({parts})"
+    out.put("hours", "train", train_s, f"{duration(train_s)}: {pace}")
+
+    evaluate_s = _evaluation_s(s, costs, rate, reading_s)
+    out.put("hours", "evaluate", evaluate_s, f"{duration(evaluate_s)} on one replica")
+    total = regenerate_s + train_s + evaluate_s
+    out.put("hours", "all", total, duration(total))
+    if s.served or machine.gpus > 1:
+        gpus = machine.gpus * s.replicas
+        hours = (gpus * total + s.trainers * train_s) / 3600
+        who = f"{gpus} target GPUs throughout, {s.trainers} that train"
+        out.put("hours", "GPU hours", hours, f"{hours:,.0f} ({who})")
+
+    peak = f"{machine.flops_s / 1e12:.3g} TFLOP/s"
+    out.assumptions += [
+        f"in the evaluation greedy answers have {GREEDY_SHARE:.0%} of max_new_tokens, sampled ones "
+        f"{SAMPLED_SHARE:.0%}, and greedy drafting gains {DRAFTED}x",
+        f"products of many tokens reach {FLOPS_SHARE:.0%} of {peak}, training {TRAIN_SHARE:.0%}",
+    ]
+    if machine.flops_s > GPU_FLOPS_S:
+        out.assumptions.append("no GPU run of draftsmith stands behind these hours yet: take them as the least")
+    return s.token_bytes * s.trained / max(compute_s, capture_s)
+
+
+def _rate(s: Sizes, costs: Costs) -> float:
+    """Tokens a second that all replicas write."""
+    occupancy = 1.0
+    if not s.served:  # a shard ends with its longest answers, in ever smaller batches
+        settings = s.recipe.regenerate
+        full = settings.shard_prompts / s.batch * s.answer
+        occupancy = REFILL * full / (full + (settings.max_new_tokens - s.answer) / 2)
+    return s.replicas * s.batch * occupancy / costs.decode_s(s.batch, round(s.length))
+
+
+def _training_flops(s: Sizes) -> float:
+    loss_tokens = s.trained * min(1.0, s.turns * s.answer / s.document)
+    return s.draft.training_flops(s.recipe.train, s.steps, s.trained, loss_tokens)
+
+
+def _evaluation_s(s: Sizes, costs: Costs, rate: float, reading_s: float) -> float:
+    settings, prompts = s.recipe.evaluate, s.recipe.prompts
+    asked = settings.prompts or sum(source_size(e, 1)[0] for e in prompts.evaluation) or 3 * prompts.held_out
+    shapes = len(settings.shapes)
+    sampled = sum(temperature > 0 for temperature in settings.temperatures)
+    decode_s = costs.decode_s(1, round(s.length))
+    drafted_s = decode_s / DRAFTED
+    answer, longer = GREEDY_SHARE * settings.max_new_tokens, SAMPLED_SHARE * settings.max_new_tokens
+    a_shape_s = (len(settings.temperatures) - sampled) * answer * drafted_s + sampled * longer * decode_s
+    seconds = asked * shapes * a_shape_s / (s.batch if s.served else 1)
+    seconds += settings.speed_prompts * shapes * answer * (decode_s + drafted_s)
+    # The proof's plain side is one batch where it runs here; its fp32 weights are read at the bytes they have.
+    proof = min(settings.lossless_prompts, asked) * settings.lossless_tokens
+    proof_s = shapes * drafted_s + (decode_s if s.served else 0.0)
+    seconds += proof * proof_s * (1 if s.served else 4 / BYTES[s.recipe.target.dtype])
+    if not s.served:
+        seconds += min(PROFILE_PROMPTS, asked) * (answer / rate + (s.prompt + answer) * reading_s) + START_S
+    return seconds

@@ -1,0 +1,327 @@
+"""The steps as stages that meet through files: run what is missing or changed, skip the rest.
+
+A stage is a function from files to files in a directory of its own. `stage.json` in that directory holds the key of
+the last finished run: a digest of the code's format version, the stage's part of the recipe and the content of its
+inputs. An unchanged key skips the stage; another key moves the old directory aside, so that nothing produced is lost.
+"""
+
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from draftsmith.core import files, run_files
+from draftsmith.core.allocator import return_freed_memory
+from draftsmith.core.errors import DataError
+from draftsmith.core.history import changed, outputs_of
+from draftsmith.core.progress import say
+from draftsmith.core.recipe import BOOKKEEPING
+from draftsmith.core.recipe_file import dump_recipe
+from draftsmith.core.records.run import Manifest, StageRun, StageState
+from draftsmith.runs.run import Run, commit
+
+FORMAT = 3  # raise when a stage's output changes meaning
+
+
+def _peak_memory() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`key` and `inputs` decide whether it runs; `resume_key` whether its directory can be continued."""
+
+    name: str
+    what: str
+    key: Callable[["Run"], Any]
+    inputs: Callable[["Run"], list[Path]]
+    run: Callable[["Run", Path], Any]
+    resume_key: Callable[["Run"], Any] | None = None
+
+
+def _source_files(run: Run) -> list[Path]:
+    from draftsmith.data.sources import data_files
+
+    return [path for s in (*run.recipe.prompts.sources, *run.recipe.prompts.evaluation) for path in data_files(s)]
+
+
+def _prompts(run: Run, out: Path) -> None:
+    from draftsmith.data.prompts import gather
+
+    gather(run.recipe, out)
+
+
+def _regenerate(run: Run, out: Path) -> None:
+    from draftsmith.data.regenerate import Regeneration
+    from draftsmith.data.templates import ChatFormat
+
+    chat = ChatFormat.of(run.recipe, run.target)
+    Regeneration(run.recipe, run.target, chat, run.files.training_prompts, out).run()
+
+
+def _vocab(run: Run, out: Path) -> None:
+    from draftsmith.data.vocabulary import build_vocabulary
+
+    size = run.target.identity.vocab_size
+    build_vocabulary(run.recipe, run.files.completions, size, run.special_tokens, run.files)
+
+
+def _train(run: Run, out: Path) -> None:
+    from draftsmith.data.vocabulary import DraftVocabulary
+    from draftsmith.training.trainer import Trainer
+
+    vocabulary = DraftVocabulary.load(run.files.vocabulary)
+    Trainer(run.recipe, run.target, run.target.config, run.files.completions, vocabulary, out, run.processes).train()
+
+
+def _export(run: Run, out: Path) -> None:
+    from draftsmith.data.vocabulary import DraftVocabulary
+    from draftsmith.training.export import export
+
+    provenance = {"version": version("draftsmith"), "commit": commit()}
+    export(run.files.train, DraftVocabulary.load(run.files.vocabulary), run.files.draft, provenance)
+
+
+def _evaluate(run: Run, out: Path) -> None:
+    from draftsmith.engines import ENGINES
+    from draftsmith.evaluation.evaluate import Evaluation
+
+    name = run.evaluation_engine
+    library = run.target.library if name == "embedded" else None
+    if library is not None and not library.can_cut_back and run.recipe.evaluate.engine == "auto":
+        name = run.recipe.serve.engine
+        say(f"evaluate: this target's cache cannot be cut back in this process, so {name} verifies its drafts")
+    setup = run.setup(name, out)
+    Evaluation(ENGINES[name], setup, run.files.evaluation_prompts, out).run(run.created_with)
+
+
+def _report(run: Run, out: Path) -> None:
+    from draftsmith.evaluation.report import write_report
+
+    write_report(run.files, run.tokenizer, run.serve_commands)
+
+
+def _completion_files(run: Run) -> list[Path]:
+    return run_files.shards(run.files.completions)
+
+
+def _part(*names: str) -> Callable[[Run], Any]:
+    """Key made of these parts of the recipe."""
+    return lambda run: {name: run.recipe.model_dump(mode="json")[name] for name in names}
+
+
+SERVED = {"extra", "tensor_parallel", "context", "draft_quantization"}  # of `serve`, what an evaluation depends on
+STAGES = (
+    Stage(
+        "prompts", "gather, de-duplicate and decontaminate prompts", _part("prompts", "seed"), _source_files, _prompts
+    ),
+    Stage(
+        "regenerate",
+        "let the target answer them",
+        _part("target", "regenerate", "seed"),
+        lambda run: [run.files.training_prompts],
+        _regenerate,
+        # More tokens of the same run continue it.
+        lambda run: {
+            "target": run.recipe.target.model_dump(mode="json"),
+            "regenerate": run.recipe.regenerate.model_dump(mode="json", exclude={"max_tokens"}),
+            "seed": run.recipe.seed,
+        },
+    ),
+    Stage("vocab", "choose the draft vocabulary", _part("target", "vocab"), _completion_files, _vocab),
+    Stage(
+        "train",
+        "train the draft",
+        _part("target", "draft", "train", "seed"),
+        lambda run: [*_completion_files(run), run.files.vocabulary],
+        _train,
+        # What is only watched or kept does not restart a training.
+        lambda run: [
+            _part("target", "draft", "seed")(run),
+            run.recipe.train.model_dump(mode="json", exclude=BOOKKEEPING),
+        ],
+    ),
+    Stage(
+        "export",
+        "write the engine directory",
+        lambda run: {},
+        lambda run: [
+            run_files.summary(run.files.train),
+            *sorted(run.files.train.glob("checkpoint-*/draft.safetensors")),
+            *run.files.train.glob("best/draft.safetensors"),
+        ],
+        _export,
+    ),
+    Stage(
+        "evaluate",
+        "measure accept length, speed and losslessness",
+        lambda run: [
+            _part("target", "evaluate", "seed")(run),
+            run.recipe.regenerate.max_prompt_tokens,
+            run.recipe.serve.model_dump(mode="json", include=SERVED) if run.evaluation_engine != "embedded" else None,
+        ],
+        lambda run: [run_files.weights(run.files.draft), run.files.evaluation_prompts],
+        _evaluate,
+    ),
+    Stage(
+        "report",
+        "write report.html",
+        lambda run: {},
+        lambda run: [
+            path for path in (*run.files.results.values(), run_files.metrics(run.files.train)) if path.exists()
+        ],
+        _report,
+    ),
+)
+
+
+def stage_directory(run: Run, stage: Stage) -> Path:
+    asked = run.recipe.evaluate.engine not in ("auto", "embedded")  # beside what the embedded engine measured
+    return run.files.stage(stage.name, run.evaluation_engine if stage.name == "evaluate" and asked else "embedded")
+
+
+def stage_key(run: Run, stage: Stage) -> str:
+    missing = [path for path in stage.inputs(run) if not path.exists()]
+    if missing or (stage.name in ("vocab", "train") and not _completion_files(run)):
+        lacking = missing[0] if missing else run.files.completions
+        raise DataError(f"{stage.name}: {lacking} is missing; run the stages before it, or: draftsmith run RECIPE")
+    return files.digest(FORMAT, stage.key(run), *stage.inputs(run))
+
+
+def reason_to_run(run: Run, stage: Stage, key: str) -> str | None:
+    """Why the stage has to run, or None if its output stands."""
+    state = StageState.readable(run_files.stage_state(stage_directory(run, stage)))
+    if state is None:
+        return "no output yet"
+    if not state.finished:
+        return "was interrupted"
+    if state.key != key:
+        return "its inputs or its part of the recipe changed"
+    if damage := changed(stage_directory(run, stage), state.outputs):
+        more = f" and {len(damage) - 1} more" if len(damage) > 1 else ""
+        return f"{damage[0]}{more} changed since `{stage.name}` wrote it"
+    return None
+
+
+def _set_aside(out: Path, key: str) -> Path:
+    """Nothing that was produced is lost: an output that is made anew is kept beside the new one."""
+    aside = out.with_name(f"{out.name}.{key[:8]}")
+    while aside.exists():
+        aside = aside.with_name(f"{aside.name}x")
+    out.rename(aside)
+    return aside
+
+
+def _mend(stage: Stage, out: Path, state: StageState) -> None:
+    """Take out what is not as the stage wrote it: shards of completions and checkpoints one by one, as the stage goes
+    on from the others; of any other stage, and of training for anything else, the whole output."""
+    damage = changed(out, state.outputs)
+    alone = {"regenerate": r"\d+\.jsonl", "train": r"checkpoint-\d+/.*"}.get(stage.name)
+    if not damage or not out.exists():
+        return
+    if alone is None or not all(re.fullmatch(alone, name) for name in damage):
+        aside = _set_aside(out, "damaged")
+        say(f"{stage.name}: {damage[0]} changed since it was written; the old output is kept in {aside}")
+        return
+    for name in sorted({name.split("/")[0] for name in damage}):
+        if (out / name).exists():
+            (out / name).rename(out / f".damaged-{name}")
+
+
+def run_stage(run: Run, stage: Stage, force: bool = False) -> StageRun:
+    """Run one stage if it has to."""
+    key, out = stage_key(run, stage), stage_directory(run, stage)
+    why = "asked for" if force else reason_to_run(run, stage, key)
+    if why is None:
+        run.processes.wait()
+        say(f"{stage.name}: up to date")
+        return StageRun(ran=False, why="inputs, recipe and format unchanged", seconds=0.0)
+    continued = files.digest(FORMAT, stage.resume_key(run), *stage.inputs(run)) if stage.resume_key else key
+    path = run_files.stage_state(out)
+    if (old := StageState.readable(path)) and old.resume_key != continued:
+        aside = _set_aside(out, old.key)
+        say(f"{stage.name}: the recipe or inputs changed; the old output is kept in {aside}")
+    elif old is not None and old.finished:
+        _mend(stage, out, old)
+    out.mkdir(parents=True, exist_ok=True)
+    run.lock.require()
+    files.write_atomic(run.files.recipe, dump_recipe(run.recipe))  # of a stage that runs, never of a command refused
+    recipe = run.recipe.model_dump(mode="json")
+    StageState(key=key, resume_key=continued, finished=False, recipe=recipe).save(path)
+    run.processes.wait()
+    started = time.monotonic()
+    stage.run(run, out)
+    return_freed_memory()
+    run.lock.require()
+    outputs = outputs_of(out)
+    StageState(key=key, resume_key=continued, finished=True, recipe=recipe, outputs=outputs).save(path)
+    return StageRun(
+        ran=True,
+        why=why,
+        seconds=round(time.monotonic() - started, 1),
+        peak_memory_bytes=_peak_memory(),
+        commit=commit(),
+        command=" ".join(run.command),
+    )
+
+
+def run_pipeline(run: Run, only: str | None = None, redo: str | None = None) -> Path:
+    """All stages, or one of them; returns the report's path. `redo`: a stage whose output is made anew.
+
+    Under torchrun the first process does everything and the others join it in training.
+    """
+    chosen = [stage for stage in STAGES if only in (None, stage.name)]
+    if not run.processes.main:
+        for stage in chosen:
+            run.processes.wait()  # until the stage's directory is ready
+            out = stage_directory(run, stage)
+            if stage.name == "train" and not StageState.load(run_files.stage_state(out)).finished:
+                stage.run(run, out)
+            run.processes.wait()
+        return run.files.report
+    with run.lock:
+        for stage in STAGES:
+            if stage.name == redo and (out := stage_directory(run, stage)).exists():
+                say(f"{stage.name}: asked for anew; the old output is kept in {_set_aside(out, 'redo')}")
+        return _run_stages(run, chosen)
+
+
+def _run_stages(run: Run, chosen: list[Stage]) -> Path:
+    manifest = Manifest.readable(run.files.manifest)
+    earlier = manifest.stages if manifest else {}
+    stages = dict(earlier)
+    for stage in chosen:
+        entry = run_stage(run, stage, force=stage.name == "report")
+        if not entry.ran and stage.name in earlier:
+            entry = earlier[stage.name].model_copy(update={"ran": False, "why": entry.why})
+        stages[stage.name] = entry
+        Manifest(created_with=run.created_with, stages=stages).save(run.files.manifest)
+        run.processes.wait()
+    return run.files.report
+
+
+def explain(run: Run) -> str:
+    """What `--dry-run` prints: the resolved recipe and what every stage would do and why."""
+    lines = [dump_recipe(run.recipe), f"run directory: {run.files.root}"]
+    upstream_runs = False
+    for stage in STAGES:
+        if upstream_runs:
+            why: str | None = "a stage before it runs"
+        else:
+            try:
+                why = reason_to_run(run, stage, stage_key(run, stage))
+            except DataError as error:
+                why = str(error)
+        upstream_runs = upstream_runs or why is not None
+        lines.append(f"{stage.name:<11} {'run ' if why else 'skip'}  {stage.what} ({why or 'up to date'})")
+    return "\n".join(lines)
+
+
+def command_line() -> list[str]:
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]

@@ -1,0 +1,386 @@
+"""`draftsmith plan`: what a run will weigh, hold and last, before anything runs.
+
+Bytes, memory and disk follow from the recipe alone (`Sizes`); hours follow from a machine (hardware/cost_model.py) and
+a few shares that were measured once (runs/hours.py). Every assumption is printed with the plan. GB is 1e9 bytes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from draftsmith.core import run_files
+from draftsmith.core.errors import RecipeError
+from draftsmith.core.recipe import Recipe, Source
+from draftsmith.core.records.data import CompletionsSummary, Timing
+from draftsmith.core.records.run import Manifest
+from draftsmith.core.records.training import StepTiming, TrainingSummary
+from draftsmith.core.run_files import RunFiles
+from draftsmith.core.tables import table
+from draftsmith.data.prompts import Tally, prompts_of
+from draftsmith.data.sources import hub_source
+from draftsmith.drafts import METHODS
+from draftsmith.drafts.method import DraftConfig, DraftSize
+from draftsmith.hardware.cost_model import Costs
+from draftsmith.hardware.presets import Machine
+from draftsmith.hardware.sizes import TargetSize
+from draftsmith.training.capture import hidden_state_bytes
+
+# rows and user turns of the hub sets, and their mean prompt in tokens (their hub pages; ours to assume where unstated)
+HUB_SETS = {
+    "ultrachat": (207_865, 3, 150),
+    "opencodeinstruct": (5_000_000, 1, 250),
+    "codealpaca": (20_022, 1, 40),
+    "gsm8k": (7_473, 1, 60),
+    "hendrycks-math": (7_500, 1, 80),
+}
+CHARACTERS_PER_TOKEN = 4.0
+HUB_SAMPLE = 200  # prompts read of a hub set that is not among them
+TEMPLATE_TOKENS = 12
+COMPLETION_SHARE = 0.43  # mean completion of max_new_tokens; runs of gemma3-270m-cpu: 95 of 224
+PACK_WASTE = 0.68  # room lost in a pack, in mean documents: 0.104 of 1024 tokens there, 0.121 of 512 in the quick run
+COMPLETION_BYTES = 6.5  # of JSON per token of a document; the same run
+ROOM = 0.9  # of a device's memory
+GPU_FLOPS_S = 5e13  # more than any CPU's
+MEASURED = (  # what a finished run tells, too
+    "draft parameters",
+    "draft file",
+    "completions",
+    "completions on disk",
+    "completion tokens",
+    "training steps",
+    "tokens trained on",
+    "all of them",
+    "checkpoint",
+    "regenerate",
+    "train",
+    "evaluate",
+)
+
+
+@dataclass
+class Plan:
+    """Sections of (what, value, unit), and the assumptions in words."""
+
+    numbers: dict[str, float] = field(default_factory=dict)
+    sections: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    assumptions: list[str] = field(default_factory=list)
+
+    def put(self, section: str, what: str, value: float, text: str) -> float:
+        self.numbers[what] = value
+        self.sections.setdefault(section, []).append((what, text))
+        return value
+
+
+def size(count: float) -> str:
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    return (
+        f"{seconds / 3600:.1f} h"
+        if seconds >= 3600
+        else f"{seconds / 60:.1f} min"
+        if seconds >= 60
+        else f"{seconds:.0f} s"
+    )
+
+
+def source_size(source: Source, max_turns: int) -> tuple[int, float, float]:
+    """(conversations, user turns of each, mean tokens of a prompt)."""
+    if source.name in HUB_SETS:
+        known, turns, length = HUB_SETS[source.name]
+        return min(known, source.limit or known), float(min(turns, max_turns)), float(length)
+    on_hub = hub_source(source) is not None
+    if on_hub and source.limit is None:
+        raise RecipeError(f"prompts.sources: the size of {source.name} is not known here; give it a limit to plan with")
+    sample = source.model_copy(update={"limit": HUB_SAMPLE if on_hub else None})
+    conversations = users = characters = 0
+    for prompt in prompts_of(sample, max_turns, True, 0, Tally()):
+        texts = prompt.users
+        conversations, users, characters = conversations + 1, users + len(texts), characters + sum(map(len, texts))
+    count = source.limit if on_hub and source.limit else min(conversations, source.limit or conversations)
+    return count, users / conversations, max(8.0, characters / users / CHARACTERS_PER_TOKEN)
+
+
+@dataclass
+class Sizes:
+    """Counts and bytes of a run, from its recipe. `machine`: a replica of the target; `trainers`: GPUs that train."""
+
+    recipe: Recipe
+    machine: Machine
+    target: TargetSize
+    config: DraftConfig
+    trainers: int
+    completion_tokens: float | None
+
+    @cached_property
+    def served(self) -> bool:
+        return self.recipe.target.engine != "transformers"
+
+    @cached_property
+    def replicas(self) -> int:
+        return max(1, len(self.recipe.server.urls)) if self.served else 1
+
+    @cached_property
+    def draft(self) -> DraftSize:
+        return METHODS[self.recipe.draft.method].size(self.config)
+
+    # --- texts: mean tokens of a prompt, an answer and a document; how many of them
+
+    @cached_property
+    def _sources(self) -> list[tuple[int, float, float]]:
+        return [source_size(source, self.recipe.prompts.max_turns) for source in self.recipe.prompts.sources]
+
+    def _mean(self, column: int) -> float:
+        rows = sum(source[0] for source in self._sources)
+        return sum(source[0] * source[column] for source in self._sources) / max(1, rows)
+
+    @cached_property
+    def turns(self) -> float:
+        return self._mean(1)
+
+    @cached_property
+    def prompt(self) -> float:
+        return self._mean(2)
+
+    @cached_property
+    def answer(self) -> float:
+        return self.completion_tokens or COMPLETION_SHARE * self.recipe.regenerate.max_new_tokens
+
+    @cached_property
+    def answers(self) -> float:
+        settings = self.recipe.regenerate
+        conversations = sum(rows for rows, _, _ in self._sources)
+        if not self.recipe.prompts.evaluation:
+            conversations = max(1, conversations - 3 * self.recipe.prompts.held_out)
+        wanted = min(conversations * self.turns, (settings.max_tokens or float("inf")) / self.answer)
+        if self.served:
+            return wanted
+        whole = math.ceil(wanted / settings.shard_prompts) * settings.shard_prompts  # whole shards are decoded
+        return min(conversations * self.turns, whole)
+
+    @cached_property
+    def written(self) -> float:
+        return self.answers * self.answer
+
+    @cached_property
+    def document(self) -> float:
+        whole = self.turns * (self.prompt + TEMPLATE_TOKENS + self.answer)
+        return min(whole, self.recipe.train.max_document_tokens)
+
+    @cached_property
+    def epoch(self) -> float:
+        """Tokens of all documents that are trained on."""
+        conversations = self.answers / self.turns
+        return (conversations - min(self.recipe.train.held_out, conversations / 2)) * self.document
+
+    # --- training
+
+    @cached_property
+    def fill(self) -> float:
+        return max(0.5, 1 - PACK_WASTE * self.document / self.recipe.train.pack_tokens)
+
+    @cached_property
+    def accumulate(self) -> int:
+        return math.ceil(self.recipe.train.accumulate / self.trainers) * self.trainers  # dealt out to all trainers
+
+    @cached_property
+    def step_tokens(self) -> float:
+        return self.recipe.train.pack_tokens * self.fill * self.accumulate
+
+    @cached_property
+    def steps(self) -> float:
+        steps = max(1.0, self.recipe.train.epochs * self.epoch // self.step_tokens)
+        return min(steps, self.recipe.train.max_steps or steps)
+
+    @cached_property
+    def trained(self) -> float:
+        return self.steps * self.step_tokens
+
+    @cached_property
+    def token_bytes(self) -> float:
+        """Hidden states of one token."""
+        taps = len(self.config.taps)
+        return hidden_state_bytes(1, taps, self.config.hidden_size, self.recipe.target.dtype)
+
+    @cached_property
+    def states(self) -> float:
+        return self.epoch * self.token_bytes
+
+    @cached_property
+    def optimiser(self) -> float:
+        return self.draft.optimiser_bytes(self.recipe.train)
+
+    @cached_property
+    def trainer_state(self) -> float:
+        """Weights in fp32 and bf16, gradients, moments."""
+        return 10 * self.draft.parameters + self.optimiser
+
+    @cached_property
+    def activations(self) -> float:
+        return self.draft.activation_bytes(self.recipe.train)
+
+    @cached_property
+    def trainer(self) -> float:
+        ends = self.config.vocab_size * self.config.hidden_size * 2 + self.draft.head * 2
+        return self.trainer_state + self.activations + (ends if self.served else self.target.bytes)
+
+    # --- the target
+
+    @cached_property
+    def batch(self) -> int:
+        return self.recipe.server.concurrency if self.served else self.recipe.regenerate.batch_size
+
+    @cached_property
+    def length(self) -> float:
+        """Cached tokens of a sequence that is being answered, on average."""
+        return self.prompt + TEMPLATE_TOKENS + self.answer / 2
+
+    @cached_property
+    def cache(self) -> float:
+        return self.batch * self.target.cache_bytes(self.length)
+
+
+def plan(
+    recipe: Recipe,
+    costs: Costs,
+    machine: Machine,
+    target: TargetSize,
+    config: DraftConfig,
+    trainer_gpus: int | None = None,
+    completion_tokens: float | None = None,
+) -> Plan:
+    """`costs` and `machine` are those of one target replica.
+
+    trainer_gpus: GPUs that train, of the same kind; completion_tokens: mean answer, COMPLETION_SHARE if left out.
+    """
+    from draftsmith.runs.hours import put_hours
+
+    if recipe.target.engine == "transformers":  # the target in this process runs on one device
+        machine = dataclasses.replace(machine, gpus=1)
+    sizes = Sizes(recipe, machine, target, config, trainer_gpus or machine.gpus, completion_tokens)
+    out = Plan()
+    _put_data(out, sizes)
+    _put_memory(out, sizes)
+    needed = put_hours(out, sizes, costs)
+    _put_disk(out, sizes, needed)
+    out.assumptions = _assumptions(sizes) + out.assumptions
+    return out
+
+
+def _put_data(out: Plan, s: Sizes) -> None:
+    parameters, target, train = s.draft.parameters, s.target, s.recipe.train
+    weights = f"{target.parameters / 1e9:.3g} B parameters, {size(target.bytes)} as served"
+    out.put("draft", "draft parameters", parameters, f"{parameters / 1e6:.4g} M")
+    out.put("draft", "draft file", 2 * parameters, f"{size(2 * parameters)}, bf16")
+    out.put("draft", "target weights", target.bytes, weights)
+    out.put("data", "completions", s.answers, f"{s.answers:,.0f}")
+    out.put("data", "completion tokens", s.written, f"{s.written:,.0f}")
+    out.put("data", "document tokens", s.epoch, f"{s.epoch:,.0f}, prompts included")
+    out.put("data", "training steps", s.steps, f"{s.steps:,.0f}")
+    out.put("data", "tokens trained on", s.trained, f"{s.trained:,.0f}, {s.trained / s.epoch:.2g} epochs")
+    taps = f"{size(s.token_bytes)} ({len(s.config.taps)} taps and the last)"
+    out.put("hidden states", "bytes per token", s.token_bytes, taps)
+    out.put("hidden states", "all of them", s.states, f"{size(s.states)} on disk with train.capture: offline")
+    ahead = (s.recipe.server.packs_ahead if s.served else 1) * train.pack_tokens * s.token_bytes
+    out.put("hidden states", "in flight", ahead, f"{size(ahead)} per trainer, online")
+
+
+def _put_memory(out: Plan, s: Sizes) -> None:
+    machine, room = s.machine, ROOM * s.machine.memory_bytes
+    each = (s.target.bytes + s.cache) / machine.gpus
+    device = (
+        f"{size(machine.memory_bytes)} per {'GPU' if machine.gpus > 1 or machine.flops_s > GPU_FLOPS_S else 'machine'}"
+    )
+    parts = (
+        f"weights {size(s.target.bytes / machine.gpus)}, cache of {s.batch} sequences {size(s.cache / machine.gpus)}"
+    )
+    if each >= room:
+        parts += f"; DOES NOT FIT: {2 ** math.ceil(math.log2((s.target.bytes + s.cache) / room))} such would hold it"
+    out.put("memory", "target", each, f"{size(each)} of {device}: {parts}")
+    state = size(s.trainer_state)
+    parts = f"weights, gradients and optimiser {state}, activations {size(s.activations)}"
+    fits = "fits" if s.trainer < room else "DOES NOT FIT: smaller train.pack_tokens, or train.shard"
+    out.put("memory", "trainer", s.trainer, f"{size(s.trainer)} of {device}: {parts}; {fits}")
+
+
+def _put_disk(out: Plan, s: Sizes, needed: float) -> None:
+    """needed: bytes a second from the target to the trainers that keep both busy."""
+    train, offline = s.recipe.train, s.recipe.train.capture == "offline"
+    text = s.answers * (s.prompt + TEMPLATE_TOKENS + s.answer) * COMPLETION_BYTES
+    checkpoint = 4 * s.draft.parameters + s.optimiser
+    disk = text + train.keep_checkpoints * checkpoint + 2 * s.draft.parameters + (s.states if offline else 0.0)
+    name = "disk and network"
+    out.put(name, "completions on disk", text, size(text))
+    out.put(name, "checkpoint", checkpoint, f"{size(checkpoint)}, {train.keep_checkpoints} kept")
+    out.put(name, "disk in all", disk, size(disk) + ("" if offline else ", hidden states never among it"))
+    if s.served:
+        between = f"{size(needed)}/s to keep both busy; {size(s.machine.network_bytes_s)}/s between machines"
+        out.put(name, "engine to trainer", needed, between)
+
+
+def _assumptions(s: Sizes) -> list[str]:
+    share = (
+        "" if s.completion_tokens else f", {COMPLETION_SHARE:.0%} of regenerate.max_new_tokens (--completion-tokens)"
+    )
+    lines = [
+        f"a completion has {s.answer:.0f} tokens{share}; a prompt has {s.prompt:.0f}",
+        f"packs are {s.fill:.0%} full; documents are cut at {s.recipe.train.max_document_tokens} tokens",
+        f"replicas: {s.replicas} of {s.machine.gpus} x {s.machine.name}; more in server.urls share the work"
+        if s.served
+        else f"target and trainer share {s.machine.name} and take turns",
+    ]
+    if s.accumulate != s.recipe.train.accumulate:
+        lines.append(
+            f"train.accumulate {s.recipe.train.accumulate} cannot be dealt out to {s.trainers} trainers: give "
+            f"--train.accumulate {s.accumulate}, as planned here"
+        )
+    if s.target.experts:
+        lines.append("experts are chosen independently: a batch of many tokens reads all of them")
+    return lines + ([s.target.assumption] if s.target.assumption else [])
+
+
+def page(plan: Plan) -> str:
+    """The plan as text for a terminal."""
+    lines = []
+    for section, rows in plan.sections.items():
+        lines += [section, table((f"  {what}", text) for what, text in rows)]
+    return "\n".join([*lines, "assumed", *(f"  {line}" for line in plan.assumptions)])
+
+
+def against(plan: Plan, run: RunFiles) -> list[tuple[str, float, float]]:
+    """(what, planned, real) for everything that a finished run tells."""
+
+    def bytes_of(paths: Iterable[Path]) -> list[int]:
+        return [path.stat().st_size for path in paths]
+
+    real: dict[str, float] = {}
+    if written := CompletionsSummary.found(run_files.summary(run.completions)):
+        real |= {"completions": written.completions, "completion tokens": written.completion_tokens}
+    if trained := TrainingSummary.found(run_files.summary(run.train)):
+        real |= {"draft parameters": trained.parameters, "training steps": trained.steps}
+        real |= {"tokens trained on": trained.tokens}
+    kept = [sum(bytes_of(checkpoint.iterdir())) for checkpoint in run.train.glob("checkpoint-*")]
+    real |= {"checkpoint": max(kept, default=0), "draft file": sum(bytes_of(run.draft.glob("model.safetensors")))}
+    real |= {"completions on disk": sum(bytes_of(run_files.shards(run.completions)))}
+    real |= {"all of them": sum(bytes_of((run.train / "hidden_states").rglob("*.safetensors")))}
+    # of a stage that was skipped or went on, the manifest knows only the last sitting
+    if manifest := Manifest.found(run.manifest):
+        real |= {name: stage.seconds for name, stage in manifest.stages.items() if stage.ran}
+    if decoded := Timing.found(run_files.timing(run.completions)):
+        real["regenerate"] = decoded.seconds
+    if run_files.step_timing(run.train).exists():
+        stepped = sum(row.seconds for row in StepTiming.read_rows(run_files.step_timing(run.train)))
+        real["train"] = max(real.get("train", 0.0), stepped)
+    return [(what, plan.numbers[what], float(real[what])) for what in MEASURED if real.get(what)]
+
+
+def page_against(rows: list[tuple[str, float, float]]) -> str:
+    cells = [(what, f"{a:,.0f}", f"{b:,.0f}", f"{a / b:.2f}") for what, a, b in rows]
+    return table(cells, ("", "planned", "real", "ratio"), (1, 2, 3))

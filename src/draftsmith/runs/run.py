@@ -1,0 +1,263 @@
+"""A run directory and the recipe that fills it: its target, its draft, what serves it."""
+
+import os
+import platform
+import subprocess
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from draftsmith.core import files, run_files
+from draftsmith.core.errors import DataError, TargetError
+from draftsmith.core.lock import RunLock
+from draftsmith.core.progress import say
+from draftsmith.core.recipe import DEFAULT_SHAPE, EngineName, Recipe
+from draftsmith.core.records.base import Decodes
+from draftsmith.core.records.data import IdentityCheck
+from draftsmith.core.records.machine import Tuned
+from draftsmith.core.records.run import Hardware, Provenance
+from draftsmith.core.run_files import RunFiles
+from draftsmith.core.shape import Shape
+
+if TYPE_CHECKING:
+    from draftsmith.engines.base import Setup
+    from draftsmith.engines.process import Launch
+    from draftsmith.engines.server import Purpose
+    from draftsmith.training.processes import ProcessGroup
+
+PACKAGES = ("draftsmith", "torch", "transformers", "safetensors", "pydantic", "numpy")
+
+
+def commit() -> str | None:
+    """Commit of the checkout that this package runs from, with `+dirty` where files differ."""
+    here = Path(__file__).parent
+
+    def git(*command: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(here), *command], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    return f"{head}+dirty" if head and git("status", "--porcelain", "--untracked-files=no") else head
+
+
+def hardware() -> Hardware:
+    import torch
+
+    gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    cpu = next(named, platform.processor())
+    return Hardware(cpu=cpu, cores=os.cpu_count(), gpus=gpus, system=platform.platform())
+
+
+class Run:
+    """A run directory and the recipe that fills it."""
+
+    def __init__(self, recipe: Recipe, directory: Path, command: list[str]):
+        self.recipe, self.files, self.command = recipe, RunFiles(directory), command
+        self.lock = RunLock(directory)
+
+    @cached_property
+    def processes(self) -> "ProcessGroup":
+        from draftsmith.training.processes import ProcessGroup
+
+        return ProcessGroup()
+
+    @cached_property
+    def target(self) -> Any:
+        """The target: in this process, or servers that answer for it."""
+        settings, device = self.recipe.target, self.processes.device(self.recipe.device)
+        if settings.engine != "transformers":
+            from draftsmith.engines import SERVERS
+            from draftsmith.engines.served import ServedTarget
+
+            served = ServedTarget(settings, self.recipe.server, SERVERS[settings.engine], device)
+            known = run_files.identity_check(self.files.completions)
+            if known.exists():  # who wrote the completions is who they are trained with
+                served.identity_logprobs.extend(IdentityCheck.load(known).logprobs)
+            return served
+        from draftsmith.targets.local import LocalTarget
+
+        return LocalTarget(
+            settings.model,
+            settings.revision,
+            settings.dtype,
+            device,
+            settings.trust_remote_code,
+            self.recipe.regenerate.batch_size,
+            settings.template_options,
+        )
+
+    def close(self) -> None:
+        """Let go of other processes and servers, if there are any."""
+        self.processes.leave()
+        target = self.__dict__.get("target")  # only if it was ever asked for
+        if target is not None and self.recipe.target.engine != "transformers":
+            target.close()
+
+    @cached_property
+    def target_config(self) -> Any:
+        from draftsmith.targets.configs import target_config
+
+        settings = self.recipe.target
+        return target_config(settings.model, settings.revision, settings.trust_remote_code)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from draftsmith.targets.parts import load_tokenizer
+
+        settings = self.recipe.target
+        return load_tokenizer(settings.model, settings.revision, settings.trust_remote_code)
+
+    @property
+    def special_tokens(self) -> set[int]:
+        """Tokens that a draft vocabulary never leaves out, as far as the target has rows for them."""
+        known = set(self.tokenizer.all_special_ids) | set(self.target.eos_ids)
+        return {token for token in known if token < self.target.identity.vocab_size}
+
+    @property
+    def evaluation_engine(self) -> Decodes:
+        """The engine that `evaluate` decodes with."""
+        settings, own = self.recipe.evaluate.engine, self.recipe.target.engine
+        if settings == "auto" and own != "transformers":
+            return own
+        if self.recipe.evaluate.url is not None and settings in ("auto", "embedded"):
+            raise TargetError("evaluate.url: given, but the embedded engine decodes; give --evaluate.engine too")
+        if settings == "auto":
+            return "embedded"
+        if settings == "embedded" and own != "transformers":
+            raise TargetError(
+                f"evaluate.engine: embedded needs the target in this process; where it fits, give --target.engine "
+                f"transformers, else leave evaluate.engine out and {own} decodes"
+            )
+        return settings
+
+    def setup(self, engine: Decodes, logs: Path) -> "Setup":
+        """What a session of this engine decodes with."""
+        from draftsmith.engines import ENGINES, SERVERS
+        from draftsmith.engines.base import Setup
+
+        draft = self.draft_for(engine) if engine in SERVERS else self.files.draft
+        return Setup(self.recipe, draft, logs, self.target if ENGINES[engine].in_process else None)
+
+    @property
+    def captured_layers(self) -> tuple[int, ...]:
+        """What a capturing server has to keep: the taps, and the last layer's output for the teacher."""
+        from draftsmith.core.taps import default_taps
+
+        layers = self.target_config.get_text_config().num_hidden_layers
+        return (*(self.recipe.draft.taps or default_taps(layers)), layers)
+
+    @cached_property
+    def created_with(self) -> Provenance:
+        return Provenance(
+            command=" ".join(self.command),
+            commit=commit(),
+            versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            seed=self.recipe.seed,
+            hardware=hardware(),
+        )
+
+    # --- the draft and what serves it -----------------------------------------------------------------------------
+
+    @property
+    def draft_engines(self) -> tuple[EngineName, ...]:
+        """The engines that can serve the exported draft."""
+        config = self.files.draft / "config.json"
+        if not config.exists():
+            return ()
+        from draftsmith.engines import SERVERS
+
+        taps = files.read_json(config)["draftsmith"]["taps"]
+        return tuple(name for name, engine in SERVERS.items() if engine.serves(taps))
+
+    def draft_for(self, engine: Decodes) -> Path:
+        if not self.draft_engines:
+            raise DataError(f"serve: no draft in {self.files.draft.parent}; run: draftsmith run RECIPE")
+        if engine not in self.draft_engines:
+            from draftsmith.engines import ENGINES
+
+            others = " and ".join(ENGINES[name].title for name in self.draft_engines)
+            title = ENGINES[engine].title
+            raise DataError(f"draft.taps: {title} cannot capture all of them, so the draft serves on {others}")
+        return self.files.draft
+
+    @property
+    def draft_digest(self) -> str | None:
+        """Content of the exported draft."""
+        weights = run_files.weights(self.files.draft)
+        return files.digest(weights) if weights.exists() else None
+
+    def serving_shape(self, engine: EngineName) -> Shape:
+        """The recipe's shape; where it is the default, what `tune` found fastest on that engine, or on the embedded
+        one."""
+        from draftsmith.engines import ENGINES
+
+        settings = self.recipe.serve
+        if not settings.tuned or settings.shape != DEFAULT_SHAPE:
+            return settings.shape
+        names: tuple[Decodes, ...] = (engine, "embedded")
+        for path in (path for name in names if (path := self.files.tuned(name)).exists()):
+            tuned, here = Tuned.readable(path), hardware()
+            if tuned is None:
+                continue
+            there = tuned.created_with.hardware
+            if tuned.draft != self.draft_digest or (there.cpu, there.gpus) != (here.cpu, here.gpus):
+                say(f"{path}: of another draft or machine, so left out; run: draftsmith tune RECIPE")
+                continue
+            best = tuned.shape if ENGINES[engine].drafts_trees else tuned.chain
+            if best is None:
+                say(f"{path}: nothing beat plain decoding there; the draft is served as the recipe says")
+                return settings.shape
+            say(f"shape {best}, measured by tune ({path}); --no-serve.tuned keeps {settings.shape}")
+            return best
+        return settings.shape
+
+    def serving(
+        self,
+        purpose: "Purpose" = "draft",
+        engine: EngineName | None = None,
+        model: str | None = None,
+        draft: Path | None = None,
+    ) -> "Launch":
+        """What `serve` runs, and what report, card and `run` print.
+
+        `engine`: another one than serve.engine, without that one's program and extra flags; a tree becomes the chain of
+        as many steps where it drafts chains only. `model`, `draft`: other places of the target and the draft, for a
+        command that others run.
+        """
+        from draftsmith.engines import SERVERS
+        from draftsmith.engines.process import launch
+        from draftsmith.targets.parts import resolve_model
+
+        serve = self.recipe.serve
+        other = engine is not None and engine != serve.engine
+        if other:
+            serve = serve.model_copy(update={"engine": engine, "program": "", "extra": ""})
+        if purpose == "draft":
+            shape = self.serving_shape(serve.engine)
+            if other and shape.topk > 1 and not SERVERS[serve.engine].drafts_trees:
+                shape = Shape.chain(shape.steps)
+            serve = serve.model_copy(update={"shape": shape})
+            draft = draft or self.draft_for(serve.engine)
+        layers = self.captured_layers if purpose == "capture" else ()
+        recipe = self.recipe.model_copy(update={"serve": serve})
+        place = model or resolve_model(recipe.target.model)
+        return launch(SERVERS[serve.engine], recipe, place, draft or Path(), purpose, layers)
+
+    def serving_elsewhere(self, engine: EngineName, model: str, draft: Path) -> "Launch":
+        """The same on somebody else's machine: without this one's program, extra flags and port."""
+        serve = self.recipe.serve.model_copy(update={"program": "", "extra": "", "port": 8000, "host": "127.0.0.1"})
+        elsewhere = Run(self.recipe.model_copy(update={"serve": serve}), self.files.root, self.command)
+        return elsewhere.serving(engine=engine, model=model, draft=draft)
+
+    @property
+    def serve_commands(self) -> dict[EngineName, str]:
+        """The command of every engine that can serve the exported draft, the recipe's engine first."""
+        own_first = sorted(self.draft_engines, key=lambda name: name != self.recipe.serve.engine)
+        return {name: str(self.serving(engine=name)) for name in own_first}

@@ -1,0 +1,131 @@
+"""A target's config.json: where it comes from, and what it says of layers and experts under its many names."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from draftsmith.core.errors import TargetError
+from draftsmith.core.files import JsonObject
+
+# Models that can be planned for without a network; the rest of each is what `transformers` ships for its type.
+PUBLISHED: dict[str, JsonObject] = {
+    "MiniMaxAI/MiniMax-M2.7": {
+        "model_type": "minimax_m2",
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    },
+    "Qwen/Qwen3-8B": {
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+    },
+}
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+)
+NO_ROWS = {"linear_attention", "mamba", "conv", "recurrent", "moe", "mlp"}  # layer types that cache nothing per token
+
+
+def target_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The target's configuration; of a directory, the embedded target, the table above or the hub."""
+    from transformers import AutoConfig
+
+    from draftsmith.targets.parts import resolve_model
+
+    place = resolve_model(model)
+    if not Path(place).is_dir() and model in PUBLISHED:
+        published = dict(PUBLISHED[model])
+        return AutoConfig.for_model(published.pop("model_type"), **published)
+    try:
+        config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a model's own code, and transformers' checks of values, raise what they like
+        raise TargetError(f"target.model: {_complaint(model, place, revision, trust_remote_code, error)}") from None
+    if getattr(config, "quantization_config", None) is None and (found := _modelopt(place, revision)):
+        config.quantization_config = found
+    return config
+
+
+def _complaint(model: str, place: str, revision: str | None, trusted: bool, error: Exception) -> str:
+    """Why a config cannot be read: not there, custom code, an unknown type, or what transformers says of it."""
+    from transformers import CONFIG_MAPPING, PreTrainedConfig, __version__
+
+    from draftsmith.targets.parts import first_line
+
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(place, revision=revision)
+    except (OSError, ValueError):
+        raw = {}
+    kind = raw.get("model_type")
+    if not raw and not Path(place, "config.json").exists():
+        return f"no config.json of {model!r}: {first_line(error)}"
+    if "AutoConfig" in raw.get("auto_map", {}) and not trusted:
+        return (
+            f"{model!r} comes with code of its own ({kind}), which target.trust_remote_code: true "
+            "(--target.trust-remote-code) lets run here"
+        )
+    if kind is not None and kind not in CONFIG_MAPPING and "auto_map" not in raw:
+        return f"{model!r} is of type {kind}, which transformers {__version__} does not know; a newer one may"
+    return f"config.json of {model!r} cannot be read: {first_line(error)}"
+
+
+def _modelopt(place: str, revision: str | None) -> JsonObject | None:
+    """The quantisation that ModelOpt's older checkpoints keep beside a config.json without any."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    path = Path(place, "hf_quant_config.json")
+    try:
+        if not Path(place).is_dir():
+            path = Path(hf_hub_download(place, path.name, revision=revision))
+        told = json.loads(path.read_text())["quantization"]
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ValueError, KeyError):
+        return None
+    return {"quant_method": "modelopt", **told}
+
+
+def per_layer(config: Any, key: str) -> list[Any] | None:
+    """The values of a key that differs from layer to layer; None of one that is the same for all, or missing."""
+    try:
+        value = getattr(config, key, None)
+    except RuntimeError:  # transformers' way to say that layers differ
+        return [getattr(layer, key, None) for layer in config.per_layer_config]
+    return list(value) if isinstance(value, (list, tuple)) else None
+
+
+def value_of(config: Any, key: str) -> Any:
+    """A key's value, the largest where layers differ; None where it is missing."""
+    values = per_layer(config, key)
+    if values is None:
+        return getattr(config, key, None)
+    return max((value for value in values if value is not None), default=None)
+
+
+def first_of(config: Any, keys: tuple[str, ...]) -> int:
+    """The first of these keys that is set; 0 where none is."""
+    return next((int(value) for key in keys if (value := value_of(config, key))), 0)
+
+
+def layer_types(config: Any) -> list[str]:
+    """Of every layer; `full_attention` where the config tells of no others."""
+    types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    return list(types) if types else ["full_attention"] * config.num_hidden_layers
+
+
+def expert_count(config: Any) -> int:
+    """Routed experts of a sparse layer; 0 for a dense model, whatever default its class may have."""
+    types = set(layer_types(config))
+    unused = "mlp" in types and "moe" not in types  # Nemotron-H names its dense and sparse layers
+    return 0 if unused or getattr(config, "enable_moe_block", True) is False else first_of(config, EXPERTS)

@@ -1,0 +1,139 @@
+"""What a run directory holds is checked, not trusted; what was done is what is told."""
+
+import contextlib
+import shutil
+
+import pytest
+from models import save_tiny_target, tiny_recipe, write_prompts
+
+from draftsmith.core.recipe import Recipe
+from draftsmith.data.regenerate import read_completions
+from draftsmith.publishing.card import make_card
+from draftsmith.runs.estimates import card_prediction
+from draftsmith.runs.pipeline import STAGES, explain, reason_to_run, run_pipeline, stage_key
+from draftsmith.runs.run import Run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(recipe, directory) of a whole run."""
+    out = tmp_path_factory.mktemp("finished")
+    model = save_tiny_target(out / "model")
+    changes = {"card": {"base_model": "a/b", "licence": "mit"}, "train.checkpoint_every": 2}
+    recipe = tiny_recipe(model, write_prompts(out / "p.jsonl"), **changes)
+    with contextlib.closing(Run(recipe, out / "run", ["test"])) as run:
+        run_pipeline(run)
+    return recipe, out / "run"
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    recipe, directory = finished
+    shutil.copytree(directory, tmp_path / "run")
+    return recipe, tmp_path / "run"
+
+
+def why(run, name):
+    stage = next(stage for stage in STAGES if stage.name == name)
+    return reason_to_run(run, stage, stage_key(run, stage))
+
+
+def again(recipe, directory, only=None, redo=None):
+    with contextlib.closing(Run(recipe, directory, ["test"])) as run:
+        run_pipeline(run, only, redo)
+
+
+def weights(directory):
+    return (directory / "export" / "draft" / "model.safetensors").read_bytes()
+
+
+DAMAGES = {
+    "completions/00001.jsonl": lambda path: path.write_bytes(path.read_bytes().split(b"\n", 1)[1]),  # a row is gone
+    "train/checkpoint-000006/draft.safetensors": lambda path: path.write_bytes(flipped(path.read_bytes())),
+    "train/checkpoint-000006/state.json": lambda path: path.unlink(),
+    "train/metrics.jsonl": lambda path: path.unlink(),
+    "export/draft/model.safetensors": lambda path: path.write_bytes(flipped(path.read_bytes())),
+    "export/draft/config.json": lambda path: path.unlink(),
+    "prompts/evaluation.jsonl": lambda path: path.write_bytes(b""),
+    "vocab/coverage.json": lambda path: path.unlink(),
+}
+STAGE = {"completions": "regenerate"}
+
+
+def flipped(content):
+    return content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_output_is_named_and_made_again(copied, name):
+    recipe, directory = copied
+    wanted = {path: (directory / path).read_bytes() for path in (name, "export/draft/model.safetensors")}
+    folder, _, rest = name.partition("/")
+    stage = STAGE.get(folder, folder)
+    run = Run(recipe, directory, ["test"])
+    assert why(run, stage) is None
+    DAMAGES[name](directory / name)
+    assert why(run, stage) == f"{rest} changed since `{stage}` wrote it"
+    assert f"{stage:<11} run " in explain(run), "a dry run says what the stage would do"
+    again(recipe, directory)
+    assert why(Run(recipe, directory, ["test"]), stage) is None
+    for path, content in wanted.items():
+        assert (directory / path).read_bytes() == content, path
+    assert weights(directory) == wanted["export/draft/model.safetensors"]
+
+
+def test_files_that_were_only_copied_stand(copied):
+    recipe, directory = copied
+    for path in directory.rglob("*"):
+        if path.is_file():
+            path.touch()
+    assert all(why(Run(recipe, directory, ["test"]), stage.name) is None for stage in STAGES if stage.name != "report")
+
+
+def test_torn_records_count_as_no_output(copied, capsys):
+    recipe, directory = copied
+    (directory / "vocab" / "stage.json").write_bytes(b"")
+    (directory / "manifest.json").write_bytes(b'{"created')
+    (directory / "tune-embedded.json").write_bytes(b"")
+    run = Run(recipe, directory, ["test"])
+    assert why(run, "vocab") == "no output yet"
+    again(recipe, directory)
+    assert run.serving_shape("vllm") == recipe.serve.shape
+    said = capsys.readouterr().err
+    assert "manifest.json: is no Manifest" in said
+    assert "tune-embedded.json: is no Tuned" in said
+    assert "Traceback" not in said
+
+
+def test_the_card_tells_of_what_ran_not_of_what_was_typed_last(copied):
+    recipe, directory = copied
+    values = recipe.model_dump(mode="json")
+    values["train"] |= {"ttt_steps": 7, "optimizer": "muon", "learning_rate": 0.5}
+    run = Run(Recipe.model_validate(values), directory, ["test"])
+    card = make_card(run, card_prediction(run))
+    assert "Training-time test of 3 steps, objective soft_ce, adamw, learning rate 0.003" in card
+    assert "muon" not in card
+
+
+def test_a_refused_command_writes_nothing(copied):
+    recipe, directory = copied
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != ".lock"}
+    shutil.rmtree(directory / "vocab")
+    before = {path: content for path, content in before.items() if path.exists()}
+    changed = recipe.model_copy(update={"seed": 5})
+    with pytest.raises(ValueError, match="is missing; run the stages before it"):
+        again(changed, directory, "train")
+    after = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert after == before
+
+
+def answered(directory):
+    return [row.id for row in read_completions(directory / "completions")]
+
+
+def test_a_stage_is_made_anew_on_request(copied):
+    recipe, directory = copied
+    rows = answered(directory)
+    again(recipe, directory, redo="regenerate")
+    assert (directory / "completions.redo").is_dir()
+    assert answered(directory) == rows
