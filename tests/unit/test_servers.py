@@ -587,8 +587,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("what", WRONG)
-@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize(("what", "engine"), list(zip(WRONG, itertools.cycle(["vllm", "sglang"]), strict=False)))
 def test_ids_that_are_none_cost_one_attempt_and_are_never_kept(model, target, prompts, tmp_path, engine, what):
     honest, asked = tiny_engine(target, model), []
 
