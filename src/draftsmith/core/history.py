@@ -4,9 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from draftsmith.core.files import digest
+from draftsmith.core.progress import say
 from draftsmith.core.recipe import Recipe
+from draftsmith.core.recipe_file import parse_recipe
+from draftsmith.core.records.base import Decodes
+from draftsmith.core.records.evaluation import Results
 from draftsmith.core.records.run import Output, StageState
-from draftsmith.core.run_files import RunFiles, stage_state
+from draftsmith.core.run_files import RunFiles, stage_state, weights
 
 PARTS = {  # of the recipe, that a stage decides
     "prompts": ("prompts",),
@@ -26,7 +30,30 @@ def recipe_that_ran(run: RunFiles, recipe: Recipe) -> Recipe:
         state = StageState.readable(stage_state(run.stage(stage)))
         if state is not None and state.finished:
             values |= {part: state.recipe[part] for part in parts if part in state.recipe}
-    return Recipe.model_validate(values)
+    return parse_recipe(values, str(run.root))
+
+
+def draft_digest(draft: Path) -> str | None:
+    """Content of an exported draft's weights."""
+    return digest(weights(draft)) if weights(draft).exists() else None
+
+
+def results_of(run: RunFiles) -> dict[Decodes, Results]:
+    """What `evaluate` measured of the exported draft, by the engine that was asked for, the embedded one first.
+
+    Measurements of another draft, trained before, are left out and named.
+    """
+    draft = draft_digest(run.draft)
+    standing: dict[Decodes, Results] = {}
+    for engine, path in run.results.items():
+        found = Results.readable(path)
+        if found is None:
+            continue
+        if None not in (draft, found.settings.draft) and found.settings.draft != draft:
+            say(f"{path} is of another draft and left out; evaluate it again, or move its directory away")
+            continue
+        standing[engine] = found
+    return standing
 
 
 def _files(directory: Path) -> Iterator[Path]:

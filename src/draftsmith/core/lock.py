@@ -44,6 +44,12 @@ class RunLock:
             raise DataError(
                 f"--out: {self.root} is being written by process {holder}; wait for it, or give another --out"
             ) from None
+        except OSError as error:
+            file.close()
+            raise DataError(
+                f"--out: {self.root} lies on a file system that cannot lock ({error.strerror}), so two commands could "
+                "write there at once; give an --out on another"
+            ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

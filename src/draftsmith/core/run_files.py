@@ -1,4 +1,4 @@
-"""Where the files of a run lie; what is in them is told by core/records.py.
+"""Where the files of a run lie; what is in them is told by core/records/.
 
 RUN/
     recipe.yaml manifest.json report.html

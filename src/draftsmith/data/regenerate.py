@@ -214,11 +214,13 @@ class Regeneration:
         done = sum(len(row.loss_tokens) if self.total else row.document == 0 for row in rows)
         self.meter.resume(self.meter.done + done)
 
-    def _answer(self, opened: Iterable[Conversation], sampling: Sampling, seed: int) -> Iterator[list[Completion]]:
+    def _answer(
+        self, opened: Iterable[Conversation], sampling: Sampling, seed: int, left: int | None
+    ) -> Iterator[list[Completion]]:
         """The rows of every conversation, as soon as it ends.
 
-        Once `max_tokens` are written no turn is begun: what is being written is finished, a conversation that waits for
-        its next answer ends with the last one, and one without any answer yields nothing.
+        Once `left` tokens are written no turn is begun: what is being written is finished, a conversation that waits
+        for its next answer ends with the last one, and one without any answer yields nothing.
         """
         conversations: dict[int, Conversation] = {}
 
@@ -234,7 +236,7 @@ class Regeneration:
             self.chat.stop,
             seed,
             self.settings.stop_loops,
-            None if self.total is None else max(0, self.total - self.tally.tokens),
+            left,
             lambda number, answer: conversations[number].extend(answer, self.chat, self.longest),
         ):
             self.tally.written += len(answer.ids)
@@ -265,7 +267,7 @@ class Regeneration:
             else:  # greedy ones are spread evenly
                 sampling = self._sampling(int((number + 1) * greedy_share) > int(number * greedy_share))
                 seed = int(digest(int(digest(self.recipe.seed, number), 16), 0), 16) % 2**63
-                rows = [row for answered in self._answer(opened, sampling, seed) for row in answered]
+                rows = [row for answered in self._answer(opened, sampling, seed, left) for row in answered]
                 rows.sort(key=lambda row: row.id)
                 write_rows(path, rows)
             for row in rows:
@@ -276,19 +278,27 @@ class Regeneration:
         answered first."""
         place = {prompt.id: path for path, prompts in shards.items() for prompt in prompts}
         done: set[str] = set()
+        written = {True: 0, False: 0}  # tokens, greedily or drawn
         for path in shards:
             rows = held_rows(path)
             self._resume(rows)
             done |= {row.id for row in rows if row.document == 0}
             for row in rows:
                 self.tally.add(row)
+                written[row.sampling[0] == 0.0] += len(row.loss_tokens)
 
         def greedy(prompt: Prompt) -> bool:
             return int(digest(self.recipe.seed, "greedy", prompt.id), 16) < self.settings.greedy_share * 2**64
 
         waiting = [prompt for prompt in self.prompts if prompt.id not in done]
         for greedily, chosen in itertools.groupby(sorted(waiting, key=greedy), greedy):
-            for rows in self._answer(self._open(chosen), self._sampling(greedily), self.recipe.seed):
+            left = None
+            if self.total is not None and self.settings.temperature:  # each kind has its share of max_tokens
+                share = self.settings.greedy_share if greedily else 1 - self.settings.greedy_share
+                left = max(0, round(share * self.total) - written[greedily])
+            elif self.total is not None:
+                left = max(0, self.total - self.tally.tokens)
+            for rows in self._answer(self._open(chosen), self._sampling(greedily), self.recipe.seed, left):
                 self._keep_identity()
                 with place[rows[0].id].open(
                     "ab"

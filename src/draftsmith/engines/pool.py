@@ -6,11 +6,12 @@ once or not at all, whatever happens on the way.
 """
 
 import asyncio
+import contextlib
 import os
 import random
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from draftsmith.core.progress import say
 from draftsmith.core.recipe import ServerRecipe
 from draftsmith.engines.answers import MALFORMED
 from draftsmith.engines.state_files import Retry
+from draftsmith.targets.parts import first_line
 
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 LONGEST_PAUSE_S = 60.0
@@ -62,6 +64,17 @@ class Replica:
     trusted: bool = False  # its identity was proved since it last failed
     proving: bool = False
     captures_right: bool = False  # what it returns as hidden states was checked
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Whatever is wrong with an answer costs an attempt, never the run."""
+    try:
+        yield
+    except DraftsmithError:
+        raise
+    except MALFORMED as error:
+        raise Retry(f"{what} ({first_line(error)})") from None
 
 
 class Pool:

@@ -73,6 +73,8 @@ def running(launched: Launch, patience_s: float, log: Path | None = None) -> Ite
     """The engine, healthy; its log goes to our own output or a file; stopped in every case, even if we are killed."""
     environment = {**os.environ, **launched.environment}
     _require_free(launched.url)
+    if log:
+        log.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(log.open("ab")) if log else None
         try:

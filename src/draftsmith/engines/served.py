@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from draftsmith.core.errors import DraftsmithError, TargetError
+from draftsmith.core.errors import TargetError
 from draftsmith.core.files import JsonObject, digest
 from draftsmith.core.recipe import ServerRecipe, TargetRecipe
 from draftsmith.core.tasks import all_or_none
 from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.stopping import Ends
-from draftsmith.engines.answers import MALFORMED, Models, checked_completion, checked_logprobs, checked_tokens
-from draftsmith.engines.pool import Pool, Replica
+from draftsmith.engines.answers import Models, checked_completion, checked_logprobs, checked_tokens
+from draftsmith.engines.pool import Pool, Replica, reading
 from draftsmith.engines.state_files import FILE_PREFIX, Retry, checked, discard_states, sweep, take_states
 from draftsmith.targets.base import Capture, Follow
-from draftsmith.targets.parts import WeightsOnlyTarget, first_line, resolve_model
+from draftsmith.targets.parts import WeightsOnlyTarget, resolve_model
 
 if TYPE_CHECKING:
     from draftsmith.engines.server import ServerEngine
@@ -105,8 +105,9 @@ class ServedTarget(WeightsOnlyTarget):
 
         async def work() -> None:
             nonlocal written
-            for number, ids in numbered:
-                asked: list[int] | None = ids
+            while (max_tokens is None or written < max_tokens) and (item := next(numbered, None)) is not None:
+                number = item[0]
+                asked: list[int] | None = item[1]
                 while asked is not None and (max_tokens is None or written < max_tokens):
                     own_seed = int(digest(seed, asked), 16) % 2**31  # the same whoever else asks, and when
                     answer = await self._complete(asked, sampling, max_new_tokens, ends, own_seed, ignore_end)
@@ -133,12 +134,8 @@ class ServedTarget(WeightsOnlyTarget):
         """Log-probability of every token of a text after the first."""
 
         async def ask(replica: Replica) -> list[float]:
-            try:
+            with reading("an answer without log-probabilities"):
                 return await self._logprobs(replica, document)
-            except DraftsmithError:
-                raise
-            except MALFORMED as error:
-                raise Retry(f"an answer without log-probabilities ({first_line(error)})") from None
 
         return self.run(lambda: self.pool.somewhere(ask))
 
@@ -154,11 +151,9 @@ class ServedTarget(WeightsOnlyTarget):
             )
             answer = await self.pool.request(replica, "POST", path, body)
             await self._let_go(answer)
-            try:
+            with reading(f"{path}: an answer without token ids"):
                 most = self.identity.vocab_size, max_new_tokens
                 written = checked_completion(self.engine.read_completion(answer), *most)
-            except MALFORMED as error:
-                raise Retry(f"{path}: an answer without token ids ({first_line(error)})") from None
             if written.finish_reason not in FINISHED:
                 raise Retry(f"it gave up in mid-answer ({written.finish_reason})")
             return written
@@ -229,10 +224,11 @@ class ServedTarget(WeightsOnlyTarget):
             except BaseException:
                 self._lost.append(name)  # whatever became of the request, its file may still come
                 raise
-            if self.engine.finish_reason(answer) not in FINISHED:
+            with reading(f"{path}: an answer without hidden states"):
+                reason, kept = self.engine.finish_reason(answer), self.engine.read_capture(answer)
+            if reason not in FINISHED:
                 self._lost.append(name)
-                raise Retry(f"it gave up in mid-answer ({self.engine.finish_reason(answer)})")
-            kept = self.engine.read_capture(answer)
+                raise Retry(f"it gave up in mid-answer ({reason})")
             if kept is None:
                 raise TargetError(
                     f"server.urls: {replica.url} keeps no hidden states; start it with `draftsmith serve RECIPE "
@@ -243,7 +239,8 @@ class ServedTarget(WeightsOnlyTarget):
                 path_here = self._here(kept)
                 self._folders.add(path_here.parent)
                 return await asyncio.to_thread(take_states, path_here, ids, count, size, self.settings.deadline_s)
-            rows = torch.tensor(kept, dtype=self.head.weight.dtype)[: len(ids)]
+            with reading(f"{path}: hidden states that are no numbers"):
+                rows = torch.tensor(kept, dtype=self.head.weight.dtype)[: len(ids)]
             return checked(rows.reshape(len(rows), -1, size) if rows.shape[-1] % size == 0 else rows, ids, count, size)
 
         return await self.pool.somewhere(ask)
@@ -255,7 +252,9 @@ class ServedTarget(WeightsOnlyTarget):
 
     async def _let_go(self, answer: JsonObject) -> None:
         """A server that captures keeps the hidden states of every request, wanted or not."""
-        if isinstance(kept := self.engine.read_capture(answer), str):
+        with reading("an answer that is none"):
+            kept = self.engine.read_capture(answer)
+        if isinstance(kept, str):
             await asyncio.to_thread(discard_states, self._here(kept), self.settings.deadline_s)
 
     def _require_room(self, replica: Replica, tokens: int, mend: str) -> None:
@@ -292,7 +291,12 @@ class ServedTarget(WeightsOnlyTarget):
 
     async def _check_capture(self, replica: Replica) -> None:
         path = self.engine.capture_check(self.config.model_type) if self.last is not None else None
-        if path and (fault := self.engine.capture_fault(await self.pool.request(replica, "GET", path))):
+        if path is None:
+            return
+        answer = await self.pool.request(replica, "GET", path)
+        with reading(f"{path}: an answer that is none"):
+            fault = self.engine.capture_fault(answer)
+        if fault:
             raise TargetError(f"server.urls: {replica.url} {fault}")
 
     def check_identity(self, origin: str, found: list[float]) -> None:

@@ -18,6 +18,7 @@ import torch
 from draftsmith.core import run_files
 from draftsmith.core.errors import DataError, TargetError
 from draftsmith.core.files import write_atomic
+from draftsmith.core.history import draft_digest
 from draftsmith.core.progress import Meter, say
 from draftsmith.core.records.base import Record
 from draftsmith.core.records.data import Prompt
@@ -185,6 +186,7 @@ class Evaluation:
             created_with=created_with,
             settings=EvaluationSettings(
                 engine=engine.name,
+                draft=draft_digest(setup.draft),
                 prompts=len(questions),
                 prompts_available=len(self.available),
                 max_new_tokens=settings.max_new_tokens,

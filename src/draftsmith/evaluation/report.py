@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 
 from draftsmith.core import run_files
 from draftsmith.core.files import write_atomic
-from draftsmith.core.history import recipe_that_ran
+from draftsmith.core.history import recipe_that_ran, results_of
 from draftsmith.core.progress import short_duration
 from draftsmith.core.recipe import EngineName, Recipe
 from draftsmith.core.recipe_file import dump_recipe, load_recipe
@@ -71,7 +71,7 @@ class Findings:
 
     @classmethod
     def of(cls, run: RunFiles) -> "Findings":
-        found = {name: Results.load(path) for name, path in run.results.items()}
+        found = results_of(run)
         return cls(
             run,
             recipe_that_ran(run, load_recipe(run.recipe)) if run.recipe.exists() else None,

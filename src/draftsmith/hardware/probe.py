@@ -1,7 +1,7 @@
 """Measure what a speed-up depends on: this machine, the engine of this process, or a server from outside.
 
 No trained draft is needed: an untrained one of the same shape takes the same time. What a probe holds is told by
-core/records.py (`Probe`), what is made of it by hardware/cost_model.py.
+core/records/ (`Probe`), what is made of it by hardware/cost_model.py.
 """
 
 import itertools

@@ -45,12 +45,12 @@ def halve(
     while done < prompts:
         until = min(wanted, prompts)
         for tried in alive:
+            if time.monotonic() - started > budget_s:
+                return _as_measured([*alive, *dropped], budget_s)
             with session(tried.shape) as measure:
                 for number in range(done, until):
                     if time.monotonic() - started > budget_s:
-                        say(f"tune: {budget_s:.0f} s are used up; what was measured by then decides")
-                        known = [t for t in (*alive, *dropped) if t.ratios]
-                        return sorted(known, key=lambda t: (-len(t.ratios), -t.speedup))
+                        return _as_measured([*alive, *dropped], budget_s)
                     if ratio := measure(number):
                         tried.ratios.append(ratio)
         done, wanted = until, wanted * 2
@@ -64,6 +64,11 @@ def halve(
         dropped = [t for t in alive if t not in kept] + dropped
         alive = kept
     return [tried for tried in alive + dropped if tried.ratios]
+
+
+def _as_measured(tried: Sequence[Candidate], budget_s: float) -> list[Candidate]:
+    say(f"tune: {budget_s:.0f} s are used up; what was measured by then decides")
+    return sorted((t for t in tried if t.ratios), key=lambda t: (-len(t.ratios), -t.speedup))
 
 
 def fastest(candidates: Sequence[Candidate], chains_only: bool = False) -> Shape | None:

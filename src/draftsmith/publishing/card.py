@@ -12,10 +12,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from draftsmith.core import files, run_files
 from draftsmith.core.errors import DataError, RecipeError
-from draftsmith.core.history import recipe_that_ran
+from draftsmith.core.history import recipe_that_ran, results_of
 from draftsmith.core.progress import say
 from draftsmith.core.recipe import EngineName, Recipe
-from draftsmith.core.records.base import Decodes
 from draftsmith.core.records.data import CompletionsSummary, Coverage, PromptsSummary
 from draftsmith.core.records.evaluation import Results
 from draftsmith.core.records.machine import Predictions
@@ -91,7 +90,7 @@ def _quoted(word: str) -> str:
     return f"'{word}'" if any(c in word for c in ' {}"') else word
 
 
-def _head(recipe: Recipe, target: str, licence: Licence, found: dict[Decodes, Results]) -> ModelCardData:
+def _head(recipe: Recipe, target: str, licence: Licence, found: list[Results]) -> ModelCardData:
     """The card's front matter, as the hub reads it."""
     measured = [
         EvalResult(
@@ -99,10 +98,10 @@ def _head(recipe: Recipe, target: str, licence: Licence, found: dict[Decodes, Re
             dataset_type="prompts",
             dataset_name=f"{results.settings.prompts} prompts held out of training",
             metric_type="accept_length",
-            metric_name=f"tau at {entry.shape}, T={entry.temperature:g}, on {ENGINES[name].title}",
+            metric_name=f"tau at {entry.shape}, T={entry.temperature:g}, on {ENGINES[results.settings.engine].title}",
             metric_value=round(entry.all.tau, 3),
         )
-        for name, results in found.items()
+        for results in found
         for entry in results.acceptance
         if entry.all.tau is not None
     ]
@@ -129,7 +128,7 @@ def _coverage(run: FinishedRun, size: int) -> str | None:
 def _sampling(recipe: Recipe) -> str:
     settings = recipe.regenerate
     how = f"temperature {settings.temperature:g}, top-p {settings.top_p:g}, top-k {settings.top_k or 'off'}"
-    return how + (f", {settings.greedy_share:.0%} of the shards greedy" if settings.greedy_share else "")
+    return how + (f", {settings.greedy_share:.0%} of them greedy" if settings.greedy_share else "")
 
 
 def make_card(run: FinishedRun, prediction: Predictions) -> str:
@@ -137,12 +136,12 @@ def make_card(run: FinishedRun, prediction: Predictions) -> str:
     recipe = recipe_that_ran(run.files, run.recipe)
     target = base_model(recipe)
     licence = licence_of(target, recipe.card.licence)
-    found = {name: Results.load(path) for name, path in run.files.results.items()}
+    found = list(results_of(run.files).values())
     if not found:
         raise DataError(f"card: no results in {run.files.root}; run: draftsmith evaluate RECIPE")
     report, prompts = inspect_draft(run.files.draft), _prompts(run)
-    titled = [(ENGINES[name].title, results) for name, results in found.items()]
-    entries = [entry for results in found.values() for entry in results.acceptance]
+    titled = [(ENGINES[results.settings.engine].title, results) for results in found]
+    entries = [entry for results in found for entry in results.acceptance]
     sources = sorted(prompts.by_source.items(), key=lambda item: -item[1])
     method = METHODS[recipe.draft.method]
     template = Environment(loader=PackageLoader("draftsmith.publishing", "."), undefined=StrictUndefined)
@@ -158,12 +157,12 @@ def make_card(run: FinishedRun, prediction: Predictions) -> str:
         provenance=report.config["draftsmith"],
         parameters=report.parameters,
         coverage=_coverage(run, report.config["draft_vocab_size"]),
-        first=next(iter(found.values())),
+        first=found[0],
         results=titled,
         categories=sorted({name for entry in entries for name in entry.by_category}),
         hottest=max((entry.temperature for entry in entries), default=0.0),
         losslessness=_losslessness(titled),
-        hardware="; ".join(dict.fromkeys(str(r.created_with.hardware) for r in found.values() if r.speed)),
+        hardware="; ".join(dict.fromkeys(str(r.created_with.hardware) for r in found if r.speed)),
         predicted=prediction.rows,
         commands=[_command(run, SERVERS[name]) for name in sorted(run.draft_engines)],
         prompts=prompts,

@@ -1,6 +1,6 @@
 """`draftsmith export --check ENGINE`: does an engine read the exported directory as we mean it?
 
-Two looks. The directory is compared with what the newest checkpoint exports to, which names any damage. Then the engine
+Two looks. The directory is compared with what the best checkpoint exports to, which names any damage. Then the engine
 decodes a few prompts with it, and so does the embedded engine with the checkpoint's own weights: greedy tokens and the
 acceptance at every depth have to agree.
 """

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from draftsmith.core import history
 from draftsmith.core.errors import DataError, RecipeError
 from draftsmith.core.progress import say
 from draftsmith.core.recipe import DEFAULT_SHAPE
@@ -77,9 +78,9 @@ def read_probe(run: Run, path: Path, correlation: float = 0.0) -> MeasuredCosts 
 
 def results_of(run: Run) -> Results | None:
     """What `evaluate` measured: on the embedded engine, else on a real one, first one that drafts trees, too."""
-    found = run.files.results
+    found = history.results_of(run.files)
     trees_first = sorted(found, key=lambda name: not ENGINES[name].drafts_trees)
-    return next((Results.load(found[name]) for name in trees_first), None)
+    return next((found[name] for name in trees_first), None)
 
 
 def accept_of(run: Run, tau: float | None = None, shape: Shape = DEFAULT_SHAPE) -> AcceptLength:

@@ -17,7 +17,7 @@ from typing import Any
 
 from draftsmith.core import files, run_files
 from draftsmith.core.allocator import return_freed_memory
-from draftsmith.core.errors import DataError
+from draftsmith.core.errors import DataError, RecipeError
 from draftsmith.core.history import changed, outputs_of
 from draftsmith.core.progress import say
 from draftsmith.core.recipe import BOOKKEEPING
@@ -211,11 +211,15 @@ def reason_to_run(run: Run, stage: Stage, key: str) -> str | None:
 
 def _set_aside(out: Path, key: str) -> Path:
     """Nothing that was produced is lost: an output that is made anew is kept beside the new one."""
-    aside = out.with_name(f"{out.name}.{key[:8]}")
-    while aside.exists():
-        aside = aside.with_name(f"{aside.name}x")
+    aside = _free(out.with_name(f"{out.name}.{key[:8]}"))
     out.rename(aside)
     return aside
+
+
+def _free(path: Path) -> Path:
+    while path.exists():
+        path = path.with_name(f"{path.name}x")
+    return path
 
 
 def _mend(stage: Stage, out: Path, state: StageState) -> None:
@@ -231,7 +235,7 @@ def _mend(stage: Stage, out: Path, state: StageState) -> None:
         return
     for name in sorted({name.split("/")[0] for name in damage}):
         if (out / name).exists():
-            (out / name).rename(out / f".damaged-{name}")
+            (out / name).rename(_free(out / f".damaged-{name}"))
 
 
 def run_stage(run: Run, stage: Stage, force: bool = False) -> StageRun:
@@ -244,7 +248,10 @@ def run_stage(run: Run, stage: Stage, force: bool = False) -> StageRun:
         return StageRun(ran=False, why="inputs, recipe and format unchanged", seconds=0.0)
     continued = files.digest(FORMAT, stage.resume_key(run), *stage.inputs(run)) if stage.resume_key else key
     path = run_files.stage_state(out)
-    if (old := StageState.readable(path)) and old.resume_key != continued:
+    old = StageState.readable(path)
+    if old is None and path.exists():
+        say(f"{stage.name}: nobody knows what made the old output; it is kept in {_set_aside(out, 'unknown')}")
+    elif old is not None and old.resume_key != continued:
         aside = _set_aside(out, old.key)
         say(f"{stage.name}: the recipe or inputs changed; the old output is kept in {aside}")
     elif old is not None and old.finished:
@@ -277,6 +284,8 @@ def run_pipeline(run: Run, only: str | None = None, redo: str | None = None) -> 
     Under torchrun the first process does everything and the others join it in training.
     """
     chosen = [stage for stage in STAGES if only in (None, stage.name)]
+    if redo is not None and redo not in [stage.name for stage in chosen]:
+        raise RecipeError(f"--redo: {redo} given, but only {only} runs here; redo a stage with: draftsmith run RECIPE")
     if not run.processes.main:
         for stage in chosen:
             run.processes.wait()  # until the stage's directory is ready

@@ -33,7 +33,7 @@ def probe_here(run: Run) -> Probe:
     """This machine, with the target and a draft where the target runs in this process."""
     recipe, settings = run.recipe, run.recipe.regenerate
     times = None
-    if recipe.target.engine == "transformers":
+    if recipe.target.engine == "transformers" and run.target.library is None:
         ready, prompts = _any_draft(run), prompts_to_read(run, 3)
         sampling = Sampling(settings.temperature, settings.top_p, settings.top_k)
         times = probing.embedded_times(run.target, ready.drafter(), max(prompts, key=len), sampling)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from draftsmith.core import files, run_files
 from draftsmith.core.errors import DataError, TargetError
+from draftsmith.core.history import draft_digest
 from draftsmith.core.lock import RunLock
 from draftsmith.core.progress import say
 from draftsmith.core.recipe import DEFAULT_SHAPE, EngineName, Recipe
@@ -187,12 +188,6 @@ class Run:
             raise DataError(f"draft.taps: {title} cannot capture all of them, so the draft serves on {others}")
         return self.files.draft
 
-    @property
-    def draft_digest(self) -> str | None:
-        """Content of the exported draft."""
-        weights = run_files.weights(self.files.draft)
-        return files.digest(weights) if weights.exists() else None
-
     def serving_shape(self, engine: EngineName) -> Shape:
         """The recipe's shape; where it is the default, what `tune` found fastest on that engine, or on the embedded
         one."""
@@ -207,7 +202,7 @@ class Run:
             if tuned is None:
                 continue
             there = tuned.created_with.hardware
-            if tuned.draft != self.draft_digest or (there.cpu, there.gpus) != (here.cpu, here.gpus):
+            if tuned.draft != draft_digest(self.files.draft) or (there.cpu, there.gpus) != (here.cpu, here.gpus):
                 say(f"{path}: of another draft or machine, so left out; run: draftsmith tune RECIPE")
                 continue
             best = tuned.shape if ENGINES[engine].drafts_trees else tuned.chain

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from draftsmith.core.errors import DataError
+from draftsmith.core.history import draft_digest
 from draftsmith.core.records.base import Decodes
 from draftsmith.core.records.machine import Tried, Tuned
 from draftsmith.core.shape import Shape
@@ -83,7 +84,7 @@ def tune(run: Run, name: Decodes, budget_s: float) -> Tuned:
         raise DataError("tune: no shape could be measured in the time given; raise --budget-s")
     return Tuned(
         engine=name,
-        draft=run.draft_digest,
+        draft=draft_digest(run.files.draft),
         shape=fastest(tried),
         chain=fastest(tried, chains_only=True),
         tried=[Tried(shape=t.shape, speedup=t.speedup, prompts=len(t.ratios)) for t in tried],

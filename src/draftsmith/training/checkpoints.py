@@ -107,6 +107,13 @@ def restore_best(directory: Path) -> None:
         os.replace(directory / OLD_BEST, directory / BEST)
 
 
+def tidy(directory: Path) -> None:
+    """After a kill: the best weights in their place, and nothing left of what was being written or deleted."""
+    restore_best(directory)
+    for leftover in (*directory.glob(".old-*"), *directory.glob(".partial-*")):
+        shutil.rmtree(leftover)
+
+
 def load_state(path: Path) -> TrainingState:
     try:
         return TrainingState.load(path / "state.json")

@@ -33,9 +33,9 @@ from draftsmith.training.checkpoints import (
     load_optimizers,
     load_state,
     load_weights,
-    restore_best,
     save_best,
     save_checkpoint,
+    tidy,
     whole_weights,
 )
 from draftsmith.training.metrics import append_row, converged, evaluate_heldout, truncate_rows
@@ -383,7 +383,7 @@ class Trainer:
     def _resume(self) -> None:
         """Continue from the newest checkpoint, which must belong to this very run."""
         if self.processes.main:
-            restore_best(self.out)
+            tidy(self.out)
         paths = checkpoint_paths(self.out)
         if paths:
             state, own = load_state(paths[-1]), self._belongs()

@@ -128,6 +128,8 @@ class Profile(Record):
 
 class EvaluationSettings(Record):
     engine: Decodes
+    draft: str | None = None
+    """Digest of the exported weights; null where there were none."""
     prompts: int
     prompts_available: int
     max_new_tokens: int
