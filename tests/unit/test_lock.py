@@ -1,5 +1,7 @@
 """One writer per run directory; a killed one leaves nothing to clean."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -40,3 +42,12 @@ def test_a_writer_that_slept_finds_out_that_its_directory_was_taken(tmp_path):
         (tmp_path / ".lock").unlink()  # as somebody does who thinks it was left behind
         with RunLock(tmp_path), pytest.raises(DataError, match="was taken by another process meanwhile"):
             lock.require()
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")  # as NFS without a lock daemon does
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(DataError, match=r"cannot lock \(No locks available\)"):
+        RunLock(tmp_path).__enter__()

@@ -4,9 +4,13 @@ import contextlib
 import shutil
 
 import pytest
-from models import save_tiny_target, tiny_recipe, write_prompts
+from models import save_tiny_target, tiny_lm, tiny_recipe, write_prompts
 
+from draftsmith.core.errors import RecipeError, TargetError
+from draftsmith.core.history import results_of
 from draftsmith.core.recipe import Recipe
+from draftsmith.core.records.evaluation import Results
+from draftsmith.core.run_files import RunFiles
 from draftsmith.data.regenerate import read_completions
 from draftsmith.publishing.card import make_card
 from draftsmith.runs.estimates import card_prediction
@@ -98,6 +102,7 @@ def test_torn_records_count_as_no_output(copied, capsys):
     run = Run(recipe, directory, ["test"])
     assert why(run, "vocab") == "no output yet"
     again(recipe, directory)
+    assert (directory / "vocab.unknown").is_dir(), "nobody knows what made it"
     assert run.serving_shape("vllm") == recipe.serve.shape
     said = capsys.readouterr().err
     assert "manifest.json: is no Manifest" in said
@@ -121,7 +126,7 @@ def test_a_refused_command_writes_nothing(copied):
     shutil.rmtree(directory / "vocab")
     before = {path: content for path, content in before.items() if path.exists()}
     changed = recipe.model_copy(update={"seed": 5})
-    with pytest.raises(ValueError, match="is missing; run the stages before it"):
+    with pytest.raises(ValueError, match="`prompts` has to run before it"):
         again(changed, directory, "train")
     after = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != ".lock"}
     assert after == before
@@ -137,3 +142,45 @@ def test_a_stage_is_made_anew_on_request(copied):
     again(recipe, directory, redo="regenerate")
     assert (directory / "completions.redo").is_dir()
     assert answered(directory) == rows
+
+
+def test_a_stage_that_does_not_run_is_not_made_anew(copied):
+    recipe, directory = copied
+    with pytest.raises(RecipeError, match="--redo: train given, but only vocab runs here"):
+        again(recipe, directory, "vocab", redo="train")
+    assert not (directory / "train.redo").exists()
+
+
+def test_a_file_that_is_damaged_twice_is_kept_twice(copied):
+    recipe, directory = copied
+    path = directory / "completions" / "00001.jsonl"
+    content = path.read_bytes()
+    for wrong in (b"first", b"second"):
+        path.write_bytes(wrong)
+        again(recipe, directory)
+        assert path.read_bytes() == content
+    kept = sorted(path.parent.glob(".damaged-*"))
+    assert [path.read_bytes() for path in kept] == [b"first", b"second"]
+
+
+def test_another_model_under_the_same_name_stops_the_run(copied, tmp_path):
+    recipe, directory = copied
+    model = tmp_path / "model"
+    shutil.copytree(recipe.target.model, model)
+    there = recipe.model_copy(update={"target": recipe.target.model_copy(update={"model": str(model)})})
+    again(there, directory)
+    tiny_lm(seed=1).save_pretrained(model)
+    with pytest.raises(TargetError, match=r"has other weights than the target that wrote .*--redo regenerate"):
+        again(there, directory)
+
+
+def test_results_of_another_draft_are_left_out(copied, capsys):
+    _, directory = copied
+    files = RunFiles(directory)
+    path = files.results["embedded"]
+    old = Results.load(path)
+    shutil.copytree(path.parent, directory / "evaluate-vllm")
+    other = old.settings.model_copy(update={"draft": "0" * 16})
+    old.model_copy(update={"settings": other}).save(files.results["vllm"])
+    assert list(results_of(files)) == ["embedded"]
+    assert "evaluate-vllm/results.json is of another draft and left out" in capsys.readouterr().err

@@ -179,6 +179,30 @@ def test_several_turns_are_those_of_the_target_in_process(model, target, tmp_pat
     assert sum(len(r.spans) for r in served) > 6, "later turns were answered too"
 
 
+def test_a_balancer_that_turns_to_another_model_is_found_out(model, target):
+    other = tiny_target(seed=1, tokenizer=target.tokenizer)
+    engines, asked = (tiny_engine(target, model), tiny_engine(other, model)), itertools.count()
+
+    def balancer(path, body, name):
+        return engines[next(asked) > 40](path, body, name)
+
+    with serving(FaultyServer(balancer)) as urls, target_of(recipe_for(model, urls)) as served:
+        answers = served.generate(([i % 50 + 2] for i in range(300)), Sampling(), 2)
+        with pytest.raises(TargetError, match="asked again after 64 answers, has other weights under the same name"):
+            list(answers)
+
+
+def test_greedy_and_drawn_completions_share_the_budget(model, target, prompts, tmp_path):
+    with serving(FaultyServer(tiny_engine(target, model))) as urls:
+        recipe = recipe_for(model, urls, concurrency=1)
+        half = {"max_tokens": 60, "greedy_share": 0.5, "max_new_tokens": 6}
+        some, _ = regenerate(
+            recipe.model_copy(update={"regenerate": recipe.regenerate.model_copy(update=half)}), prompts, tmp_path / "a"
+        )
+    for greedy in (True, False):
+        assert 30 <= sum(len(row.loss_tokens) for row in some if (row.sampling[0] == 0) is greedy) < 36
+
+
 def test_what_cannot_be_right_is_refused_in_one_line(model, target, prompts, tmp_path):
     other = tiny_target(seed=1, tokenizer=target.tokenizer)
 
@@ -262,9 +286,8 @@ def test_training_from_servers_gives_the_loss_curve_of_training_in_process(model
     assert servers[1].dead
     assert not [p for p in folder.iterdir() if p.suffix == ".safetensors"]
     local = served_run(model, prompts, [], tmp_path / "local", **{"target.engine": "transformers"})
-    shutil.copytree(served.files.completions, local.files.completions)
-    shutil.copytree(served.files.stage("vocab"), local.files.stage("vocab"))
-    run_files.stage_state(local.files.stage("vocab")).unlink()
+    for stage in ("prompts", "regenerate", "vocab"):  # who runs the target does not change what it wrote
+        shutil.copytree(served.files.stage(stage), local.files.stage(stage))
     run_pipeline(local, "train")
     curves = [list(MetricsRow.read_rows(run_files.metrics(run.files.train))) for run in (served, local)]
     losses = [[row.loss for row in curve if row.loss is not None] for curve in curves]

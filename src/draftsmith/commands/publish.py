@@ -29,5 +29,6 @@ class Publish(RecipeCommand):
         repo = self.repo or run.recipe.card.repo
         if not repo:
             raise RecipeError("publish: no repository given; set card.repo or give --repo owner/name")
+        run.require_whole_export()
         print(publish(run.files.draft, repo, self.really, self.public))
         return 0

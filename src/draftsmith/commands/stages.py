@@ -35,10 +35,11 @@ class Stages(RecipeCommand):
     def __call__(self, run: "Run") -> int:
         from draftsmith.runs.pipeline import explain, run_pipeline
 
+        only = None if self.stage == "run" else self.stage
         if self.dry_run:
-            print(explain(run))
+            print(explain(run, only))
             return 0
-        report = run_pipeline(run, None if self.stage == "run" else self.stage, self.redo)
+        report = run_pipeline(run, only, self.redo)
         if self.check:
             from draftsmith.runs.check import check
 

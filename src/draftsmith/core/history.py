@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from draftsmith.core.files import digest
+from draftsmith.core.files import JsonObject, digest
 from draftsmith.core.progress import say
 from draftsmith.core.recipe import Recipe
 from draftsmith.core.recipe_file import parse_recipe
@@ -31,6 +31,11 @@ def recipe_that_ran(run: RunFiles, recipe: Recipe) -> Recipe:
         if state is not None and state.finished:
             values |= {part: state.recipe[part] for part in parts if part in state.recipe}
     return parse_recipe(values, str(run.root))
+
+
+def target_part(recipe: JsonObject) -> JsonObject:
+    """What a recipe says of its target; who runs it does not change what it is."""
+    return {key: value for key, value in recipe["target"].items() if key != "engine"}
 
 
 def draft_digest(draft: Path) -> str | None:

@@ -3,7 +3,7 @@
 RUN/
     recipe.yaml manifest.json report.html
     prompts/      prompts.jsonl evaluation.jsonl summary.json
-    completions/  00000.jsonl ... summary.json timing.json server.json
+    completions/  00000.jsonl ... summary.json timing.json identity.json
     vocab/        vocab.safetensors coverage.json
     train/        checkpoint-NNNNNN/ best/ hidden_states/ metrics.jsonl timing.jsonl summary.json
     export/draft/ what engines load, and the model card
@@ -40,7 +40,7 @@ def timing(completions: Path) -> Path:
 
 
 def identity_check(completions: Path) -> Path:
-    return completions / "server.json"
+    return completions / "identity.json"
 
 
 def metrics(train: Path) -> Path:

@@ -19,6 +19,7 @@ from draftsmith.data.templates import ChatFormat, Rendered
 from draftsmith.decoding.generation import FinishReason, Generation
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.targets.base import Target
+from draftsmith.targets.identity import require_same_logprobs
 
 
 def read_completions(directory: Path) -> Iterator[Completion]:
@@ -199,6 +200,7 @@ class Regeneration:
             if self.target.independent:
                 self._prompt_by_prompt(shards)
             else:
+                self._keep_identity()
                 self._shard_by_shard(shards)
         return self.tally.finish(self.out)
 
@@ -260,7 +262,7 @@ class Regeneration:
             if unused.exists():
                 unused.replace(path)
             opened = list(self._open(prompts))
-            rows = list(Completion.read_rows(path)) if path.exists() else []
+            rows = Completion.whole_rows(path)
             tokens = sum(len(row.loss_tokens) for row in rows)
             if sum(row.document == 0 for row in rows) == len(opened) and (left is None or tokens < left):
                 self._resume(rows)
@@ -280,9 +282,12 @@ class Regeneration:
         done: set[str] = set()
         written = {True: 0, False: 0}  # tokens, greedily or drawn
         for path in shards:
-            rows = held_rows(path)
+            held = Completion.whole_rows(path)
+            done |= {row.id for row in held if row.document == 0}  # written last, so that the others are there
+            rows = [row for row in held if row.document == 0 or row.id.rsplit("#", 1)[0] in done]
+            if len(rows) < len(held):
+                write_rows(path, rows)
             self._resume(rows)
-            done |= {row.id for row in rows if row.document == 0}
             for row in rows:
                 self.tally.add(row)
                 written[row.sampling[0] == 0.0] += len(row.loss_tokens)
@@ -315,16 +320,6 @@ class Regeneration:
         """Who writes the completions is who they are trained with."""
         path = run_files.identity_check(self.out)
         if not path.exists():
-            IdentityCheck(logprobs=self.target.identity_logprobs).save(path)
-
-
-def held_rows(path: Path) -> list[Completion]:
-    """Rows of an append-only file; a last line that a kill tore is cut off."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
-    return list(Completion.read_rows(path))
+            target, logprobs = self.target, self.target.identity_logprobs
+            require_same_logprobs(logprobs, logprobs, f"target.model: {target.identity.model}")  # they are numbers
+            IdentityCheck(target=target.identity, weights_hash=target.weights_hash, logprobs=logprobs).save(path)

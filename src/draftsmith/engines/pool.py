@@ -30,6 +30,7 @@ from draftsmith.targets.parts import first_line
 
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 LONGEST_PAUSE_S = 60.0
+PROVED_EVERY = 64  # answers of a replica, after which its identity is proved again
 GO_ON = "finished completions are kept, run the same command to go on"
 
 LARGEST_ANSWER = 1 << 30  # bytes; hidden states that come as text are the largest
@@ -168,6 +169,8 @@ class Pool:
                 await self._release(replica)
             replica.failures = 0
             replica.answered += 1
+            if replica.answered % PROVED_EVERY == 0:  # a balancer may stand before several models
+                replica.trusted = False
             return answer
         raise TargetError(f"server.attempts: {self.settings.attempts} attempts failed, the last at {last}; {GO_ON}")
 

@@ -28,13 +28,12 @@ from draftsmith.engines.answers import Models, checked_completion, checked_logpr
 from draftsmith.engines.pool import Pool, Replica, reading
 from draftsmith.engines.state_files import FILE_PREFIX, Retry, checked, discard_states, sweep, take_states
 from draftsmith.targets.base import Capture, Follow
+from draftsmith.targets.identity import PROBE, SAME_LOGPROB, require_same_logprobs
 from draftsmith.targets.parts import WeightsOnlyTarget, resolve_model
 
 if TYPE_CHECKING:
     from draftsmith.engines.server import ServerEngine
 
-PROBE = "The quick brown fox jumps over the lazy dog, and then it sleeps."
-SAME_LOGPROB = 0.15  # nats a token: replicas of one model differ by rounding only
 FINISHED = {"stop", "length"}
 
 T = TypeVar("T")
@@ -287,7 +286,8 @@ class ServedTarget(WeightsOnlyTarget):
         answer = await self.pool.request(replica, "POST", "/tokenize", {"model": replica.name, "prompt": PROBE})
         if checked_tokens(answer["tokens"]) != ids:
             raise TargetError(f"server.urls: {replica.url} has another tokenizer than {self.identity.model}")
-        self.check_identity(replica.url, await self._logprobs(replica, ids))
+        again = f", asked again after {replica.answered} answers," if replica.answered else ""
+        self.check_identity(f"{replica.url}{again}", await self._logprobs(replica, ids))
 
     async def _check_capture(self, replica: Replica) -> None:
         path = self.engine.capture_check(self.config.model_type) if self.last is not None else None
@@ -303,9 +303,4 @@ class ServedTarget(WeightsOnlyTarget):
         """The first server's log-probabilities are the truth; others are an error that names where they come from."""
         if not self.identity_logprobs:
             self.identity_logprobs.extend(found)
-        away = sum(abs(a - b) for a, b in zip(self.identity_logprobs, found, strict=True)) / len(found)
-        if not away <= SAME_LOGPROB:  # nan is no agreement
-            raise TargetError(
-                f"server.urls: {origin} has other weights under the same name: the log-probabilities of a probe text "
-                f"are {away:.2f} nats a token away from those seen first"
-            )
+        require_same_logprobs(self.identity_logprobs, found, f"server.urls: {origin}")

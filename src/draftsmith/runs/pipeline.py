@@ -18,7 +18,8 @@ from typing import Any
 from draftsmith.core import files, run_files
 from draftsmith.core.allocator import return_freed_memory
 from draftsmith.core.errors import DataError, RecipeError
-from draftsmith.core.history import changed, outputs_of
+from draftsmith.core.files import JsonObject
+from draftsmith.core.history import changed, outputs_of, target_part
 from draftsmith.core.progress import say
 from draftsmith.core.recipe import BOOKKEEPING
 from draftsmith.core.recipe_file import dump_recipe
@@ -43,6 +44,8 @@ class Stage:
     inputs: Callable[["Run"], list[Path]]
     run: Callable[["Run", Path], Any]
     resume_key: Callable[["Run"], Any] | None = None
+    always: bool = False
+    """Tells of more than its inputs, so it is made anew each time, and of whatever is there."""
 
 
 def _source_files(run: Run) -> list[Path]:
@@ -113,7 +116,12 @@ def _completion_files(run: Run) -> list[Path]:
 
 def _part(*names: str) -> Callable[[Run], Any]:
     """Key made of these parts of the recipe."""
-    return lambda run: {name: run.recipe.model_dump(mode="json")[name] for name in names}
+
+    def key(run: Run) -> JsonObject:
+        recipe = run.recipe.model_dump(mode="json")
+        return {name: target_part(recipe) if name == "target" else recipe[name] for name in names}
+
+    return key
 
 
 SERVED = {"extra", "tensor_parallel", "context", "draft_quantization"}  # of `serve`, what an evaluation depends on
@@ -129,9 +137,8 @@ STAGES = (
         _regenerate,
         # More tokens of the same run continue it.
         lambda run: {
-            "target": run.recipe.target.model_dump(mode="json"),
+            **_part("target", "seed")(run),
             "regenerate": run.recipe.regenerate.model_dump(mode="json", exclude={"max_tokens"}),
-            "seed": run.recipe.seed,
         },
     ),
     Stage("vocab", "choose the draft vocabulary", _part("target", "vocab"), _completion_files, _vocab),
@@ -177,6 +184,7 @@ STAGES = (
             path for path in (*run.files.results.values(), run_files.metrics(run.files.train)) if path.exists()
         ],
         _report,
+        always=True,
     ),
 )
 
@@ -194,19 +202,35 @@ def stage_key(run: Run, stage: Stage) -> str:
     return files.digest(FORMAT, stage.key(run), *stage.inputs(run))
 
 
-def reason_to_run(run: Run, stage: Stage, key: str) -> str | None:
-    """Why the stage has to run, or None if its output stands."""
-    state = StageState.readable(run_files.stage_state(stage_directory(run, stage)))
+def reason_to_run(run: Run, stage: Stage, key: str | None) -> str | None:
+    """Why the stage has to run, or None if its output stands. Without a key, as far as its own directory tells."""
+    if stage.always:
+        return "always written anew"
+    out = stage_directory(run, stage)
+    state = StageState.readable(run_files.stage_state(out))
     if state is None:
         return "no output yet"
     if not state.finished:
         return "was interrupted"
-    if state.key != key:
+    if key not in (None, state.key):
         return "its inputs or its part of the recipe changed"
-    if damage := changed(stage_directory(run, stage), state.outputs):
+    if damage := changed(out, state.outputs):
         more = f" and {len(damage) - 1} more" if len(damage) > 1 else ""
         return f"{damage[0]}{more} changed since `{stage.name}` wrote it"
     return None
+
+
+def _require_past(run: Run, stage: Stage) -> None:
+    """A stage alone works with what `run` would give it; raises `DataError` where that is not there yet."""
+    for earlier in () if stage.always else STAGES[: STAGES.index(stage)]:
+        why = reason_to_run(run, earlier, None)
+        if why is None and all(path.exists() for path in earlier.inputs(run)):  # or another machine has them
+            why = reason_to_run(run, earlier, stage_key(run, earlier))
+        if why is not None:
+            raise DataError(
+                f"{stage.name}: `{earlier.name}` has to run before it ({why}); run: draftsmith run RECIPE, or: "
+                f"draftsmith {earlier.name} RECIPE"
+            )
 
 
 def _set_aside(out: Path, key: str) -> Path:
@@ -223,10 +247,10 @@ def _free(path: Path) -> Path:
 
 
 def _mend(stage: Stage, out: Path, state: StageState) -> None:
-    """Take out what is not as the stage wrote it: shards of completions and checkpoints one by one, as the stage goes
-    on from the others; of any other stage, and of training for anything else, the whole output."""
+    """Take out what is not as the stage wrote it: files of completions and checkpoints one by one, as the stage goes on
+    from the others; of any other stage, and of training for anything else, the whole output."""
     damage = changed(out, state.outputs)
-    alone = {"regenerate": r"\d+\.jsonl", "train": r"checkpoint-\d+/.*"}.get(stage.name)
+    alone = {"regenerate": ".*", "train": r"checkpoint-\d+/.*"}.get(stage.name)
     if not damage or not out.exists():
         return
     if alone is None or not all(re.fullmatch(alone, name) for name in damage):
@@ -238,11 +262,12 @@ def _mend(stage: Stage, out: Path, state: StageState) -> None:
             (out / name).rename(_free(out / f".damaged-{name}"))
 
 
-def run_stage(run: Run, stage: Stage, force: bool = False) -> StageRun:
+def run_stage(run: Run, stage: Stage) -> StageRun:
     """Run one stage if it has to."""
     key, out = stage_key(run, stage), stage_directory(run, stage)
-    why = "asked for" if force else reason_to_run(run, stage, key)
+    why = reason_to_run(run, stage, key)
     if why is None:
+        run.require_same_target()
         run.processes.wait()
         say(f"{stage.name}: up to date")
         return StageRun(ran=False, why="inputs, recipe and format unchanged", seconds=0.0)
@@ -251,11 +276,12 @@ def run_stage(run: Run, stage: Stage, force: bool = False) -> StageRun:
     old = StageState.readable(path)
     if old is None and path.exists():
         say(f"{stage.name}: nobody knows what made the old output; it is kept in {_set_aside(out, 'unknown')}")
-    elif old is not None and old.resume_key != continued:
+    elif old is not None and old.resume_key != continued and not stage.always:
         aside = _set_aside(out, old.key)
         say(f"{stage.name}: the recipe or inputs changed; the old output is kept in {aside}")
-    elif old is not None and old.finished:
+    elif old is not None and old.finished and not stage.always:
         _mend(stage, out, old)
+    run.require_same_target()
     out.mkdir(parents=True, exist_ok=True)
     run.lock.require()
     files.write_atomic(run.files.recipe, dump_recipe(run.recipe))  # of a stage that runs, never of a command refused
@@ -295,6 +321,8 @@ def run_pipeline(run: Run, only: str | None = None, redo: str | None = None) -> 
             run.processes.wait()
         return run.files.report
     with run.lock:
+        if only is not None:
+            _require_past(run, chosen[0])
         for stage in STAGES:
             if stage.name == redo and (out := stage_directory(run, stage)).exists():
                 say(f"{stage.name}: asked for anew; the old output is kept in {_set_aside(out, 'redo')}")
@@ -306,7 +334,7 @@ def _run_stages(run: Run, chosen: list[Stage]) -> Path:
     earlier = manifest.stages if manifest else {}
     stages = dict(earlier)
     for stage in chosen:
-        entry = run_stage(run, stage, force=stage.name == "report")
+        entry = run_stage(run, stage)
         if not entry.ran and stage.name in earlier:
             entry = earlier[stage.name].model_copy(update={"ran": False, "why": entry.why})
         stages[stage.name] = entry
@@ -315,20 +343,25 @@ def _run_stages(run: Run, chosen: list[Stage]) -> Path:
     return run.files.report
 
 
-def explain(run: Run) -> str:
+def explain(run: Run, only: str | None = None) -> str:
     """What `--dry-run` prints: the resolved recipe and what every stage would do and why."""
     lines = [dump_recipe(run.recipe), f"run directory: {run.files.root}"]
-    upstream_runs = False
+    before: str | None = None  # a stage that runs first
     for stage in STAGES:
-        if upstream_runs:
-            why: str | None = "a stage before it runs"
-        else:
-            try:
-                why = reason_to_run(run, stage, stage_key(run, stage))
-            except DataError as error:
-                why = str(error)
-        upstream_runs = upstream_runs or why is not None
-        lines.append(f"{stage.name:<11} {'run ' if why else 'skip'}  {stage.what} ({why or 'up to date'})")
+        if only not in (None, stage.name):
+            continue
+        what = "run "
+        try:
+            if only is not None:
+                _require_past(run, stage)
+            why = reason_to_run(run, stage, stage_key(run, stage) if before is None else None)
+            if why is None and before is not None:
+                why = f"unless `{before}` makes the same files again"
+        except DataError as error:
+            what, why = "stop", str(error)
+        if why is not None and not stage.always:
+            before = before or stage.name
+        lines.append(f"{stage.name:<11} {what if why else 'skip'}  {stage.what} ({why or 'up to date'})")
     return "\n".join(lines)
 
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from draftsmith.core import files, run_files
 from draftsmith.core.errors import DataError, TargetError
-from draftsmith.core.history import draft_digest
+from draftsmith.core.history import changed, draft_digest, target_part
 from draftsmith.core.lock import RunLock
 from draftsmith.core.progress import say
 from draftsmith.core.recipe import DEFAULT_SHAPE, EngineName, Recipe
 from draftsmith.core.records.base import Decodes
 from draftsmith.core.records.data import IdentityCheck
 from draftsmith.core.records.machine import Tuned
-from draftsmith.core.records.run import Hardware, Provenance
+from draftsmith.core.records.run import Hardware, Provenance, StageState
 from draftsmith.core.run_files import RunFiles
 from draftsmith.core.shape import Shape
 
@@ -78,13 +78,14 @@ class Run:
             from draftsmith.engines.served import ServedTarget
 
             served = ServedTarget(settings, self.recipe.server, SERVERS[settings.engine], device)
-            known = run_files.identity_check(self.files.completions)
-            if known.exists():  # who wrote the completions is who they are trained with
-                served.identity_logprobs.extend(IdentityCheck.load(known).logprobs)
+            if known := self._known_target():
+                served.identity_logprobs.extend(known.logprobs)
             return served
+        from draftsmith.targets.identity import require_same_logprobs
         from draftsmith.targets.local import LocalTarget
 
-        return LocalTarget(
+        self.require_same_target()
+        local = LocalTarget(
             settings.model,
             settings.revision,
             settings.dtype,
@@ -93,6 +94,39 @@ class Run:
             self.recipe.regenerate.batch_size,
             settings.template_options,
         )
+        if known := self._known_target():
+            require_same_logprobs(known.logprobs, local.identity_logprobs, f"target.model: {settings.model}")
+        return local
+
+    def _known_target(self) -> IdentityCheck | None:
+        """Who wrote the completions; None where the recipe's target is another one, so that they are made anew."""
+        state = StageState.readable(run_files.stage_state(self.files.completions))
+        if state is not None and target_part(state.recipe) != target_part(self.recipe.model_dump(mode="json")):
+            return None
+        return IdentityCheck.readable(run_files.identity_check(self.files.completions))
+
+    def require_same_target(self) -> None:
+        """Raises `TargetError` where another model, tokenizer or template lies by now under the name of the target that
+        wrote the completions."""
+        from draftsmith.targets.identity import template_hash, tokenizer_hash, weights_hash
+        from draftsmith.targets.parts import resolve_model
+
+        known, settings = self._known_target(), self.recipe.target
+        if known is None:
+            return
+        kept: dict[str, tuple[str, str | None]] = {
+            "tokenizer": (known.target.tokenizer_hash, tokenizer_hash(self.tokenizer)),
+            "chat template": (known.target.template_hash, template_hash(self.tokenizer, settings.template_options)),
+        }
+        if settings.engine == "transformers" and known.weights_hash is not None:
+            kept["weights"] = known.weights_hash, weights_hash(resolve_model(settings.model), settings.revision)
+        for what, (was, found) in kept.items():
+            if was != found:
+                raise TargetError(
+                    f"target.model: {settings.model} has other {what} than the target that wrote "
+                    f"{self.files.completions}; put the old one back, or let the new one answer: draftsmith run RECIPE "
+                    "--redo regenerate"
+                )
 
     def close(self) -> None:
         """Let go of other processes and servers, if there are any."""
@@ -188,6 +222,12 @@ class Run:
             raise DataError(f"draft.taps: {title} cannot capture all of them, so the draft serves on {others}")
         return self.files.draft
 
+    def require_whole_export(self) -> None:
+        """Raises `DataError` where the exported draft is not as it was written."""
+        state = StageState.readable(run_files.stage_state(self.files.draft.parent))
+        if state is not None and (damage := changed(self.files.draft.parent, state.outputs)):
+            raise DataError(f"{damage[0]} changed since `export` wrote it; make it anew: draftsmith run RECIPE")
+
     def serving_shape(self, engine: EngineName) -> Shape:
         """The recipe's shape; where it is the default, what `tune` found fastest on that engine, or on the embedded
         one."""
@@ -240,6 +280,7 @@ class Run:
                 shape = Shape.chain(shape.steps)
             serve = serve.model_copy(update={"shape": shape})
             draft = draft or self.draft_for(serve.engine)
+            self.require_whole_export()
         layers = self.captured_layers if purpose == "capture" else ()
         recipe = self.recipe.model_copy(update={"serve": serve})
         place = model or resolve_model(recipe.target.model)

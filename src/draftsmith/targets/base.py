@@ -36,8 +36,13 @@ class Target(Protocol):
     eos_ids: frozenset[int]
     independent: bool
     """Whether an answer does not depend on those that are decoded beside it."""
-    identity_logprobs: list[float]
-    """Of a probe text, where servers answer: what tells one model from another."""
+    weights_hash: str | None
+    """Of the files that it was loaded from in this process."""
+
+    @property
+    def identity_logprobs(self) -> list[float]:
+        """Of the probe text of targets/identity.py; servers tell them once one has answered."""
+        ...
 
     def generate(
         self,

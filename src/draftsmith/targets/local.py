@@ -6,7 +6,7 @@ Shapes: B sequences, T packed tokens, W tokens a step, L cached positions, K tap
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling, sample
 from draftsmith.decoding.stopping import Ends
 from draftsmith.targets.base import Capture, Follow
+from draftsmith.targets.identity import PROBE, weights_hash
 from draftsmith.targets.library import LibraryCache, LibraryForward
 from draftsmith.targets.parts import (
     DTYPES,
@@ -60,7 +61,6 @@ class LocalTarget(ModelParts):
     library's own forward, text by text (targets/library.py). `library` is None for the first.
     """
 
-    identity_logprobs: list[float] = []  # noqa: RUF012 - never written: the model is the one of this process
     independent = False  # one random stream for all, and products that round otherwise in other batches
 
     def __init__(
@@ -94,6 +94,7 @@ class LocalTarget(ModelParts):
             named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             raise TargetError(f"target.model: {model!r} lacks weights that its config asks for: {named}")
         lm.to(self.device)
+        self.weights_hash = weights_hash(path, revision)
         self._adopt(lm, model, revision, dtype, template_options)
         self.batch_size = batch_size
         self._choose_path()
@@ -109,6 +110,10 @@ class LocalTarget(ModelParts):
         target.batch_size = batch_size
         target._choose_path()
         return target
+
+    @cached_property
+    def identity_logprobs(self) -> list[float]:
+        return self.logprobs(self.tokenizer(PROBE).input_ids)
 
     @property
     def context(self) -> int:

@@ -1,7 +1,6 @@
 """Both ends of a target: tokenizer, embedding, final norm and head; all that a trainer needs beside hidden states."""
 
 import contextlib
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from draftsmith.core.errors import TargetError
-from draftsmith.core.files import JsonObject, digest
+from draftsmith.core.files import JsonObject
 from draftsmith.core.progress import say
 from draftsmith.core.records.run import TargetIdentity
 from draftsmith.targets import embedded
+from draftsmith.targets.identity import template_hash, tokenizer_hash
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -58,12 +58,6 @@ def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: b
     if model in embedded.EMBEDDED:
         embedded.check_tokenizer(model, tokenizer)
     return tokenizer
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Identity of the mapping from text to ids, by vocabulary."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
 def first_line(error: Exception) -> str:
@@ -142,6 +136,8 @@ class ModelParts:
 
     device: torch.device
     tokenizer: Any
+    weights_hash: str | None = None
+    """Of the files that the whole model was loaded from."""
 
     def _adopt(
         self, lm: Any, name: str, revision: str | None, dtype: str, template_options: Mapping[str, Any] | None = None
@@ -171,7 +167,7 @@ class ModelParts:
             vocab_size=self.head.weight.shape[0],
             max_position_embeddings=context_of(self.config),
             tokenizer_hash=tokenizer_hash(self.tokenizer) if self.tokenizer else "none",
-            template_hash=digest(getattr(self.tokenizer, "chat_template", None), dict(template_options or {})),
+            template_hash=template_hash(self.tokenizer, template_options),
             quantization=quantization.get("quant_method"),
         )
 

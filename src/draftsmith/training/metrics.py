@@ -7,7 +7,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from draftsmith.core.errors import DataError
 from draftsmith.core.records.base import write_rows
 from draftsmith.core.records.training import HeldOut, MetricsRow, StepTiming
 from draftsmith.drafts import METHODS
@@ -24,17 +23,9 @@ def append_row(path: Path, row: MetricsRow | StepTiming) -> None:
 
 
 def truncate_rows(path: Path, kind: type[Row], last_step: int) -> None:
-    """Drop lines after `last_step` (and a torn last line): the resumed run writes them again."""
-    if not path.exists():
-        return
-    kept = []
-    try:
-        for row in kind.read_rows(path):
-            if row.step <= last_step:
-                kept.append(row)
-    except DataError:
-        pass  # the process died while writing it
-    write_rows(path, kept)
+    """Drop lines after `last_step` and what a kill tore: the resumed run writes them again."""
+    if path.exists():
+        write_rows(path, [row for row in kind.whole_rows(path) if row.step <= last_step])
 
 
 @torch.no_grad()

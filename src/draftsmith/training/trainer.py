@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from draftsmith.core import run_files
 from draftsmith.core.errors import CheckpointError, DataError, TrainingError
-from draftsmith.core.files import digest
+from draftsmith.core.files import digest, sync
 from draftsmith.core.progress import Meter, say
 from draftsmith.core.recipe import BOOKKEEPING, Recipe
 from draftsmith.core.records.data import Completion
@@ -375,6 +375,9 @@ class Trainer:
             sums=self.sums,
             quarantined=self.processes.union(self.quarantined),
         )
+        for rows in (run_files.metrics(self.out), run_files.step_timing(self.out)):
+            if self.processes.main and rows.exists():
+                sync(rows)  # a run goes on from the checkpoint with the rows before it
         save_checkpoint(
             self.out, self.draft, self.optimizers, state, self.settings.keep_checkpoints, self.processes.main
         )
@@ -390,7 +393,8 @@ class Trainer:
             for key in Belongs.model_fields:
                 if getattr(state.belongs, key) != getattr(own, key):
                     raise CheckpointError(
-                        f"{paths[-1]}: was trained with another {key}; use another --out, or delete the directory"
+                        f"{paths[-1]}: was trained with another {key}; give another --out, or train anew: draftsmith "
+                        "run RECIPE --redo train"
                     )
             load_weights(paths[-1], self.draft)
             load_optimizers(paths[-1], self.draft, self.optimizers)

@@ -19,6 +19,8 @@ Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is Non
 """JSON has no NaN: null stands for what is not known."""
 Decodes = Literal["embedded"] | EngineName
 
+_told: set[str] = set()  # what is wrong with records, each said once
+
 
 class Record(BaseModel):
     """One file, or a part of one: validated when it is written and when it is read."""
@@ -51,7 +53,9 @@ class Record(BaseModel):
         try:
             return cls.found(path)
         except (DataError, OSError) as error:
-            say(f"{error}; it counts as missing")
+            if str(error) not in _told:
+                _told.add(str(error))
+                say(f"{error}; it counts as missing")
             return None
 
     @classmethod
@@ -60,6 +64,20 @@ class Record(BaseModel):
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 yield cls._parsed(line, f"{path}:{number}")
+
+    @classmethod
+    def whole_rows(cls, path: Path) -> list[Self]:
+        """Of a .jsonl file that grows: the rows before the first that cannot be read, as a kill or a power cut tears
+        the end. The file is cut off there, and what is dropped is told."""
+        rows = []
+        if path.exists():
+            try:
+                for row in cls.read_rows(path):
+                    rows.append(row)
+            except DataError as error:
+                say(f"{error}; what follows is dropped and made again")
+                write_rows(path, rows)
+        return rows
 
     @classmethod
     def _parsed(cls, text: bytes, where: str) -> Self:

@@ -4,6 +4,7 @@ from typing import Literal
 
 from draftsmith.core.files import JsonObject
 from draftsmith.core.records.base import Record
+from draftsmith.core.records.run import TargetIdentity
 
 
 class Prompt(Record):
@@ -87,10 +88,14 @@ class Timing(Record):
 
 
 class IdentityCheck(Record):
-    """completions/server.json: who wrote them."""
+    """completions/identity.json: who wrote them, and who they may be trained and measured with."""
 
+    target: TargetIdentity
+    weights_hash: str | None
+    """Of the files that the target was loaded from; null where servers loaded them."""
     logprobs: list[float]
-    """Of a probe text's tokens after the first; every later server has to give the same."""
+    """Of a probe text's tokens after the first; every later server, and every later target here, has to give the
+    same."""
 
 
 class Coverage(Record):
