@@ -124,11 +124,6 @@ def _words(text: str) -> str:
     return " ".join(re.findall(r"\w+|[^\w\s]", text.casefold()))
 
 
-def normalised(prompt: Prompt) -> str:
-    """The words of the first user turn: what an evaluation prompt is known by."""
-    return _words(prompt.users[0])
-
-
 def _known_by(*parts: Any) -> bytes:
     return hashlib.blake2b(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS), digest_size=16).digest()
 

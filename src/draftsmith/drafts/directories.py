@@ -15,11 +15,9 @@ from draftsmith.decoding.speculate import Drafter
 from draftsmith.drafts import METHODS
 from draftsmith.drafts.method import Draft, DraftReport, Method, Reading
 from draftsmith.drafts.recognise import recognise
-from draftsmith.drafts.tensors import canonical, read_header, read_tensors
+from draftsmith.drafts.tensors import EMBEDDING, canonical, read_header, read_tensors
 from draftsmith.targets.local import LocalTarget
 from draftsmith.targets.parts import DTYPES
-
-EMBEDDING = "embed_tokens.weight"
 
 
 def read_config(directory: Path) -> JsonObject:

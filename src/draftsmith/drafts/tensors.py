@@ -14,6 +14,7 @@ DTYPES = {  # of a safetensors header, in torch's words
     **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"},
     **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F4": "float4_e2m1fn_x2"},
 }
+EMBEDDING = "embed_tokens.weight"
 Shapes = dict[str, tuple[int, ...]]
 
 

@@ -22,12 +22,9 @@ from draftsmith.drafts import METHODS
 from draftsmith.hardware.cost_model import RooflineCosts
 from draftsmith.hardware.presets import CPU, Machine, preset
 from draftsmith.hardware.sizes import TargetSize
-from draftsmith.runs.plan import Plan, plan, size
+from draftsmith.runs.plan import GPU_FLOPS_S, ROOM, Plan, plan, size
 from draftsmith.targets.configs import target_config
 from draftsmith.targets.parts import context_of, load_tokenizer, resolve_model
-
-ROOM = 0.9  # of a device's memory
-GPU_FLOPS_S = 5e13  # more than any CPU's
 
 
 @dataclass

@@ -11,7 +11,7 @@ from draftsmith.core.records.machine import Tried, Tuned
 from draftsmith.core.shape import Shape
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.engines import ENGINES
-from draftsmith.engines.base import Session
+from draftsmith.engines.base import Session, Setup
 from draftsmith.evaluation.evaluate import SHORTEST_TIMED, Evaluation, complete, time_group
 from draftsmith.hardware.cost_model import Costs, MeasuredCosts
 from draftsmith.hardware.predict import candidate_shapes, predict_all
@@ -24,14 +24,15 @@ SHAPES = 8
 SERVED_SHAPES, SERVED_PROMPTS = 4, 6  # starts cost more than measurements: few shapes, each started once
 
 
-def _seeds(run: Run, engine: Decodes) -> list[Shape]:
+def _seeds(run: Run, engine: Decodes, setup: Setup) -> list[Shape]:
     """The shapes that `predict` thinks best, two chains among them; without a probe of drafting, those of one GPU."""
     accept, own = accept_of(run), run.files.probe(engine)
     path = own if own.exists() else probed(run)
     costs: Costs = read_probe(run, path) if path else roofline(run, preset("h100-1"))
     if isinstance(costs, MeasuredCosts) and costs.times.draft is None:
         costs = roofline(run, preset("h100-1"))
-    shapes = candidate_shapes(accept.deepest, ENGINES[engine].drafts_trees)
+    trees = ENGINES[engine].drafts_trees and (setup.target is None or setup.target.library is None)
+    shapes = candidate_shapes(accept.deepest, trees)
     best = [row[0].shape for row in predict_all(costs, accept, shapes, [1], 512)]
     chains = [shape for shape in best if shape.topk == 1][:2]  # all that some engines draft
     count = SHAPES if ENGINES[engine].in_process else SERVED_SHAPES
@@ -44,7 +45,7 @@ def tune(run: Run, name: Decodes, budget_s: float) -> Tuned:
     started, engine, logs = time.monotonic(), ENGINES[name], run.files.root / f"tune-{name}"
     logs.mkdir(parents=True, exist_ok=True)
     setup = run.setup(name, logs)
-    evaluation, seeds = Evaluation(engine, setup, run.files.evaluation_prompts, logs), _seeds(run, name)
+    evaluation, seeds = Evaluation(engine, setup, run.files.evaluation_prompts, logs), _seeds(run, name, setup)
 
     def per_token(session: Session, number: int) -> float | None:
         timed = time_group(session, [prompts[number]], run.recipe.evaluate.max_new_tokens, evaluation.chat.stop)

@@ -22,10 +22,9 @@ from draftsmith.drafts.eagle3.config_file import (
 )
 from draftsmith.drafts.eagle3.model import Eagle3Config, Eagle3Draft
 from draftsmith.drafts.method import DraftReport, Reading
-from draftsmith.drafts.tensors import FLOATS, WHOLE, Shapes, read_tensors
+from draftsmith.drafts.tensors import EMBEDDING, FLOATS, WHOLE, Shapes, read_tensors
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
-EMBEDDING = "embed_tokens.weight"
 
 
 def expected_shapes(config: Eagle3Config) -> Shapes:
