@@ -188,7 +188,7 @@ def test_a_balancer_that_turns_to_another_model_is_found_out(model, target):
 
     with serving(FaultyServer(balancer)) as urls, target_of(recipe_for(model, urls)) as served:
         answers = served.generate(([i % 50 + 2] for i in range(300)), Sampling(), 2)
-        with pytest.raises(TargetError, match="asked again after 64 answers, has other weights under the same name"):
+        with pytest.raises(TargetError, match=r"asked again after \d+ answers, has other weights under"):
             list(answers)
 
 
