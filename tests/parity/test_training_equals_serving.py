@@ -45,11 +45,13 @@ def completions():
     return [row("a", 17, [[6, 17]]), row("b", 9, [[1, 9]]), row("c", 25, [[4, 11], [15, 25]]), row("d", 6, [[5, 6]])]
 
 
-@pytest.fixture(params=["flash", "generic"])
+@pytest.fixture(params=["cpu", "plain", "plain, 3 rows"])
 def attention_path(request, monkeypatch):
-    """The second path is the one that GPUs take; it is plain PyTorch, so it is tested here."""
-    if request.param == "generic":
-        monkeypatch.setattr(chain_attention, "_FLASH_DEVICES", ())
+    """Devices without a flash kernel of their own take plain PyTorch, whose chunks of queries must not show."""
+    if request.param != "cpu":
+        monkeypatch.setattr(chain_attention, "has_cpu_flash", lambda query: False)
+    if "3" in request.param:
+        monkeypatch.setattr(chain_attention, "PLAIN_ROWS", 3)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_gradients_equal_those_of_a_dense_mask(attention_path):
     own_keys, own_values = leaf(steps, chains, 2, 10), leaf(steps, chains, 2, 10)
     upstream = torch.randn(chains, 4, 10, generator=generator)
     inputs = (query, key0, value0, own_keys, own_values)
-    out = chain_attention.ChainAttention.apply(*inputs, pack.segments)
+    out = chain_attention.ChainAttention.apply(*inputs, pack.index(query.device))
     gradients = torch.autograd.grad((out * upstream).sum(), inputs)
 
     visible = torch.zeros(chains, total, dtype=torch.bool)

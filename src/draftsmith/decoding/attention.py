@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from draftsmith.decoding import flash
+
 ATTENTION_NAME = "draftsmith"
 
 
@@ -23,6 +25,14 @@ class PackedPlan:
     """Documents one after the other in a single row of the batch; each is causal in itself and sees no other."""
 
     lengths: list[int]
+    _sequences: list[flash.Sequences] = field(default_factory=list)
+
+    def sequences(self, device: torch.device) -> flash.Sequences:
+        """Made once per forward, for all layers."""
+        if not self._sequences:
+            starts = torch.tensor([0, *self.lengths]).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
+            self._sequences.append(flash.Sequences(starts, starts, max(self.lengths), max(self.lengths)))
+        return self._sequences[0]
 
 
 @dataclass
@@ -55,13 +65,16 @@ class MaskedPlan:
 def _attend_packed(
     query: Tensor, key: Tensor, value: Tensor, plan: PackedPlan, scale: float | None, window: int | None
 ) -> Tensor:
+    if flash.takes(query):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return flash.forward(q, k, v, plan.sequences(query.device), scale, window)[0].transpose(0, 1)[None]
     groups = query.shape[1] // key.shape[1]
     outputs, start = [], 0
     for length in plan.lengths:
         document = slice(start, start + length)
         start += length
         q, k, v = query[:, :, document], key[:, :, document], value[:, :, document]
-        if groups > 1:  # a stride-0 view: nothing is copied
+        if groups > 1:  # copies, which flash does without
             k = k[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)
             v = v[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)
         if window is not None and length > window:

@@ -76,7 +76,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: JsonObject | None, co
 
 def rope_table(positions: Tensor, frequencies: Tensor, gain: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [..., 1, D] for integer positions [...] (half-split layout, as Llama in transformers)."""
-    angle = positions[..., None].double() * frequencies.to(positions.device)
+    angle = positions[..., None].double() * frequencies.to(positions.device, non_blocking=True)
     angle = torch.cat([angle, angle], dim=-1)[..., None, :]
     return (angle.cos() * gain).to(dtype), (angle.sin() * gain).to(dtype)
 

@@ -114,7 +114,12 @@ class DraftSize(ABC):
         """What a pack keeps for the backward."""
 
     @abstractmethod
-    def training_flops(self, train: TrainRecipe, steps: float, tokens: float, loss_tokens: float) -> float: ...
+    def training_flops(self, train: TrainRecipe, steps: float, tokens: float, loss_tokens: float) -> float:
+        """Of its matrix products, forward and backward, and of the teacher's."""
+
+    @abstractmethod
+    def attention_flops(self, train: TrainRecipe, pairs: float) -> float:
+        """Of attention, forward and backward, where queries see `pairs` keys of the target's tokens in all."""
 
 
 @dataclass

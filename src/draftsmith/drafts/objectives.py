@@ -20,7 +20,15 @@ from torch import Tensor
 
 from draftsmith.drafts.packing import Pack, PackInputs
 
-CHUNK_ROWS = 512  # logits of a chunk stay in a CPU's last-level cache
+CPU_ROWS = 512  # their logits stay in a CPU's last-level cache
+GPU_ROWS, GPU_BYTES = 8192, 2**29  # few launches and wide products, in bounded memory
+
+
+def chunk_rows(device: torch.device, columns: int) -> int:
+    """Rows whose logits over so many columns are made at once."""
+    if device.type == "cpu":
+        return CPU_ROWS
+    return max(128, min(GPU_ROWS, GPU_BYTES // (4 * columns) // 128 * 128))
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,10 @@ def teacher_probabilities(
     def capped(logits: Tensor) -> Tensor:
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
-    chunk = CHUNK_ROWS if full_head_VH is None else 64  # fewer rows of the whole vocabulary
+    if full_head_VH is None:
+        chunk = chunk_rows(last_RH.device, len(rows_DH))
+    else:  # fewer rows of the whole vocabulary
+        chunk = 64 if last_RH.device.type == "cpu" else chunk_rows(last_RH.device, len(full_head_VH))
     for start in range(0, len(last_RH), chunk):
         hidden = last_RH[start : start + chunk]
         logits = capped(hidden @ rows_DH.T)
@@ -91,8 +102,9 @@ class HeadLoss(torch.autograd.Function):
         grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device)
         alphas = torch.empty(len(x), dtype=torch.float32, device=x.device)
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
-        for start in range(0, len(x), CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
+        chunk = chunk_rows(x.device, len(head))
+        for start in range(0, len(x), chunk):
+            rows = slice(start, start + chunk)
             logits = x[rows] @ head.T
             losses, gradient, alphas[rows] = objective.loss_and_gradient(logits, p[teacher_rows[rows]].float())
             weights = row_weights[rows]
@@ -122,8 +134,10 @@ def pack_inputs(
 ) -> PackInputs:
     """Teacher distributions and casts; everything here is computed once per token, not once per depth."""
     device = taps_TKH.device
+    index = pack.index(device)
     stored = torch.float32 if dtype == torch.float32 else torch.float16
-    following = last_TH[pack.chains_R.to(device) + 1]
-    teacher = teacher_probabilities(following, head_rows_DH, full_head_VH, softcap, stored)
-    embeds = embedding_VH[pack.ids_T.to(embedding_VH.device)].to(device, dtype)
-    return PackInputs(pack, taps_TKH.to(dtype), embeds, teacher)
+    teacher = teacher_probabilities(last_TH[index.chains_R + 1], head_rows_DH, full_head_VH, softcap, stored)
+    embeds = embedding_VH[index.ids_T.to(embedding_VH.device)].to(device, dtype)
+    # A sum is finite where all its terms are; nothing as large as the states is made for it.
+    finite = (taps_TKH.sum((1, 2), dtype=torch.float32) + last_TH.sum(1, dtype=torch.float32)).isfinite()
+    return PackInputs(pack, taps_TKH.to(dtype), embeds, finite, teacher)

@@ -7,12 +7,20 @@ start - 1 <= s < end - 2, and step i of chain s is scored while s + 2 + i < end.
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from draftsmith.core.records.data import Completion
+from draftsmith.decoding.flash import Sequences
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; nobody waits for a copy from this process's memory to a GPU, which needs it pinned."""
+    if device.type == "cuda" and not x.is_cuda:
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,24 @@ class Segment:
     def __len__(self) -> int:
         return self.last - self.first
 
+    @property
+    def pairs(self) -> int:
+        """Keys of the target's tokens that its chains see, in all."""
+        return len(self) * (self.first - self.document) + len(self) * (len(self) + 1) // 2
+
+
+@dataclass(frozen=True)
+class PackIndex:
+    """Where the parts of a pack lie, as tensors on the device that trains."""
+
+    segments: list[Segment]
+    ids_T: Tensor
+    positions_T: Tensor
+    chains_R: Tensor
+    key_rows: Tensor
+    """Pack positions that the chains of a segment see, segment after segment; `sequences` tells them apart."""
+    sequences: Sequences
+
 
 @dataclass(frozen=True)
 class Pack:
@@ -36,6 +62,7 @@ class Pack:
     segments: list[Segment]
     ids_T: Tensor
     positions_T: Tensor  # inside each document
+    _indices: dict[torch.device, PackIndex] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def chain_count(self) -> int:
@@ -54,6 +81,19 @@ class Pack:
             offset += len(segment)
         return torch.cat(rows)
 
+    def index(self, device: torch.device) -> PackIndex:
+        """Made once for a device, and brought there by one copy that nobody waits for."""
+        if device not in self._indices:
+            keys = [torch.arange(s.document, s.last) for s in self.segments]
+            starts = [torch.tensor([0, *map(len, runs)]).cumsum(0) for runs in (self.segments, keys)]
+            parts = [self.ids_T, self.positions_T, self.chains_R, torch.cat(keys), *starts]
+            there = to_device(torch.cat(parts), device).split([len(part) for part in parts])
+            ids, positions, chains, key_rows, query_starts, key_starts = there
+            longest = max(map(len, self.segments)), max(map(len, keys))
+            sequences = Sequences(query_starts.int(), key_starts.int(), *longest)
+            self._indices[device] = PackIndex(self.segments, ids, positions, chains, key_rows, sequences)
+        return self._indices[device]
+
 
 @dataclass
 class PackInputs:
@@ -62,6 +102,7 @@ class PackInputs:
     pack: Pack
     taps_TKH: Tensor
     embeds_TH: Tensor
+    finite_T: Tensor  # whether all hidden states of a token are
     teacher_RD: Tensor  # row r is the target's distribution after the root of chain r
 
 

@@ -11,7 +11,7 @@ from draftsmith.core.records.base import write_rows
 from draftsmith.core.records.training import HeldOut, MetricsRow, StepTiming
 from draftsmith.drafts import METHODS
 from draftsmith.drafts.method import Draft
-from draftsmith.drafts.objectives import CHUNK_ROWS
+from draftsmith.drafts.objectives import chunk_rows
 from draftsmith.drafts.packing import Pack, PackInputs
 
 Row = TypeVar("Row", MetricsRow, StepTiming)
@@ -34,20 +34,20 @@ def greedy_matches(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Per depth, over its scored rows: the rows, whether the draft's first choice is the token that the target wrote,
     and alpha."""
-    pack = inputs.pack
-    outputs = METHODS[draft.method].guesses(draft, pack, inputs.taps_TKH, inputs.embeds_TH, steps)
-    chains, all_rows = pack.chains_R, [pack.step_rows(step) for step in range(steps)]
+    device = inputs.embeds_TH.device
+    outputs = METHODS[draft.method].guesses(draft, inputs.pack, inputs.taps_TKH, inputs.embeds_TH, steps)
+    index, ids_D = inputs.pack.index(device), d2t.to(device)
+    all_rows = [inputs.pack.step_rows(step) for step in range(steps)]
     matches, alphas = [], []
     for step, (output, rows) in enumerate(zip(outputs, all_rows, strict=True)):
-        match, alpha = [torch.zeros(0, dtype=torch.bool)], [torch.zeros(0)]
-        for part in rows.split(CHUNK_ROWS):
-            logits = draft.logits(output[part.to(output.device)])
-            match.append(d2t[logits.argmax(-1).cpu()] == pack.ids_T[chains[part] + 2 + step])
+        match, alpha = [], []
+        for part in rows.to(device).split(chunk_rows(device, len(d2t))):
+            logits = draft.logits(output[part])
+            match.append(ids_D[logits.argmax(-1)] == index.ids_T[index.chains_R[part] + 2 + step])
             q = torch.softmax(logits, -1, dtype=torch.float32)
-            p = inputs.teacher_RD[(part + step).to(output.device)].float()
-            alpha.append(torch.minimum(p, q).sum(-1).cpu())
-        matches.append(torch.cat(match))
-        alphas.append(torch.cat(alpha))
+            alpha.append(torch.minimum(inputs.teacher_RD[part + step].float(), q).sum(-1))
+        matches.append(torch.cat(match).cpu())
+        alphas.append(torch.cat(alpha).cpu())
     return all_rows, matches, alphas
 
 

@@ -5,51 +5,43 @@ Nothing else: no chain sees another chain's guesses. So a query needs one causal
 at every step, and i dot products with its own keys. Both parts are merged through their log-sum-exps, and each part's
 backward is exact once it is given the merged output and the merged log-sum-exp (as in ring attention).
 
+The product with step 0's keys has three ways: the CPU's flash kernel, segment by segment; CUDA's flash kernel, all
+segments in one launch; and plain PyTorch in fp32 for every other device, dtype and head size. That one makes scores of
+a bounded number of queries at a time and is what the kernels are held against.
+
 Shapes: T tokens, R chains, I earlier steps, N query heads, M key heads, D head dimension.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from draftsmith.drafts.packing import Segment
+from draftsmith.decoding import flash
+from draftsmith.drafts.packing import PackIndex, Segment
 
-_FLASH_DEVICES = ("cpu",)  # elsewhere the block is plain PyTorch
+PLAIN_ROWS = 1024  # queries whose scores exist at once on the plain way
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-
-def _scores(query: Tensor, key: Tensor, causal: bool, scale: float) -> Tensor:
-    scores = (query @ key.transpose(-1, -2)).float() * scale
-    if causal:
-        size = query.shape[2]
-        hidden = torch.ones(size, size, dtype=torch.bool, device=query.device).triu(1)
-        scores = scores.masked_fill(hidden, float("-inf"))
-    return scores
+Part = tuple[Tensor, Tensor]
+"""(output [r, N, D], log-sum-exp [r, N]) over some of the keys."""
 
 
-def _block_forward(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """(output [1, N, R, D], log-sum-exp [1, N, R]) of one block of keys."""
-    if query.device.type in _FLASH_DEVICES:
-        return _flash_cpu(query, key, value, 0.0, causal, scale=scale)
-    scores = _scores(query, key, causal, scale)
-    lse = scores.logsumexp(-1)
-    return (scores - lse[..., None]).exp().to(value.dtype) @ value, lse
+def has_cpu_flash(query: Tensor) -> bool:
+    return query.device.type == "cpu"
 
 
-def _block_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, given the output and log-sum-exp over *all* blocks."""
-    if query.device.type in _FLASH_DEVICES:
-        return _flash_cpu_backward(grad, query, key, value, out, lse, 0.0, causal, scale=scale)
-    weights = (_scores(query, key, causal, scale) - lse[..., None]).exp()
-    delta = (grad.float() * out.float()).sum(-1, keepdim=True)
-    grad_scores = (weights * ((grad @ value.transpose(-1, -2)).float() - delta) * scale).to(query.dtype)
-    grad_value = weights.to(grad.dtype).transpose(-1, -2) @ grad
-    return grad_scores @ key, grad_scores.transpose(-1, -2) @ query, grad_value
+def _rows(index: PackIndex) -> Iterator[tuple[Segment, slice]]:
+    """Every segment with its rows among the chains."""
+    offset = 0
+    for segment in index.segments:
+        yield segment, slice(offset, offset + len(segment))
+        offset += len(segment)
+
+
+# --- the CPU's flash kernel ---------------------------------------------------------------------------------------
 
 
 def _blocks(segment: Segment) -> list[tuple[slice, bool]]:
@@ -59,60 +51,148 @@ def _blocks(segment: Segment) -> list[tuple[slice, bool]]:
 
 
 def _heads_first(x: Tensor, groups: int = 1) -> Tensor:
-    """[T, M, D] -> [1, M * groups, T, D] with stride 0 over the groups."""
+    """[T, M, D] -> [1, M * groups, T, D]"""
     x = x.transpose(0, 1)
     return (x if groups == 1 else x[:, None].expand(-1, groups, -1, -1).flatten(0, 1))[None]
 
 
+def _cpu_forward(query: Tensor, key0: Tensor, value0: Tensor, index: PackIndex, scale: float) -> Any:
+    groups = query.shape[1] // key0.shape[1]
+    for segment, rows in _rows(index):
+        q, parts = _heads_first(query[rows]), []
+        for keys, causal in _blocks(segment):
+            k, v = _heads_first(key0[keys], groups), _heads_first(value0[keys], groups)
+            out, lse = _flash_cpu(q, k, v, 0.0, causal, scale=scale)
+            parts.append((out[0].transpose(0, 1), lse[0].float().transpose(0, 1)))
+        yield rows, parts
+
+
+def _cpu_backward(grad: Tensor, saved: tuple[Tensor, ...], into: list[Tensor], index: PackIndex, scale: float) -> None:
+    query, key0, value0, out, lse = saved
+    grad_query, grad_key0, grad_value0 = into
+    kv_heads = key0.shape[1]
+    groups = query.shape[1] // kv_heads
+    for segment, rows in _rows(index):
+        q, g, o = _heads_first(query[rows]), _heads_first(grad[rows]), _heads_first(out[rows])
+        s = lse[rows].transpose(0, 1)[None].contiguous()
+        for keys, causal in _blocks(segment):
+            k, v = _heads_first(key0[keys], groups), _heads_first(value0[keys], groups)
+            gq, gk, gv = _flash_cpu_backward(g, q, k, v, o, s, 0.0, causal, scale=scale)
+            grad_query[rows] += gq[0].transpose(0, 1)
+            grad_key0[keys] += gk[0].unflatten(0, (kv_heads, groups)).sum(1, dtype=torch.float32).transpose(0, 1)
+            grad_value0[keys] += gv[0].unflatten(0, (kv_heads, groups)).sum(1, dtype=torch.float32).transpose(0, 1)
+
+
+# --- CUDA's flash kernel ------------------------------------------------------------------------------------------
+
+
+def _cuda_forward(query: Tensor, key0: Tensor, value0: Tensor, index: PackIndex, scale: float) -> Any:
+    """A segment's queries are the last rows of its keys [document, last), so one bottom-right causal mask fits all."""
+    out, lse = flash.forward(query, key0[index.key_rows], value0[index.key_rows], index.sequences, scale)
+    yield slice(None), [(out, lse.transpose(0, 1))]
+
+
+def _cuda_backward(grad: Tensor, saved: tuple[Tensor, ...], into: list[Tensor], index: PackIndex, scale: float) -> None:
+    query, key0, value0, out, lse = saved
+    k, v, s = key0[index.key_rows], value0[index.key_rows], lse.transpose(0, 1).contiguous()
+    gq, gk, gv = flash.backward(grad, query, k, v, out, s, index.sequences, scale)
+    into[0] += gq
+    into[1].index_add_(0, index.key_rows, gk.float())  # segments of one document share keys
+    into[2].index_add_(0, index.key_rows, gv.float())
+
+
+# --- plain PyTorch ------------------------------------------------------------------------------------------------
+
+
+def _chunks(index: PackIndex) -> Iterator[tuple[slice, slice]]:
+    """(rows of at most PLAIN_ROWS queries, the keys that the last of them sees)."""
+    for segment, rows in _rows(index):
+        for start in range(0, len(segment), PLAIN_ROWS):
+            stop = min(start + PLAIN_ROWS, len(segment))
+            yield slice(rows.start + start, rows.start + stop), slice(segment.document, segment.first + stop)
+
+
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """[r, N, D] -> fp32 [M, N/M * r, D]: the heads that share a key head are more rows of it."""
+    return x.float().unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+
+
+def _ungrouped(x: Tensor, rows: int) -> Tensor:
+    """[M, N/M * r, ...] -> [r, N, ...]"""
+    return x.unflatten(1, (-1, rows)).movedim(2, 0).flatten(1, 2)
+
+
+def _plain_scores(query: Tensor, key: Tensor, rows: int, scale: float) -> Tensor:
+    """[M, N/M * r, k]; the last of the r queries sees all k keys, the one before it all but the last, and so on."""
+    scores = (query @ key.transpose(1, 2)).mul_(scale)
+    hidden = torch.ones(rows, key.shape[1], dtype=torch.bool, device=key.device).triu_(1 + key.shape[1] - rows)
+    scores.unflatten(1, (-1, rows)).masked_fill_(hidden, float("-inf"))
+    return scores
+
+
+def _plain_forward(query: Tensor, key0: Tensor, value0: Tensor, index: PackIndex, scale: float) -> Any:
+    for rows, keys in _chunks(index):
+        count = rows.stop - rows.start
+        k, v = key0[keys].float().transpose(0, 1), value0[keys].float().transpose(0, 1)
+        scores = _plain_scores(_grouped(query[rows], key0.shape[1]), k, count, scale)
+        lse = scores.logsumexp(-1)
+        out = scores.sub_(lse[..., None]).exp_() @ v
+        yield rows, [(_ungrouped(out, count), _ungrouped(lse, count))]
+
+
+def _plain_backward(
+    grad: Tensor, saved: tuple[Tensor, ...], into: list[Tensor], index: PackIndex, scale: float
+) -> None:
+    query, key0, value0, out, lse = saved
+    kv_heads = key0.shape[1]
+    delta = (grad.float() * out.float()).sum(-1, keepdim=True)
+    for rows, keys in _chunks(index):
+        count = rows.stop - rows.start
+        k, v = key0[keys].float().transpose(0, 1), value0[keys].float().transpose(0, 1)
+        q, g = _grouped(query[rows], kv_heads), _grouped(grad[rows], kv_heads)
+        weights = _plain_scores(q, k, count, scale).sub_(_grouped(lse[rows, :, None], kv_heads)).exp_()
+        into[2][keys] += (weights.transpose(1, 2) @ g).transpose(0, 1)
+        through = (g @ v.transpose(1, 2)).sub_(_grouped(delta[rows], kv_heads)).mul_(weights).mul_(scale)
+        into[0][rows] += _ungrouped(through @ k, count)
+        into[1][keys] += (through.transpose(1, 2) @ q).transpose(0, 1)
+
+
+def _way(query: Tensor) -> tuple[Any, Any]:
+    """(forward, backward) over step 0's keys. A forward yields rows with the parts of their keys; a backward adds to
+    the fp32 gradients of query, key0 and value0, given the output and log-sum-exp over *all* keys."""
+    if has_cpu_flash(query):
+        return _cpu_forward, _cpu_backward
+    return (_cuda_forward, _cuda_backward) if flash.takes(query) else (_plain_forward, _plain_backward)
+
+
 class ChainAttention(torch.autograd.Function):
-    """apply(query [R, N, D], key0 [T, M, D], value0, own_keys [I, R, M, D], own_values, segments) -> [R, N, D]"""
+    """apply(query [R, N, D], key0 [T, M, D], value0, own_keys [I, R, M, D], own_values, index) -> [R, N, D]"""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key0: Tensor,
-        value0: Tensor,
-        own_keys: Tensor,
-        own_values: Tensor,
-        segments: Sequence[Segment],
+        ctx: Any, query: Tensor, key0: Tensor, value0: Tensor, own_keys: Tensor, own_values: Tensor, index: PackIndex
     ) -> Tensor:
         chains, heads, dim = query.shape
         groups = heads // key0.shape[1]
         scale = dim**-0.5
+        attend, ctx.attend_backward = _way(query)
         out = query.new_empty(chains, heads, dim)
         lse = torch.empty(chains, heads, dtype=torch.float32, device=query.device)
-        offset = 0
-        for segment in segments:
-            rows = slice(offset, offset + len(segment))
-            offset += len(segment)
-            q = _heads_first(query[rows])
-            outputs, sums = [], []
-            for keys, causal in _blocks(segment):
-                o, s = _block_forward(
-                    q, _heads_first(key0[keys], groups), _heads_first(value0[keys], groups), causal, scale
-                )
-                outputs.append(o[0].transpose(0, 1))
-                sums.append(s[0].float().transpose(0, 1))
+        for rows, parts in attend(query, key0, value0, index, scale):
+            sums = [s for _, s in parts]
             total = torch.logaddexp(*sums) if len(sums) > 1 else sums[0]
             if len(own_keys):
-                mine = ChainAttention._own_scores(query[rows], own_keys[:, rows], scale)
+                mine = _own_scores(query[rows], own_keys[:, rows], scale)
                 total = torch.logaddexp(total, mine.logsumexp(0))
-            parts = [o.float() * (s - total).exp()[..., None] for o, s in zip(outputs, sums, strict=True)]
-            merged = torch.stack(parts).sum(0)
+            weighted = [o.float() * (s - total).exp()[..., None] for o, s in parts]
+            merged = torch.stack(weighted).sum(0) if len(weighted) > 1 else weighted[0]
             if len(own_keys):
                 weights = (mine - total).exp().unflatten(2, (-1, groups))
                 merged += torch.einsum("irmg,irmd->rmgd", weights, own_values[:, rows].float()).flatten(1, 2)
             out[rows], lse[rows] = merged.to(out.dtype), total
         ctx.save_for_backward(query, key0, value0, own_keys, own_values, out, lse)
-        ctx.segments, ctx.scale, ctx.groups = segments, scale, groups
+        ctx.index, ctx.scale, ctx.groups = index, scale, groups
         return out
-
-    @staticmethod
-    def _own_scores(query: Tensor, own_keys: Tensor, scale: float) -> Tensor:
-        """[I, R, N]"""
-        grouped = query.float().unflatten(1, (own_keys.shape[2], -1))
-        return torch.einsum("rmgd,irmd->irmg", grouped, own_keys.float()).flatten(2) * scale
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -120,26 +200,13 @@ class ChainAttention(torch.autograd.Function):
         scale, groups = ctx.scale, ctx.groups
         kv_heads = key0.shape[1]
         grad = grad.contiguous()
-        grad_query = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
-        grad_key0 = torch.zeros(key0.shape, dtype=torch.float32, device=query.device)
-        grad_value0 = torch.zeros_like(grad_key0)
-        offset = 0
-        for segment in ctx.segments:
-            rows = slice(offset, offset + len(segment))
-            offset += len(segment)
-            q, g, o = _heads_first(query[rows]), _heads_first(grad[rows]), _heads_first(out[rows])
-            s = lse[rows].transpose(0, 1)[None].contiguous()
-            for keys, causal in _blocks(segment):
-                gq, gk, gv = _block_backward(
-                    g, q, _heads_first(key0[keys], groups), _heads_first(value0[keys], groups), o, s, causal, scale
-                )
-                grad_query[rows] += gq[0].transpose(0, 1)
-                grad_key0[keys] += gk[0].unflatten(0, (kv_heads, groups)).sum(1, dtype=torch.float32).transpose(0, 1)
-                grad_value0[keys] += gv[0].unflatten(0, (kv_heads, groups)).sum(1, dtype=torch.float32).transpose(0, 1)
+        into = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (query, key0, value0)]
+        ctx.attend_backward(grad, (query, key0, value0, out, lse), into, ctx.index, scale)
+        grad_query, grad_key0, grad_value0 = into
         grad_own_keys = grad_own_values = None
         if len(own_keys):
             grad_f = grad.float()
-            weights = (ChainAttention._own_scores(query, own_keys, scale) - lse).exp()
+            weights = (_own_scores(query, own_keys, scale) - lse).exp()
             delta = (grad_f * out.float()).sum(-1)
             grouped_grad = grad_f.unflatten(1, (kv_heads, groups))
             grouped_query = query.float().unflatten(1, (kv_heads, groups))
@@ -158,3 +225,9 @@ class ChainAttention(torch.autograd.Function):
             grad_own_values,
             None,
         )
+
+
+def _own_scores(query: Tensor, own_keys: Tensor, scale: float) -> Tensor:
+    """[I, R, N]"""
+    grouped = query.float().unflatten(1, (own_keys.shape[2], -1))
+    return torch.einsum("rmgd,irmd->irmg", grouped, own_keys.float()).flatten(2) * scale

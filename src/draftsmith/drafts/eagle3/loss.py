@@ -12,7 +12,7 @@ from draftsmith.core.recipe import TrainRecipe
 from draftsmith.drafts.eagle3.model import Eagle3Draft
 from draftsmith.drafts.eagle3.ttt import ttt_outputs
 from draftsmith.drafts.objectives import HeadLoss, Objective
-from draftsmith.drafts.packing import PackInputs
+from draftsmith.drafts.packing import PackInputs, to_device
 
 
 class TTTLoss(nn.Module):
@@ -31,7 +31,7 @@ class TTTLoss(nn.Module):
         """
         device = inputs.embeds_TH.device
         outputs = ttt_outputs(self.draft, inputs.pack, inputs.taps_TKH, inputs.embeds_TH, self.steps)
-        rows = [inputs.pack.step_rows(step).to(device) for step in range(self.steps)]
+        rows = [to_device(inputs.pack.step_rows(step), device) for step in range(self.steps)]
         x = self.draft.norm(torch.cat([output[r] for output, r in zip(outputs, rows, strict=True)]))
         # The distribution after the root of chain r + i is the one that step i of chain r is judged by.
         teacher_rows = torch.cat([r + step for step, r in enumerate(rows)])

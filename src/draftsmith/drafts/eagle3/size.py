@@ -69,9 +69,17 @@ class Eagle3Size(DraftSize):
         return train.pack_tokens * per_token + LOSS_ROWS * c.draft_vocab_size * 4 * 3
 
     def training_flops(self, train: TrainRecipe, steps: float, tokens: float, loss_tokens: float) -> float:
-        per_loss_token = 6 * train.ttt_steps * (self.layer + self.head) + 2 * self.head
-        flops = tokens * 6 * self.fuse + loss_tokens * per_loss_token
+        c = self.config
+        key_value = 4.0 * c.num_key_value_heads * c.head_dim * c.hidden_size  # of the embedding and of the feature
+        embedding = c.num_attention_heads * c.head_dim * c.hidden_size + key_value / 2
+        # The embedding's half of q, k and v, and step 0's keys and values, are made once per token.
+        once = self.fuse + embedding + key_value / 2
+        per_loss_token = train.ttt_steps * (self.layer - embedding + self.head) - key_value / 2
+        flops = 6 * (tokens * once + loss_tokens * per_loss_token) + 2 * loss_tokens * self.head
         if train.optimizer != "muon":
             return flops
         sides = [(min(shape), max(shape)) for shape in (*self._matrices, self._fc)]
         return flops + steps * NEWTON_SCHULZ * sum(4 * m * m * n + 2 * m**3 for m, n in sides)
+
+    def attention_flops(self, train: TrainRecipe, pairs: float) -> float:
+        return 12.0 * train.ttt_steps * pairs * self.config.num_attention_heads * self.config.head_dim

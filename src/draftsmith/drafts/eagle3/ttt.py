@@ -21,11 +21,14 @@ def ttt_outputs(draft: Eagle3Draft, pack: Pack, taps_TKH: Tensor, embeds_TH: Ten
     """Pre-norm outputs [R, H] of every step; row r of step i predicts token chains[r] + 2 + i."""
     layer, attn, config = draft.midlayer, draft.midlayer.self_attn, draft.config
     device, dtype = embeds_TH.device, embeds_TH.dtype
-    chains_R = pack.chains_R.to(device)
-    positions_T = pack.positions_T.to(device)
+    index = pack.index(device)
+    chains_R, positions_T = index.chains_R, index.positions_T
     last = len(pack.ids_T) - 1
     shape_q, shape_kv = (attn.num_heads, attn.head_dim), (attn.num_kv_heads, attn.head_dim)
     query_size = attn.num_heads * attn.head_dim
+
+    # Once for all positions: the angles are fp64, of which GPUs have little.
+    cos, sin = draft.rope(torch.arange(max(map(len, pack.documents)) + steps, device=device), dtype)
 
     def keys_and_values(kv: Tensor) -> tuple[Tensor, Tensor]:
         key, value = kv.unflatten(-1, (2, *shape_kv)).unbind(1)
@@ -41,7 +44,7 @@ def ttt_outputs(draft: Eagle3Draft, pack: Pack, taps_TKH: Tensor, embeds_TH: Ten
     features_TH = draft.fuse(taps_TKH)
     kv = F.linear(layer.hidden_norm(features_TH), from_feature[query_size:]) + embed_qkv[following_T, query_size:]
     key0, value0 = keys_and_values(kv)
-    key0 = rotate(key0, draft.rope(positions_T, dtype))
+    key0 = rotate(key0, (cos[positions_T], sin[positions_T]))
 
     feature = features_TH[chains_R]
     own_keys: list[Tensor] = []
@@ -49,7 +52,8 @@ def ttt_outputs(draft: Eagle3Draft, pack: Pack, taps_TKH: Tensor, embeds_TH: Ten
     outputs: list[Tensor] = []
     for step in range(steps):
         beside = (chains_R + 1 + step).clamp(max=last)
-        table = draft.rope(positions_T[chains_R] + step, dtype)
+        positions_R = positions_T[chains_R] + step
+        table = cos[positions_R], sin[positions_R]
         normed = layer.hidden_norm(feature)
         if step:
             query, kv = (F.linear(normed, from_feature) + embed_qkv[beside]).tensor_split([query_size], dim=-1)
@@ -66,7 +70,7 @@ def ttt_outputs(draft: Eagle3Draft, pack: Pack, taps_TKH: Tensor, embeds_TH: Ten
             value0,
             torch.stack(own_keys) if own_keys else empty,
             torch.stack(own_values) if own_values else empty,
-            pack.segments,
+            index,
         )
         feature = draft.finish(feature, attended.flatten(1))
         outputs.append(feature)

@@ -1,0 +1,94 @@
+"""Bytes of a training step at sizes that no CPU test could run: every tensor on the device `meta`, which has shapes and
+no numbers, and every storage counted while it lives."""
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from draftsmith.core.records.data import Completion
+from draftsmith.drafts.eagle3.loss import TTTLoss
+from draftsmith.drafts.eagle3.model import Eagle3Config, Eagle3Draft
+from draftsmith.drafts.objectives import Objective, pack_inputs
+from draftsmith.drafts.packing import make_pack
+
+META = torch.device("meta")
+STEPS, DRAFT_VOCAB, PROMPT = 7, 32000, 200
+QWEN3_8B = dict(
+    hidden_size=4096, intermediate_size=12288, num_attention_heads=32, num_key_value_heads=8, vocab_size=151936
+)
+MINIMAX_M27 = dict(
+    hidden_size=3072, intermediate_size=6144, num_attention_heads=48, num_key_value_heads=8, vocab_size=200064
+)
+
+
+class LiveBytes(TorchDispatchMode):
+    """`live` now and `peak` since it was last set, of storages on the device that were made inside."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+        self.live = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device == self.device:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._sizes:
+                    self._sizes[storage._cdata] = storage.nbytes()
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self._freed, storage._cdata)
+        return out
+
+    def _freed(self, key):
+        self.live -= self._sizes.pop(key)
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Of one pack. `base`: bf16 weights, embedding and rows of the head; the others come on top of it."""
+
+    base: int
+    prepare: int
+    inputs: int
+    forward: int
+    held: int
+    backward: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.prepare, self.forward, self.backward)
+
+
+def step_bytes(dimensions: dict, documents: int, length: int, device: torch.device = META) -> StepBytes:
+    """One pack's forward and backward in bf16; gradients of the bf16 weights are among the bytes."""
+    rows = [Completion(id=str(i), ids=[1] * length, spans=[(PROMPT, length)]) for i in range(documents)]
+    pack = make_pack(rows, length)
+    config = Eagle3Config(
+        **dimensions,
+        head_dim=128,
+        draft_vocab_size=DRAFT_VOCAB,
+        taps=(1, 2, 3),
+        rope_theta=1e4,
+        max_position_embeddings=length,
+    )
+    size, vocabulary, tokens = config.hidden_size, config.vocab_size, len(pack.ids_T)
+    bf16 = dict(dtype=torch.bfloat16, device=device)
+    with LiveBytes(device) as bytes_:
+        with device:
+            loss = TTTLoss(Eagle3Draft(config).bfloat16(), STEPS, Objective())
+        embedding, head = torch.empty(vocabulary, size, **bf16), torch.empty(DRAFT_VOCAB, size, **bf16)
+        base = bytes_.peak = bytes_.live
+        taps, last = torch.empty(tokens, 3, size, **bf16), torch.empty(tokens, size, **bf16)
+        inputs = pack_inputs(pack, taps, last, embedding, head, None, None, torch.bfloat16)
+        del taps, last
+        prepare, bytes_.peak, held_inputs = bytes_.peak - base, bytes_.live, bytes_.live - base
+        value, _ = loss(inputs, [1e-4] * STEPS)
+        forward, bytes_.peak, held = bytes_.peak - base, bytes_.live, bytes_.live - base
+        value.backward()
+        return StepBytes(base, prepare, held_inputs, forward, held, bytes_.peak - base)
