@@ -36,7 +36,7 @@ from draftsmith.runs.pipeline import run_pipeline
 from draftsmith.runs.probing import probe_server
 from draftsmith.runs.run import Run
 from draftsmith.targets.local import LocalTarget, load_tokenizer
-from draftsmith.training.capture import StreamedCapture
+from draftsmith.training.capture import PrefetchedCapture
 
 
 @pytest.fixture(scope="module")
@@ -405,15 +405,14 @@ def test_a_gemma_whose_sglang_leaves_the_residual_stream_out_is_refused(tmp_path
 def test_packs_are_fetched_ahead_within_bounds():
     asked, finish = set(), [threading.Event() for _ in range(10)]
 
-    class Slow:
-        def capture(self, documents, taps):
-            number = documents[0][0]
-            asked.add(number)
-            assert number == 99 or finish[number].wait(10)
-            return number
+    def slow(names, documents):
+        number = documents[0][0]
+        asked.add(number)
+        assert number == 99 or finish[number].wait(10)
+        return number
 
     packs = [([str(i)], [[i]]) for i in range(10)]
-    capture = StreamedCapture(Slow(), (1,), iter(packs), 3)
+    capture = PrefetchedCapture(slow, iter(packs), 3, torch.device("cpu"))
     for i in range(10):
         finish[i].set()
         assert capture(*packs[i]) == i

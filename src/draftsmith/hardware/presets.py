@@ -65,3 +65,21 @@ def preset(name: str) -> Machine:
     if name not in PRESETS:
         raise RecipeError(f"--hardware: {name!r} given; one of here, {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+# As CUDA names them; the first that fits. An H100 PCIe or NVL is not the SXM module of the presets.
+_CHIPS = {
+    "H100 PCIe": 0.756e15,
+    "H100 NVL": 0.835e15,
+    "H100": PRESETS["h100-1"].flops_s,
+    "H200": PRESETS["h200-1"].flops_s,
+    "A100": PRESETS["a100-1"].flops_s,
+    "RTX 4090": PRESETS["rtx4090-1"].flops_s,
+}
+
+
+def peak_flops_s(device_name: str) -> float | None:
+    """Dense bf16 peak of a whole GPU, None where it is not known."""
+    if "MIG" in device_name:
+        return None
+    return next((peak for chip, peak in _CHIPS.items() if chip in device_name), None)

@@ -76,11 +76,17 @@ def _vocab(run: Run, out: Path) -> None:
 
 
 def _train(run: Run, out: Path) -> None:
+    import torch
+
     from draftsmith.data.vocabulary import DraftVocabulary
+    from draftsmith.hardware.presets import peak_flops_s
     from draftsmith.training.trainer import Trainer
 
-    vocabulary = DraftVocabulary.load(run.files.vocabulary)
-    Trainer(run.recipe, run.target, run.target.config, run.files.completions, vocabulary, out, run.processes).train()
+    recipe, vocabulary = run.recipe, DraftVocabulary.load(run.files.vocabulary)
+    on_gpu = recipe.device != "cpu" and recipe.train.dtype == "bf16" and torch.cuda.is_available()
+    peak = peak_flops_s(torch.cuda.get_device_name()) if on_gpu else None
+    target, completions = run.target, run.files.completions
+    Trainer(recipe, target, target.config, completions, vocabulary, out, run.processes, peak).train()
 
 
 def _export(run: Run, out: Path) -> None:

@@ -2,11 +2,12 @@
 
 import itertools
 import shutil
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from draftsmith.core.errors import DataError
 from draftsmith.core.files import read_json, save_tensors, write_json
 from draftsmith.core.progress import Meter, say
+from draftsmith.drafts.packing import to_device
 from draftsmith.targets.base import Capture, Target
 from draftsmith.training.processes import ProcessGroup
 
@@ -30,7 +32,21 @@ class CaptureSource(Protocol):
 
 
 class OnlineCapture:
-    """The target runs in this process; its hidden states live for one pack and never touch the disk."""
+    """The target runs in this process, on one pack at a time; its hidden states never touch the disk."""
+
+    def __init__(self, target: Target, taps: Sequence[int]):
+        self.target, self.taps = target, tuple(taps)
+        self._turn = threading.Lock()
+
+    def __call__(self, names: list[str], documents: list[list[int]]) -> Capture:
+        with self._turn:
+            states = self.target.capture(documents, self.taps)
+        # Made under inference mode, and autograd saves only ordinary tensors.
+        return Capture(states.taps_TKH.clone(), states.last_TH.clone())
+
+
+class ServedCapture:
+    """Servers run the target, on as many packs at once as they are asked for."""
 
     def __init__(self, target: Target, taps: Sequence[int]):
         self.target, self.taps = target, tuple(taps)
@@ -39,31 +55,53 @@ class OnlineCapture:
         return self.target.capture(documents, self.taps)
 
 
-class StreamedCapture:
-    """Hidden states that arrive from servers while the trainer works.
+class PrefetchedCapture:
+    """Hidden states that are made, read or received while the trainer works.
 
     Packs are asked for in the order in which they will be trained on, at most `ahead` of them at once: the trainer
-    holds the servers back, so memory here and files there stay bounded. Anything else is asked for on the spot.
+    holds the source back, so memory here and files of servers stay bounded. Anything else is asked for on the spot.
+    For a GPU all of it happens on a stream of its own, the copies from pinned memory among it, so neither the trainer's
+    kernels nor its process wait.
     """
 
     def __init__(
-        self, target: Target, taps: Sequence[int], packs: Iterator[tuple[list[str], list[list[int]]]], ahead: int
+        self,
+        source: CaptureSource,
+        packs: Iterator[tuple[list[str], list[list[int]]]],
+        ahead: int,
+        device: torch.device,
     ):
-        self.target, self.taps, self.packs = target, tuple(taps), packs
+        self.source, self.packs, self.device = source, packs, device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.fetchers = ThreadPoolExecutor(ahead, thread_name_prefix="capture")
-        self.coming: deque[tuple[list[str], Future[Capture]]] = deque()
+        self.coming: deque[tuple[list[str], Future[tuple[Capture, Any]]]] = deque()
         for _ in range(ahead):
             self._ask_for_next()
 
     def _ask_for_next(self) -> None:
         for names, documents in itertools.islice(self.packs, 1):
-            self.coming.append((names, self.fetchers.submit(self.target.capture, documents, self.taps)))
+            self.coming.append((names, self.fetchers.submit(self._fetch, names, documents)))
+
+    def _fetch(self, names: list[str], documents: list[list[int]]) -> tuple[Capture, Any]:
+        """The states, and what has to be over on the GPU before they are there."""
+        if self.stream is None:
+            return self.source(names, documents), None
+        with torch.cuda.stream(self.stream):
+            states = self.source(names, documents)
+            there = (to_device(x, self.device) for x in (states.taps_TKH, states.last_TH))
+            return Capture(*there), self.stream.record_event()
 
     def __call__(self, names: list[str], documents: list[list[int]]) -> Capture:
         if not self.coming or self.coming[0][0] != names:
-            return self.target.capture(documents, self.taps)
-        states = self.coming.popleft()[1].result()
-        self._ask_for_next()
+            states, done = self._fetch(names, documents)
+        else:
+            states, done = self.coming.popleft()[1].result()
+            self._ask_for_next()
+        if done is not None:
+            here = torch.cuda.current_stream(self.device)
+            here.wait_event(done)
+            for x in (states.taps_TKH, states.last_TH):
+                x.record_stream(here)  # its memory is not given away before this stream has read it
         return states
 
 

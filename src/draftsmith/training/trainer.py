@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +24,16 @@ from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.drafts import METHODS
 from draftsmith.drafts.method import Draft
 from draftsmith.drafts.objectives import pack_inputs
-from draftsmith.drafts.packing import Pack, PackInputs, make_pack, schedule, trainable
+from draftsmith.drafts.packing import Pack, PackInputs, make_pack, schedule, to_device, trainable
 from draftsmith.targets.base import Target
 from draftsmith.targets.parts import DTYPES
-from draftsmith.training.capture import CaptureSource, OfflineCapture, OnlineCapture, StreamedCapture
+from draftsmith.training.capture import (
+    CaptureSource,
+    OfflineCapture,
+    OnlineCapture,
+    PrefetchedCapture,
+    ServedCapture,
+)
 from draftsmith.training.checkpoints import (
     BEST,
     checkpoint_paths,
@@ -39,8 +46,18 @@ from draftsmith.training.checkpoints import (
     whole_weights,
 )
 from draftsmith.training.metrics import append_row, converged, evaluate_heldout, truncate_rows
-from draftsmith.training.muon import Muon
+from draftsmith.training.optimizers import make_optimizers
 from draftsmith.training.processes import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is left of a pack after its backward. measured, on the device: 1 where hidden states are not all finite,
+    loss, sum of alpha by depth."""
+
+    pack: Pack
+    finite_T: Tensor
+    measured: Tensor
 
 
 class Trainer:
@@ -53,7 +70,9 @@ class Trainer:
         vocabulary: DraftVocabulary,
         out: Path,
         processes: ProcessGroup | None = None,
+        peak_flops_s: float | None = None,
     ):
+        """peak_flops_s: of a device in the dtype of training; with it the share that is reached is told."""
         settings = recipe.train
         self.processes = processes = processes or ProcessGroup()
         if settings.accumulate % processes.size:
@@ -62,6 +81,7 @@ class Trainer:
                 f"processes; give a multiple of {processes.size}"
             )
         self.recipe, self.settings, self.target, self.vocabulary, self.out = recipe, settings, target, vocabulary, out
+        self.peak_flops_s = peak_flops_s
         out.mkdir(parents=True, exist_ok=True)
         self.dtype = DTYPES[settings.dtype]
         self.device = target.head_rows(torch.tensor([0])).device
@@ -89,7 +109,7 @@ class Trainer:
             if settings.optimizer == "muon":
                 raise DataError("train.shard: Muon needs whole matrices; give train.optimizer adamw or shard false")
             processes.shard(self.loss, self.dtype)
-        self.optimizers = self._make_optimizers()
+        self.optimizers = make_optimizers(self.draft, settings, self.dtype)
         self.head_rows = target.head_rows(vocabulary.ids_D).contiguous()
         everything = torch.arange(vocabulary.target_size)
         self.full_head = target.head_rows(everything) if settings.true_probabilities else None
@@ -127,6 +147,7 @@ class Trainer:
             f"{len(self.steps):,} steps, {tokens:,} tokens, {settings.dtype} on {self.device}"
             + (f", {processes.size} processes" if processes.size > 1 else "")
         )
+        flops = seconds = 0.0
         with Meter("train", len(self.steps)) as meter:
             meter.resume(self.step)
             while self.step < len(self.steps):
@@ -139,8 +160,10 @@ class Trainer:
                 self.step += 1
                 last = self.step == len(self.steps)
                 size = sum(min(len(self.rows[i].ids), settings.max_document_tokens) for p in step for i in p)
-                meter.advance(1, size, f"loss {self.sums.last_loss:.3f}")
                 spent = time.perf_counter() - started
+                flops, seconds = flops + self._flops(packs), seconds + spent
+                share = f", {flops / seconds / self.peak_flops_s:.0%} MFU" if self.peak_flops_s else ""
+                meter.advance(1, size, f"loss {self.sums.last_loss:.3f}{share}")
                 self._write(run_files.step_timing, StepTiming(step=self.step, tokens=size, seconds=spent))
                 if self.step % settings.log_every == 0 or last:
                     self._log()
@@ -168,33 +191,15 @@ class Trainer:
         return summary
 
     def _optimiser_step(self, packs: list[Pack], capture: CaptureSource) -> None:
-        inputs = [ready for pack in packs if (ready := self._inputs(pack, capture)) is not None]
-        if self.sharded and len(inputs) < len(packs):
-            raise TrainingError(
-                "train.shard: a whole pack was quarantined on one process, which sharded training cannot sit out; "
-                "go on with train.shard false"
-            )
         lr = self._learning_rate()
         for optimizer in self.optimizers:
             beside_muon = len(self.optimizers) > 1 and isinstance(optimizer, torch.optim.AdamW)
             for group in optimizer.param_groups:
                 group["lr"] = lr * (self.settings.head_rate if beside_muon else 1.0)
-        weights = self._step_weights([i.pack for i in inputs])
-        total = 0.0
-        alpha_sums, alpha_counts = [0.0] * self.settings.ttt_steps, [0] * self.settings.ttt_steps
-        for ready in inputs:
-            loss, alphas = self._forward(ready, weights)
-            (loss * self.processes.size if self.sharded else loss).backward()  # FSDP2 averages where we sum
-            total += loss.item()
-            for i, alpha in enumerate(alphas):
-                alpha_sums[i] += alpha.sum().item()
-                alpha_counts[i] += len(alpha)
-        if not self.sharded:
-            self.processes.sum_gradients(list(self.draft.parameters()))
-        total, *flat = self.processes.sum([total, *alpha_sums, *alpha_counts])
-        alpha_sums, alpha_counts = flat[: len(alpha_sums)], [round(n) for n in flat[len(alpha_sums) :]]
-        clipped = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self.settings.clip_norm)
-        norm = (clipped.full_tensor() if isinstance(clipped, DTensor) else clipped).item()
+        while (measured := self._gradients(packs, capture)) is None:
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+        total, norm, alpha_sums, alpha_counts = measured
         if not (math.isfinite(norm) and math.isfinite(total)):
             names = [name for pack in packs for name in pack.names]
             raise TrainingError(
@@ -216,6 +221,47 @@ class Trainer:
             learning_rate=lr,
         )
 
+    def _gradients(
+        self, packs: list[Pack], capture: CaptureSource
+    ) -> tuple[float, float, list[float], list[int]] | None:
+        """Gradients of all packs, one pack in memory at a time; over all processes loss, norm, and sums and counts of
+        alpha by depth. None where hidden states were not finite: their documents are now quarantined, and the step has
+        to be done again without them.
+        """
+        kept = [good for pack in packs if (good := self._without_quarantined(pack)) is not None]
+        if self.sharded and len(kept) < len(packs):
+            raise TrainingError(
+                "train.shard: a whole pack was quarantined on one process, which sharded training cannot sit out; "
+                "go on with train.shard false"
+            )
+        weights, counts = self._step_weights(kept)
+        done = [seen for pack in packs if (seen := self._backward(pack, capture, weights)) is not None]
+        if not self.sharded:
+            self.processes.sum_gradients(list(self.draft.parameters()))
+        clipped = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self.settings.clip_norm)
+        norm = clipped.full_tensor() if isinstance(clipped, DTensor) else clipped
+        # The step's one look at the device: until here the host only lays out work for it.
+        *flat, measured_norm = torch.cat([*(seen.measured for seen in done), norm.reshape(1)]).tolist()
+        sums = [0.0] * (2 + self.settings.ttt_steps)
+        for start in range(0, len(flat), len(sums)):
+            sums = [a + b for a, b in zip(sums, flat[start : start + len(sums)], strict=True)]
+        broken, total, *alpha_sums = self.processes.sum(sums)
+        if broken:
+            for seen in done:
+                self._quarantine(seen.pack, seen.finite_T)
+            return None
+        return total, measured_norm, alpha_sums, counts
+
+    def _backward(self, pack: Pack, capture: CaptureSource, weights: list[float]) -> Seen | None:
+        inputs = self._inputs(pack, capture)
+        if inputs is None:
+            return None
+        loss, alphas = self._forward(inputs, weights)
+        (loss * self.processes.size if self.sharded else loss).backward()  # FSDP2 averages where we sum
+        broken = (~inputs.finite_T.all()).float()
+        measured = torch.stack([broken, loss.detach(), *(alpha.sum() for alpha in alphas)])
+        return Seen(inputs.pack, inputs.finite_T, measured)
+
     def _forward(self, inputs: PackInputs, weights: list[float]) -> tuple[Tensor, list[Tensor]]:
         """Loss with the parameters cast to the compute dtype; gradients arrive at the fp32 masters."""
         if self.dtype == torch.float32 or self.sharded:  # FSDP2 casts by itself
@@ -223,65 +269,51 @@ class Trainer:
         cast = {name: p.to(self.dtype) for name, p in self.loss.named_parameters()}
         return functional_call(self.loss, cast, (inputs, weights))
 
-    def _make_optimizers(self) -> list[torch.optim.Optimizer]:
-        """AdamW for everything, or Muon for the layer's and fc's matrices and AdamW for the head and the norms.
-
-        Muon's steps are scaled to AdamW's size, so one learning rate nearly serves both; `head_rate` is the rest.
-        """
-        settings = self.settings
-        use_muon = settings.optimizer == "muon"
-        matrices = [
-            p
-            for n, p in self.draft.named_parameters()
-            if use_muon and p.ndim == 2 and not n.startswith(self.draft.head)
-        ]
-        chosen = {id(p) for p in matrices}
-        optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(
-                [p for p in self.draft.parameters() if id(p) not in chosen],
-                lr=settings.learning_rate,
-                betas=settings.betas,
-                weight_decay=settings.weight_decay,
-                fused=True,
-            )
-        ]
-        if matrices:
-            optimizers.append(
-                Muon(matrices, settings.learning_rate, settings.weight_decay, dtype=self.dtype),
-            )
-        return optimizers
-
     # --- the parts ----------------------------------------------------------------------------------------------
 
     def _inputs(self, pack: Pack, capture: CaptureSource) -> PackInputs | None:
-        """Hidden states and teacher of a pack; documents with NaN or Inf among them are quarantined."""
+        """Hidden states and teacher of a pack without its quarantined documents; None where it has no others."""
         states = capture(pack.names, pack.documents)
-        taps, last = states.taps_TKH.to(self.device), states.last_TH.to(self.device)
-        if not (taps.isfinite().all() and last.isfinite().all()):
-            good, start = [], 0
-            by_name = {c.id: c for c in (*self.rows, *self.heldout)}
-            for name, document in zip(pack.names, pack.documents, strict=True):
-                part = slice(start, start + len(document))
-                start += len(document)
-                if taps[part].isfinite().all() and last[part].isfinite().all():
-                    good.append((name, part))
-                elif name not in self.quarantined:
-                    self.quarantined.append(name)
-                    say(f"train: {name} has NaN or Inf in its hidden states; quarantined")
-            if not good:
-                return None
-            pack = make_pack([by_name[name] for name, _ in good], self.settings.max_document_tokens)
-            taps, last = (torch.cat([x[part] for _, part in good]) for x in (taps, last))
-        # Made under inference mode, and autograd saves only ordinary tensors.
-        taps, last = taps.clone(), last.clone()
+        good = self._without_quarantined(pack)
+        if good is None:
+            return None
+        taps, last = to_device(states.taps_TKH, self.device), to_device(states.last_TH, self.device)
+        if good is not pack:
+            named = zip(pack.names, map(len, pack.documents), strict=True)
+            kept = torch.tensor([name not in self.quarantined for name, size in named for _ in range(size)])
+            taps, last = taps[kept.to(self.device)], last[kept.to(self.device)]
         rows, full, softcap = self.head_rows, self.full_head, self.target.logit_softcap
-        return pack_inputs(pack, taps, last, self.target.embedding_rows(), rows, full, softcap, self.dtype)
+        return pack_inputs(good, taps, last, self.target.embedding_rows(), rows, full, softcap, self.dtype)
 
-    def _step_weights(self, packs: list[Pack]) -> list[float]:
-        """Weight of one scored row at every step: a mean over the whole batch, whatever its packing."""
+    def _without_quarantined(self, pack: Pack) -> Pack | None:
+        if not any(name in self.quarantined for name in pack.names):
+            return pack
+        by_name = {c.id: c for c in (*self.rows, *self.heldout)}
+        good = [by_name[name] for name in pack.names if name not in self.quarantined]
+        return make_pack(good, self.settings.max_document_tokens) if good else None
+
+    def _quarantine(self, pack: Pack, finite_T: Tensor) -> bool:
+        """Leave the documents with NaN or Inf in their hidden states out from now on; whether there are any."""
+        parts = finite_T.cpu().split([len(document) for document in pack.documents])
+        broken = [name for name, part in zip(pack.names, parts, strict=True) if not part.all()]
+        for name in broken:
+            say(f"train: {name} has NaN or Inf in its hidden states; quarantined")
+        self.quarantined += broken
+        return bool(broken)
+
+    def _step_weights(self, packs: list[Pack]) -> tuple[list[float], list[int]]:
+        """(weight of one scored row, scored rows) at every step: a mean over the whole batch, whatever its packing."""
         decay = [self.settings.step_decay**i for i in range(self.settings.ttt_steps)]
         counts = self.processes.sum([sum(len(p.step_rows(i)) for p in packs) for i in range(self.settings.ttt_steps)])
-        return [d / (sum(decay) * max(1, n)) for d, n in zip(decay, counts, strict=True)]
+        weights = [d / (sum(decay) * max(1, n)) for d, n in zip(decay, counts, strict=True)]
+        return weights, [round(n) for n in counts]
+
+    def _flops(self, packs: list[Pack]) -> float:
+        """Of the draft alone; docs/gpu.md has the formula."""
+        size = self.method.size(self.draft.config)
+        tokens, rows = sum(len(p.ids_T) for p in packs), sum(p.chain_count for p in packs)
+        pairs = sum(segment.pairs for p in packs for segment in p.segments)
+        return size.training_flops(self.settings, 1, tokens, rows) + size.attention_flops(self.settings, pairs)
 
     def _learning_rate(self) -> float:
         """Linear warm-up, then a cosine to `final_share` of the peak."""
@@ -295,13 +327,19 @@ class Trainer:
 
     def _capture_source(self) -> CaptureSource:
         taps = self.draft.config.taps
-        if self.settings.capture == "online" and self.recipe.target.engine == "transformers":
-            return OnlineCapture(self.target, taps)
-        if self.settings.capture == "online":
-            return StreamedCapture(self.target, taps, self._packs_to_come(), self.recipe.server.packs_ahead)
-        limit = self.settings.max_document_tokens
-        documents = {c.id: c.ids[:limit] for c in (*self.heldout, *self.rows)}
-        return OfflineCapture(self.out / "hidden_states", self.target, taps, documents, self.processes)
+        source: CaptureSource
+        ahead = 1
+        if self.settings.capture == "offline":
+            limit = self.settings.max_document_tokens
+            documents = {c.id: c.ids[:limit] for c in (*self.heldout, *self.rows)}
+            source = OfflineCapture(self.out / "hidden_states", self.target, taps, documents, self.processes)
+        elif self.recipe.target.engine == "transformers":
+            source = OnlineCapture(self.target, taps)
+            if self.device.type != "cuda":  # target and draft would only take each other's cores
+                return source
+        else:
+            source, ahead = ServedCapture(self.target, taps), self.recipe.server.packs_ahead
+        return PrefetchedCapture(source, self._packs_to_come(), ahead, self.device)
 
     def _packs_to_come(self) -> Iterator[tuple[list[str], list[list[int]]]]:
         for step in self.steps[self.step :]:
@@ -315,6 +353,8 @@ class Trainer:
         for step in schedule(lengths, settings.pack_tokens, settings.max_document_tokens, 0, 1, 1):
             pack = make_pack([self.heldout[i] for i in step[0]], settings.max_document_tokens)
             inputs = self._inputs(pack, capture)
+            if inputs is not None and self._quarantine(inputs.pack, inputs.finite_T):
+                inputs = self._inputs(pack, capture)
             if inputs is not None:
                 yield inputs
 
