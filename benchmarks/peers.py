@@ -1,4 +1,4 @@
-"""Train an EAGLE-3 draft with a peer's own classes on a CPU, and time it.
+"""Train an EAGLE-3 draft with a peer's own classes, and time it. Run on CPUs so far; --device cuda has yet to be tried.
 
 Run with the environment of install_peers.sh:
 
@@ -91,16 +91,18 @@ def specforge(args: argparse.Namespace, target: PreTrainedModel, data: dict[str,
     from specforge.runtime.contracts import TrainBatch
     from specforge.training.strategies.base import Eagle3TrainStrategy
 
-    # CPU: their loss is a Triton kernel with no CPU path; this is the reference they ship beside it.
-    eagle3.LogSoftmaxLoss = SimpleNamespace(apply=_compute_loss)
+    attention = "flex_attention"
+    if args.device == "cpu":
+        # CPU: their loss is a Triton kernel with no CPU path; this is the reference they ship beside it.
+        eagle3.LogSoftmaxLoss = SimpleNamespace(apply=_compute_loss)
+        attention = "sdpa"  # CPU: their option, as flex attention has no CPU backward.
 
     dtype = DTYPES[args.dtype]
-    # CPU: their "sdpa" attention option, as flex attention has no CPU backward.
-    draft = AutoDraftModel.from_config(draft_config(data), torch_dtype=dtype, attention_backend="sdpa")
+    draft = AutoDraftModel.from_config(draft_config(data), torch_dtype=dtype, attention_backend=attention)
     draft.load_state_dict({name: data[name] for name in ("t2d", "d2t")}, strict=False)
     draft.load_embedding(args.target)
     draft.freeze_embedding()
-    model = eagle3.OnlineEagle3Model(draft, length=TTT_LENGTH, attention_backend="sdpa").to(dtype)
+    model = eagle3.OnlineEagle3Model(draft, length=TTT_LENGTH, attention_backend=attention).to(args.device, dtype)
 
     # TargetHead.from_pretrained wants a sharded checkpoint with an untied head, which Gemma-3-270m
     # is not. Sharing the target's matrix saves SpecForge a copy.
@@ -135,7 +137,7 @@ def speculators(args: argparse.Namespace, target: PreTrainedModel, data: dict[st
     from speculators.train.trainer import TrainerConfig
     from transformers import get_linear_schedule_with_warmup
 
-    dtype = DTYPES[args.dtype]
+    dtype, on_cpu = DTYPES[args.dtype], args.device == "cpu"
     draft = Eagle3DraftModel.from_training_args(
         draft_config(data),
         **{name: data[name] for name in ("t2d", "d2t")},
@@ -144,13 +146,14 @@ def speculators(args: argparse.Namespace, target: PreTrainedModel, data: dict[st
         verifier_name_or_path=args.target,
         norm_before_residual=False,  # the layer SGLang and SpecForge have
         ttt_steps=TTT_LENGTH,
-        draft_attn_impl="sdpa",  # CPU: their option for hardware without flex attention
-    ).train()
+        **({"draft_attn_impl": "sdpa"} if on_cpu else {}),  # CPU: their option for hardware without flex attention
+    )
+    draft = draft.to(args.device).train()
     if args.gemma_norm:  # their EAGLE-3 applies the gain w where Gemma's norm has 1 + w: a wrong teacher
         draft.verifier_norm.weight.data += 1
     call_kwargs, _ = Eagle3DraftModel.get_trainer_kwargs(
         loss_fn="kl_div",
-        loss_implementation="eager",  # CPU: their option; "fused" is Triton
+        loss_implementation="eager" if on_cpu else "fused",  # CPU: their option; "fused" is Triton
         ttt_steps=TTT_LENGTH,
         ttt_step_loss_decay=1.0,
     )
@@ -165,8 +168,9 @@ def speculators(args: argparse.Namespace, target: PreTrainedModel, data: dict[st
         names = ("input_ids", "loss_mask", "hidden_states", "verifier_last_hidden_states")
         added = {"lengths": torch.tensor([args.seq]), "position_ids": torch.arange(args.seq)}
         batch = collate([dict(zip(names, row, strict=False)) | added for row in zip(*seen, strict=False)])
+        batch = {name: x.to(args.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
         # CPU: their Trainer's step, without the Trainer, which needs an accelerator.
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.dtype == "bf16"):
+        with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.dtype == "bf16"):
             _, loss, _ = draft(**batch, **call_kwargs)
         optimizer.zero_grad()
         loss.backward()
@@ -197,7 +201,8 @@ def save_sglang(draft: torch.nn.Module, config: LlamaConfig, directory: Path) ->
 def batches(data: dict[str, torch.Tensor], args: argparse.Namespace) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for step in range(args.steps + 1):
         rows = torch.arange(step * args.batch, (step + 1) * args.batch) % len(data["input_ids"])
-        yield data["input_ids"][rows, : args.seq], data["loss_mask"][rows, : args.seq].long()
+        chosen = data["input_ids"][rows, : args.seq], data["loss_mask"][rows, : args.seq].long()
+        yield tuple(x.to(args.device) for x in chosen)
 
 
 def resident_bytes() -> int:
@@ -208,6 +213,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=PEERS, required=True)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the target and the peer's compute")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--layer", type=json.loads, help="JSON: keys of DRAFT_LAYER, and taps, of another target")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one warm-up step")
@@ -227,13 +234,17 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    global TAPS
     args = parse_args()
+    if args.layer:
+        TAPS = tuple(args.layer.pop("taps"))
+        DRAFT_LAYER.update(args.layer)
     torch.manual_seed(0)
     data = load_file(args.data)
     if data["input_ids"].shape[1] < args.seq:
         sys.exit(f"--seq {args.seq}: the data file's rows have {data['input_ids'].shape[1]} tokens")
     target = AutoModelForCausalLM.from_pretrained(args.target, dtype=DTYPES[args.dtype])
-    target.eval().requires_grad_(False)
+    target.eval().requires_grad_(False).to(args.device)
     for weight in target.parameters():
         weight.sum()  # a bf16 checkpoint is mapped, not read: unread pages would not count as resident
     after_target_load = resident_bytes()
@@ -263,6 +274,8 @@ def main() -> None:
         "rss_before_first_step_bytes": before_first_step,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+    if args.device == "cuda":
+        result["peak_bytes"] = torch.cuda.max_memory_allocated()
     print(json.dumps(result))
 
 

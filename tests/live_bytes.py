@@ -12,7 +12,7 @@ from draftsmith.core.records.data import Completion
 from draftsmith.drafts.eagle3.loss import TTTLoss
 from draftsmith.drafts.eagle3.model import Eagle3Config, Eagle3Draft
 from draftsmith.drafts.objectives import Objective, pack_inputs
-from draftsmith.drafts.packing import make_pack
+from draftsmith.drafts.packing import Pack, make_pack
 
 META = torch.device("meta")
 STEPS, DRAFT_VOCAB, PROMPT = 7, 32000, 200
@@ -65,11 +65,8 @@ class StepBytes:
         return max(self.prepare, self.forward, self.backward)
 
 
-def step_bytes(dimensions: dict, documents: int, length: int, device: torch.device = META) -> StepBytes:
-    """One pack's forward and backward in bf16; gradients of the bf16 weights are among the bytes."""
-    rows = [Completion(id=str(i), ids=[1] * length, spans=[(PROMPT, length)]) for i in range(documents)]
-    pack = make_pack(rows, length)
-    config = Eagle3Config(
+def draft_config(dimensions: dict, length: int) -> Eagle3Config:
+    return Eagle3Config(
         **dimensions,
         head_dim=128,
         draft_vocab_size=DRAFT_VOCAB,
@@ -77,6 +74,16 @@ def step_bytes(dimensions: dict, documents: int, length: int, device: torch.devi
         rope_theta=1e4,
         max_position_embeddings=length,
     )
+
+
+def long_pack(documents: int, length: int) -> Pack:
+    rows = [Completion(id=str(i), ids=[1] * length, spans=[(PROMPT, length)]) for i in range(documents)]
+    return make_pack(rows, length)
+
+
+def step_bytes(dimensions: dict, documents: int, length: int, device: torch.device = META) -> StepBytes:
+    """One pack's forward and backward in bf16; gradients of the bf16 weights are among the bytes."""
+    pack, config = long_pack(documents, length), draft_config(dimensions, length)
     size, vocabulary, tokens = config.hidden_size, config.vocab_size, len(pack.ids_T)
     bf16 = dict(dtype=torch.bfloat16, device=device)
     with LiveBytes(device) as bytes_:

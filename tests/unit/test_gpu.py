@@ -1,6 +1,8 @@
 """Everything that touches a device, on a pretended GPU: the CPU's own numbers come out, no tensor of the CPU meets one
 of the device, and the host waits for the device no oftener than is said here. tests/gpu has the same on a real one."""
 
+import re
+
 import pytest
 import torch
 from gpu_cases import (
@@ -15,12 +17,17 @@ from gpu_cases import (
     target_on,
     trainer_on,
 )
-from live_bytes import MINIMAX_M27, QWEN3_8B, step_bytes
+from live_bytes import MINIMAX_M27, QWEN3_8B, draft_config, long_pack, step_bytes
 from pretended_gpu import NAME, DeviceMix, PretendedGPU
+from torch.utils.flop_counter import FlopCounterMode
 
+from draftsmith.core import progress
+from draftsmith.core.recipe import TrainRecipe
 from draftsmith.decoding import flash
 from draftsmith.drafts.eagle3.chain_attention import ChainAttention
+from draftsmith.drafts.eagle3.size import Eagle3Size
 from draftsmith.drafts.packing import make_pack
+from draftsmith.hardware.presets import peak_flops_s
 
 CPU = torch.device("cpu")
 GIGABYTE = 1e9
@@ -147,3 +154,26 @@ def test_bytes_of_a_real_step(monkeypatch, dimensions, by_flash, length, most):
     take 128 and 654 GB."""
     monkeypatch.setattr(flash, "takes", lambda query: by_flash)
     assert step_bytes(dimensions, 1, length).peak < most * GIGABYTE
+
+
+def test_the_arithmetic_of_mfu_is_what_torch_counts(monkeypatch):
+    monkeypatch.setattr(flash, "takes", lambda query: True)
+    with FlopCounterMode(display=False) as counter:
+        step_bytes(QWEN3_8B, 2, 1024)
+    products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "flash" not in str(op))
+    pack, size = long_pack(2, 1024), Eagle3Size(draft_config(QWEN3_8B, 1024))
+    assert size.training_flops(TrainRecipe(), 1, len(pack.ids_T), pack.chain_count) == pytest.approx(products, rel=0.02)
+    [segment] = long_pack(1, 1024).segments
+    assert segment.pairs == sum(chain + 1 for chain in range(segment.first, segment.last))
+    assert size.attention_flops(TrainRecipe(), 10.0) == 12 * 7 * 10 * 32 * 128
+
+
+def test_the_share_of_the_peak_is_told(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(progress, "QUIET_S", 0)
+    run = trainer_on(on_cpu("llama")[0], tmp_path)
+    run.peak_flops_s = 1e6
+    run.train()
+    assert re.search(r"train: .* loss \d+\.\d+, \d+% MFU in", capsys.readouterr().err)
+    assert peak_flops_s("NVIDIA H100 80GB HBM3") == 0.99e15
+    assert peak_flops_s("NVIDIA H100 PCIe") == 0.756e15
+    assert peak_flops_s("NVIDIA GeForce GTX 1080") is None

@@ -1,4 +1,4 @@
-"""Attention of training-time test (EAGLE-3, section 3.2) in time and memory linear in the chains.
+"""Attention of training-time test (EAGLE-3, section 3.2) in memory linear in the chains.
 
 Step i of chain s sees the target-fed positions of its document up to s (step 0's keys) and its own i later steps.
 Nothing else: no chain sees another chain's guesses. So a query needs one causal product with step 0's keys, the same
