@@ -89,7 +89,7 @@ def loss_and_gradients(target: LocalTarget, architecture: str, dtype: torch.dtyp
 def decoded(target: LocalTarget, architecture: str, device: torch.device, shape: Shape | None, sampling: Sampling):
     _, draft, ids = on_cpu(architecture)
     drafter = Eagle3Drafter(copy.deepcopy(draft).to(device), ids, target.embedding_rows()) if shape else None
-    return Decoder(target, drafter).generate(PROMPT, sampling, 6, shape, seed=3)
+    return Decoder(target, drafter).generate(PROMPT, sampling, 4, shape, seed=3)
 
 
 def trainer_on(target: LocalTarget, out, **changes) -> Trainer:
