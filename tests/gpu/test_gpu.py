@@ -1,5 +1,5 @@
-"""The same code on a real GPU as on the pretended one of tests/unit/test_pretended_gpu.py, and what only a real one can show: the
-flash kernel itself, streams, bytes as the allocator counts them. Skipped where there is none."""
+"""The same code on a real GPU as on the pretended one of tests/unit/test_pretended_gpu.py, and what only a real one can
+show: the flash kernel itself, streams, bytes as the allocator counts them. Skipped where there is none."""
 
 import warnings
 
