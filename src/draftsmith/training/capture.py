@@ -73,6 +73,8 @@ class PrefetchedCapture:
     ):
         self.source, self.packs, self.device = source, packs, device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(device))  # the target's weights may be on their way
         self.fetchers = ThreadPoolExecutor(ahead, thread_name_prefix="capture")
         self.coming: deque[tuple[list[str], Future[tuple[Capture, Any]]]] = deque()
         for _ in range(ahead):
