@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.commands import GROUPS, NAMES, STAGES
-from draftsmith.core.errors import DraftsmithError, RecipeError
+from draftsmith.core.errors import DraftsmithError, RecipeError, out_of_memory, shortage
 from draftsmith.core.progress import say
 
 
@@ -102,6 +102,10 @@ def main() -> int:
         say(f"draftsmith: {error}", error=True)
     except KeyboardInterrupt:
         say("draftsmith: interrupted; what is finished is kept, the same command goes on from there")
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        say(f"draftsmith: {shortage(error)}; free the device, or give another --device", error=True)
     except OSError as error:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -6,6 +6,7 @@ DraftsmithError            one line: what was given, what is allowed, which key 
 ├── TargetError            a target or tokenizer that cannot be loaded or lacks a hook
 ├── CheckpointError        a checkpoint or draft directory that is damaged or belongs to another run
 ├── TrainingError          training that had to stop (non-finite gradients, no loss tokens)
+├── MemoryShortage         a card or machine that cannot hold what was asked of it
 ├── ServeError             an engine that cannot be started or does not answer
 └── PublishError           a hub that does not take the draft
 
@@ -37,9 +38,28 @@ class TrainingError(DraftsmithError):
     pass
 
 
+class MemoryShortage(DraftsmithError):
+    pass
+
+
 class ServeError(DraftsmithError):
     pass
 
 
 class PublishError(DraftsmithError):
     pass
+
+
+# How torch says it where it raises a plain RuntimeError: of the host, and of a product's workspace on the card.
+_SHORT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python or torch says that the card or the host has no memory left."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or any(text in str(error) for text in _SHORT_OF_MEMORY)
+
+
+def shortage(error: BaseException) -> str:
+    """What such an error tells of sizes, without its advice: `CUDA out of memory. Tried to allocate 2.00 GiB. ...`"""
+    return ". ".join(" ".join(str(error).split()).split(". ")[:3]) or "out of memory"

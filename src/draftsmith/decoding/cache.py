@@ -14,11 +14,11 @@ from torch import Tensor
 
 
 class StaticCache:
-    """Preallocated on first use; grows by doubling when `reserve` asks for more."""
+    """Allocated on first use; grows by half when `reserve` asks for more, ahead of need up to `most` columns."""
 
-    def __init__(self, batch_size: int, capacity: int):
+    def __init__(self, batch_size: int, capacity: int, most: int | None = None):
         self.batch_size = batch_size
-        self.capacity = capacity
+        self.capacity, self.most = capacity, most
         self.keys: list[Tensor] = []  # per layer [B, N, L, D]
         self.values: list[Tensor] = []
         self._write: tuple[Any, ...] = ()
@@ -46,7 +46,8 @@ class StaticCache:
         """Make room for `length` columns."""
         if length <= self.capacity:
             return
-        grown = max(length, 2 * self.capacity)
+        ahead = self.capacity * 3 // 2
+        grown = max(length, ahead if self.most is None else min(ahead, self.most))
         for buffers in (self.keys, self.values):
             for i, old in enumerate(buffers):
                 new = old.new_zeros(*old.shape[:2], grown, old.shape[3])

@@ -4,6 +4,7 @@ Another engine is one more file with a class of these (docs/architecture.md); a 
 engines/server.py. Engines are asked through sessions alone, so that what is measured is measured alike.
 """
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -94,10 +95,11 @@ class Engine(ABC):
     def open(self, setup: Setup, shape: Shape | None, url: str | None = None) -> AbstractContextManager[Session]:
         """A session; with the draft where a shape is given. `url`: a server that was started already."""
 
-    def exact(self, setup: Setup) -> Setup:
+    @contextlib.contextmanager
+    def exact(self, setup: Setup) -> Iterator[Setup | None]:
         """What losslessness is proved on: in fp32, in which ties do not hide behind rounding, where that is ours to
-        choose."""
-        return setup
+        choose; None where the device has no room for it, which is said."""
+        yield setup
 
     def draftable(self, shapes: Sequence[Shape], setup: Setup) -> list[Shape]:
         """Those of the shapes that it can draft; says which it cannot, and a `DataError` if that is all."""

@@ -16,6 +16,7 @@ from draftsmith.decoding.stopping import Ends
 from draftsmith.drafts.directories import ready_draft
 from draftsmith.engines.base import Engine, Setup
 from draftsmith.targets.local import LocalTarget
+from draftsmith.targets.parts import card_room
 
 
 class EmbeddedSession:
@@ -73,12 +74,31 @@ class Embedded(Engine):
         drafter = ready_draft(setup.target, setup.draft, setup.reading).drafter() if shape else None
         yield EmbeddedSession(setup.target, drafter, shape)
 
-    def exact(self, setup: Setup) -> Setup:
-        settings = setup.recipe.target
+    @contextlib.contextmanager
+    def exact(self, setup: Setup) -> Iterator[Setup | None]:
+        settings, served = setup.recipe.target, setup.target
+        assert served is not None
         if settings.dtype == "fp32":
-            return setup
-        target = LocalTarget(settings.model, settings.revision, "fp32", setup.recipe.device, settings.trust_remote_code)
-        return replace(setup, target=target)
+            yield setup
+            return
+        device = served.device
+        served.lm.to("cpu")  # a card holds one of the two at a time
+        try:
+            room, needed = card_room(device), 4 * sum(weight.numel() for weight in served.lm.parameters())
+            if room and needed > room[0]:
+                say(
+                    f"evaluate: losslessness is not tested; in fp32 the target takes {needed / 1e9:.1f} GB, and "
+                    f"{room[0] / 1e9:.1f} are free on {device}; --evaluate.engine vllm tests it as it is served"
+                )
+                yield None
+                return
+            target = LocalTarget(settings.model, settings.revision, "fp32", str(device), settings.trust_remote_code)
+            try:
+                yield replace(setup, target=target)
+            finally:
+                target.lm.to("meta")  # whoever still holds it, its weights are gone
+        finally:
+            served.lm.to(device)
 
     def draftable(self, shapes: Sequence[Shape], setup: Setup) -> list[Shape]:
         assert setup.target is not None

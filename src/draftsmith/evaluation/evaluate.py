@@ -325,7 +325,11 @@ class Evaluation:
 
     def _proof(self) -> Lossless | None:
         """In this process: all shapes in fp32, against plain decoding of all prompts as one batch."""
-        setup, proofs = self.engine.exact(self.setup), []
+        with self.engine.exact(self.setup) as setup:
+            return None if setup is None else self._proof_in(setup)
+
+    def _proof_in(self, setup: Setup) -> Lossless | None:
+        proofs = []
         with self.engine.open(setup, None) as alone:
             questions = self.questions(alone)
             chosen = questions[: self.settings.lossless_prompts]

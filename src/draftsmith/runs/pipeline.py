@@ -5,11 +5,12 @@ the last finished run: a digest of the code's format version, the stage's part o
 inputs. An unchanged key skips the stage; another key moves the old directory aside, so that nothing produced is lost.
 """
 
+import contextlib
 import re
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 from draftsmith.core import files, run_files
 from draftsmith.core.allocator import return_freed_memory
-from draftsmith.core.errors import DataError, RecipeError
+from draftsmith.core.errors import DataError, MemoryShortage, RecipeError, out_of_memory, shortage
 from draftsmith.core.files import JsonObject
 from draftsmith.core.history import changed, outputs_of, target_part
 from draftsmith.core.progress import say
@@ -36,7 +37,8 @@ def _peak_memory() -> int:
 
 @dataclass(frozen=True)
 class Stage:
-    """`key` and `inputs` decide whether it runs; `resume_key` whether its directory can be continued."""
+    """`key` and `inputs` decide whether it runs; `resume_key` whether its directory can be continued. `memory`: keys of
+    the recipe that what it holds at once grows with."""
 
     name: str
     what: str
@@ -46,6 +48,7 @@ class Stage:
     resume_key: Callable[["Run"], Any] | None = None
     always: bool = False
     """Tells of more than its inputs, so it is made anew each time, and of whatever is there."""
+    memory: tuple[str, ...] = ()
 
 
 def _source_files(run: Run) -> list[Path]:
@@ -146,6 +149,7 @@ STAGES = (
             **_part("target", "seed")(run),
             "regenerate": run.recipe.regenerate.model_dump(mode="json", exclude={"max_tokens"}),
         },
+        memory=("regenerate.batch_size",),
     ),
     Stage("vocab", "choose the draft vocabulary", _part("target", "vocab"), _completion_files, _vocab),
     Stage(
@@ -159,6 +163,7 @@ STAGES = (
             _part("target", "draft", "seed")(run),
             run.recipe.train.model_dump(mode="json", exclude=BOOKKEEPING),
         ],
+        memory=("train.pack_tokens", "train.max_document_tokens"),
     ),
     Stage(
         "export",
@@ -181,6 +186,7 @@ STAGES = (
         ],
         lambda run: [run_files.weights(run.files.draft), run.files.evaluation_prompts],
         _evaluate,
+        memory=("evaluate.lossless_prompts", "regenerate.batch_size"),
     ),
     Stage(
         "report",
@@ -268,6 +274,25 @@ def _mend(stage: Stage, out: Path, state: StageState) -> None:
             (out / name).rename(_free(out / f".damaged-{name}"))
 
 
+@contextlib.contextmanager
+def _within_memory(run: Run, stage: Stage) -> Iterator[None]:
+    """A card or host without memory left is one line that names what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        values = run.recipe.model_dump()
+        lower = [f"{key} (now {values[part][name]})" for key in stage.memory for part, name in [key.split(".")]]
+        mend = [f"a smaller {' or '.join(lower)}"] if lower else []
+        if run.recipe.target.engine == "transformers":
+            mend.append("target.engine vllm, which runs the target on servers")
+        raise MemoryShortage(
+            f"{stage.name}: {shortage(error)}; give {', or '.join(mend or ['it a larger machine'])}; what is finished "
+            "is kept"
+        ) from None
+
+
 def run_stage(run: Run, stage: Stage) -> StageRun:
     """Run one stage if it has to."""
     key, out = stage_key(run, stage), stage_directory(run, stage)
@@ -295,7 +320,8 @@ def run_stage(run: Run, stage: Stage) -> StageRun:
     StageState(key=key, resume_key=continued, finished=False, recipe=recipe).save(path)
     run.processes.wait()
     started = time.monotonic()
-    stage.run(run, out)
+    with _within_memory(run, stage):
+        stage.run(run, out)
     return_freed_memory()
     run.lock.require()
     outputs = outputs_of(out)

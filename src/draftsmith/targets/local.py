@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from draftsmith.core.errors import TargetError
+from draftsmith.core.errors import TargetError, out_of_memory
 from draftsmith.core.files import JsonObject
 from draftsmith.core.progress import say
 from draftsmith.decoding.attention import ATTENTION_NAME, MaskedPlan, PackedPlan
@@ -35,6 +35,7 @@ from draftsmith.targets.parts import (
 )
 
 FEW_ROWS = 16
+CACHE_AHEAD = 256  # tokens that the cache has room for beyond the first prompts, before it grows
 LONGEST_CHECK = 1024  # sliding windows up to this are checked with a text that is longer
 
 
@@ -86,6 +87,7 @@ class LocalTarget(ModelParts):
                     trust_remote_code=trust_remote_code,
                     use_safetensors=True,
                     output_loading_info=True,
+                    device_map={"": self.device},  # shard by shard to the card, never the whole through host memory
                 )
             )
         except (OSError, ValueError) as error:
@@ -93,7 +95,6 @@ class LocalTarget(ModelParts):
         if missing := sorted(loading["missing_keys"]):  # the library fills them with random numbers
             named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             raise TargetError(f"target.model: {model!r} lacks weights that its config asks for: {named}")
-        lm.to(self.device)
         self.weights_hash = weights_hash(path, revision)
         self._adopt(lm, model, revision, dtype, template_options)
         self.batch_size = batch_size
@@ -145,6 +146,8 @@ class LocalTarget(ModelParts):
                 got = self.capture([document], (0,)).last_TH
             _require_equal(self.logits(got), wanted)
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError) as error:
+            if out_of_memory(error):
+                raise
             raise TargetError(
                 f"target.model: {self.identity.architecture} cannot be driven by draftsmith: {first_line(error)}"
             ) from None
@@ -185,6 +188,8 @@ class LocalTarget(ModelParts):
                 _, stepped = self.verify(cache, len(documents[0]) - 1, documents[0][-1:], *root, ())
                 _require_equal(torch.cat([packed, self.logits(stepped)]), torch.cat([*expected, expected[0][-1:]]))
             except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError) as error:
+                if out_of_memory(error):
+                    raise
                 return first_line(error)
         return None
 
@@ -336,7 +341,8 @@ class LocalTarget(ModelParts):
     ) -> Iterator[tuple[int, Generation]]:
         waiting = deque(range(len(asked)))
         rows = min(self.batch_size, len(asked))
-        cache = StaticCache(rows, min(longest + max_new_tokens, self.context))
+        most = min(longest + max_new_tokens, self.context)
+        cache = StaticCache(rows, min(max(map(len, asked[:rows])) + CACHE_AHEAD, most), most)
         running: list[int | None] = [None] * rows  # prompt index in each cache row
         lengths = torch.zeros(rows, dtype=torch.long)
         outputs: dict[int, list[int]] = {}

@@ -36,6 +36,14 @@ def resolve_device(device: str) -> torch.device:
         raise TargetError(f"device: {device!r} given; allowed are auto, cpu, cuda and cuda:N") from None
 
 
+def card_room(device: torch.device) -> tuple[int, int] | None:
+    """(free, all) bytes of a card, once what is kept for reuse is given back; None where the device is no card."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)
+
+
 def tell_slow_products(device: torch.device, dtype: str) -> None:
     """Many CPUs widen bf16 number by number: ten times slower than fp32, and nothing else would say why."""
     capabilities: JsonObject = getattr(torch.cpu, "get_capabilities", dict)()
