@@ -10,11 +10,19 @@ import time
 from pathlib import Path
 
 import pytest
-from models import tiny_recipe
+import torch
+from models import save_tiny_target, tiny_recipe, write_prompts
+from servers import FaultyServer, serving, tiny_engine
 
 from draftsmith.core.errors import ServeError
+from draftsmith.core.records.data import CompletionsSummary
+from draftsmith.core.records.run import Manifest
+from draftsmith.core.run_files import summary
 from draftsmith.engines import SERVERS
 from draftsmith.engines.process import launch, running
+from draftsmith.runs.pipeline import run_pipeline
+from draftsmith.runs.run import Run
+from draftsmith.targets.local import LocalTarget
 
 ENGINE = """
 import http.server, os, signal, subprocess, sys
@@ -165,3 +173,76 @@ def test_commands_are_the_engines_own():
     assert any('"eagle_aux_hidden_state_layer_ids": [2, 31, 59, 62]' in part for part in capture.command)
     with pytest.raises(ServeError, match="3/4/8 is a tree, and vLLM drafts chains; give 3/1/4"):
         launched(tiny_recipe("m", "p", serve={"shape": "3/4/8"}), "org/model", "draft")
+
+
+IN_FRONT = """
+import http.server, os, sys, urllib.request
+port = sys.argv[sys.argv.index("--port") + 1]
+with open(sys.argv[1], "a") as notes:
+    notes.write(os.environ.get("CUDA_VISIBLE_DEVICES", "all") + "\\n")
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer(None)
+    def do_POST(self):
+        self.answer(self.rfile.read(int(self.headers["Content-Length"])))
+    def answer(self, body):
+        content = b""
+        if self.path != "/health":
+            with urllib.request.urlopen(urllib.request.Request(sys.argv[2] + self.path, body)) as answer:
+                content = answer.read()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+    def log_message(self, *_):
+        pass
+http.server.ThreadingHTTPServer(("127.0.0.1", int(port)), Handler).serve_forever()
+"""
+
+
+def two_free_ports() -> int:
+    while True:
+        with socket.socket() as one, socket.socket() as other, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", 0))
+            other.bind(("127.0.0.1", one.getsockname()[1] + 1))
+            return one.getsockname()[1]
+
+
+def test_gpus_answer_by_vllm_where_it_is_installed(tmp_path, monkeypatch, capsys):
+    """`auto` starts one server on each group of cards, and takes the target of this process off the card first."""
+    model, notes, script = save_tiny_target(tmp_path / "model"), tmp_path / "notes", tmp_path / "engine.py"
+    script.write_text(IN_FRONT)
+    target = LocalTarget(model, dtype="fp32", device="cpu")
+
+    def run(program, directory, **changes):
+        serve = {"program": program, "port": two_free_ports(), "tensor_parallel": 2}
+        recipe = tiny_recipe(model, write_prompts(tmp_path / "p.jsonl"), device="auto", serve=serve, **changes)
+        return Run(recipe, tmp_path / directory, ["test"])
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "a card")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4,5,6,7")
+    with serving(FaultyServer(tiny_engine(target, model))) as (url,):
+        served = run(f"{sys.executable} {script} {notes} {url}", "run")
+        assert served.target is served.target
+        for stage in ("prompts", "regenerate"):
+            run_pipeline(served, stage)
+        assert "target" not in served.__dict__
+        assert sorted(notes.read_text().split()) == ["3,4", "5,6"]  # the fifth card makes no pair
+        written = CompletionsSummary.load(summary(served.files.completions))
+        assert written.completions == 14
+        assert served.evaluation_engine == "vllm"
+        assert "regenerate: vLLM decodes; --regenerate.engine embedded" in capsys.readouterr().err
+        before = Manifest.load(served.files.manifest).stages["regenerate"]
+        changed = run(f"{sys.executable} {script} {notes} {url}", "run", **{"regenerate.engine": "embedded"})
+        run_pipeline(changed, "regenerate")  # whoever answers: the answers stand
+        assert Manifest.load(served.files.manifest).stages["regenerate"].seconds == before.seconds
+    without = run("no-such-vllm serve", "without")
+    assert (without.tell_engine("regenerate"), without.evaluation_engine) == ("embedded", "embedded")
+    assert "on one of 5 GPUs" in (told := capsys.readouterr().err)
+    assert "--serve.program '/opt/vllm/bin/vllm serve'" in told
+    one = run("sh", "one", **{"evaluate.engine": "embedded"})
+    assert (one.tell_engine("regenerate"), one.tell_engine("evaluate")) == ("vllm", "embedded")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert run("sh", "none").tell_engine("regenerate") == "embedded"
+    assert "GPUs" not in capsys.readouterr().err

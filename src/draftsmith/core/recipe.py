@@ -153,6 +153,9 @@ class PromptsRecipe(Model):
 class RegenerateRecipe(Model):
     """On-policy completions, written by the target itself."""
 
+    engine: DecoderName = "auto"
+    """What answers where the target runs in this process: this process (embedded), or servers that are started for it
+    as `serve` says, one on every `serve.tensor_parallel` GPUs; auto: vLLM where there are GPUs and it is installed."""
     temperature: Annotated[float, Field(ge=0.0)] = 1.0
     """0 is greedy."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -291,7 +294,8 @@ class EvaluateRecipe(Model):
     """What is measured on the exported draft."""
 
     engine: DecoderName = "auto"
-    """What decodes: the embedded engine, or a real one; auto: embedded where the target runs in this process."""
+    """What decodes: the embedded engine, or a real one; auto: where the target runs in this process vLLM on GPUs that
+    have it, else embedded."""
     url: str | None = None
     """Server that runs the target with the draft; left out: one is started as `serve` says."""
     plain_url: str | None = None

@@ -70,7 +70,15 @@ def launch(
 
 @contextlib.contextmanager
 def running(launched: Launch, patience_s: float, log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """The engine, healthy; its log goes to our own output or a file; stopped in every case, even if we are killed."""
+    """The engine, healthy; stopped in every case."""
+    with started(launched, log) as process:
+        wait_until_healthy(process, launched.url, patience_s)
+        yield process
+
+
+@contextlib.contextmanager
+def started(launched: Launch, log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """The engine, loading; its log goes to our own output or a file; stopped in every case, even if we are killed."""
     environment = {**os.environ, **launched.environment}
     _require_free(launched.url)
     if log:
@@ -93,7 +101,6 @@ def running(launched: Launch, patience_s: float, log: Path | None = None) -> Ite
                 'name it, for example --serve.program "/opt/engine/bin/vllm serve"'
             ) from None
         try:
-            _wait_until_healthy(process, launched.url, patience_s)
             yield process
         finally:
             stop(process)
@@ -124,7 +131,7 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, patience_s: float) -> None:
+def wait_until_healthy(process: subprocess.Popen[bytes], url: str, patience_s: float) -> None:
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         if process.poll() is not None:

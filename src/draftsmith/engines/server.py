@@ -4,6 +4,7 @@ import contextlib
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +16,7 @@ from draftsmith.core.shape import Shape
 from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.engines.base import Engine, Setup
-from draftsmith.engines.process import launch, running
+from draftsmith.engines.process import launch, started, wait_until_healthy
 from draftsmith.engines.served import ServedTarget
 from draftsmith.targets.parts import resolve_model
 
@@ -35,8 +36,11 @@ class ServerEngine(Engine):
     """Why, for the model card."""
 
     @contextlib.contextmanager
-    def open(self, setup: Setup, shape: Shape | None, url: str | None = None) -> Iterator[ServedTarget]:
-        """On GPUs each server takes all the memory there is, so sessions are opened one at a time."""
+    def open(
+        self, setup: Setup, shape: Shape | None, url: str | None = None, groups: Sequence[str] = ()
+    ) -> Iterator[ServedTarget]:
+        """On GPUs each server takes all the memory there is, so sessions are opened one at a time. `groups`: cards
+        (CUDA_VISIBLE_DEVICES), a server is started on each of them; left out: one that sees whatever there is."""
         recipe, serve = setup.recipe, setup.recipe.serve
         if url is None and serve.engine != self.name and (serve.program or serve.extra):
             raise ServeError(
@@ -44,18 +48,32 @@ class ServerEngine(Engine):
                 f"started; give --serve.engine {self.name} and its own"
             )
         with contextlib.ExitStack() as stack:
-            if url is None:
-                purpose: Purpose = "draft" if shape else "plain"
-                settings = serve.model_copy(update={"engine": self.name, **({"shape": shape} if shape else {})})
-                started = recipe.model_copy(update={"serve": settings})
-                launched = launch(self, started, resolve_model(recipe.target.model), setup.draft, purpose, ())
-                say(f"{self.name}: {launched}")
-                log = setup.logs / f"{self.name}-{str(shape).replace('/', '-') if shape else 'plain'}.log"
-                stack.enter_context(running(launched, serve.patience_s, log))
-                url = launched.url
+            urls = (url,) if url else self._start(stack, setup, shape, groups or ("",))
             most = max(recipe.server.concurrency, *recipe.evaluate.batches)
-            server = recipe.server.model_copy(update={"urls": (url,), "last_urls": (), "concurrency": most})
+            most = max(most, recipe.regenerate.batch_size) if groups else most
+            server = recipe.server.model_copy(update={"urls": urls, "last_urls": (), "concurrency": most})
             yield stack.enter_context(contextlib.closing(ServedTarget(recipe.target, server, self, recipe.device)))
+
+    def _start(
+        self, stack: contextlib.ExitStack, setup: Setup, shape: Shape | None, groups: Sequence[str]
+    ) -> tuple[str, ...]:
+        """URLs of servers on ports that follow each other; they load side by side."""
+        recipe, serve = setup.recipe, setup.recipe.serve
+        purpose: Purpose = "draft" if shape else "plain"
+        loading = []
+        for number, cards in enumerate(groups):
+            changed = {"engine": self.name, "port": serve.port + number, **({"shape": shape} if shape else {})}
+            chosen = recipe.model_copy(update={"serve": serve.model_copy(update=changed)})
+            launched = launch(self, chosen, resolve_model(recipe.target.model), setup.draft, purpose, ())
+            if cards:
+                launched = replace(launched, environment={**launched.environment, "CUDA_VISIBLE_DEVICES": cards})
+            say(f"{self.name}: {launched}")
+            name = f"{self.name}-{str(shape).replace('/', '-') if shape else 'plain'}"
+            log = setup.logs / f"{name}{f'-{number}' if number else ''}.log"
+            loading.append((stack.enter_context(started(launched, log)), launched.url))
+        for process, url in loading:
+            wait_until_healthy(process, url, serve.patience_s)
+        return tuple(url for _, url in loading)
 
     # --- how it is asked and read -------------------------------------------------------------------------------
 

@@ -37,8 +37,7 @@ def _peak_memory() -> int:
 
 @dataclass(frozen=True)
 class Stage:
-    """`key` and `inputs` decide whether it runs; `resume_key` whether its directory can be continued. `memory`: keys of
-    the recipe that what it holds at once grows with."""
+    """`key` and `inputs` decide whether it runs; `resume_key` whether its directory can be continued."""
 
     name: str
     what: str
@@ -49,6 +48,7 @@ class Stage:
     always: bool = False
     """Tells of more than its inputs, so it is made anew each time, and of whatever is there."""
     memory: tuple[str, ...] = ()
+    """Keys of the recipe that what it holds at once grows with."""
 
 
 def _source_files(run: Run) -> list[Path]:
@@ -67,8 +67,9 @@ def _regenerate(run: Run, out: Path) -> None:
     from draftsmith.data.regenerate import Regeneration
     from draftsmith.data.templates import ChatFormat
 
-    chat = ChatFormat.of(run.recipe, run.target)
-    Regeneration(run.recipe, run.target, chat, run.files.training_prompts, out).run()
+    with run.answering(out) as target:
+        chat = ChatFormat.of(run.recipe, target)
+        Regeneration(run.recipe, target, chat, run.files.training_prompts, out).run()
 
 
 def _vocab(run: Run, out: Path) -> None:
@@ -101,14 +102,17 @@ def _export(run: Run, out: Path) -> None:
 
 
 def _evaluate(run: Run, out: Path) -> None:
-    from draftsmith.engines import ENGINES
+    from draftsmith.engines import ENGINES, SERVERS
     from draftsmith.evaluation.evaluate import Evaluation
 
+    run.tell_engine("evaluate")
     name = run.evaluation_engine
-    library = run.target.library if name == "embedded" else None
-    if library is not None and not library.can_cut_back and run.recipe.evaluate.engine == "auto":
+    stuck = name == "embedded" and run.target.library is not None and not run.target.library.can_cut_back
+    if stuck and run.recipe.evaluate.engine == "auto":
         name = run.recipe.serve.engine
         say(f"evaluate: this target's cache cannot be cut back in this process, so {name} verifies its drafts")
+    if name in SERVERS and run.recipe.evaluate.url is None:
+        run.release_target()
     setup = run.setup(name, out)
     Evaluation(ENGINES[name], setup, run.files.evaluation_prompts, out).run(run.created_with)
 
@@ -141,13 +145,16 @@ STAGES = (
     Stage(
         "regenerate",
         "let the target answer them",
-        _part("target", "regenerate", "seed"),
+        lambda run: {
+            **_part("target", "seed")(run),
+            "regenerate": run.recipe.regenerate.model_dump(mode="json", exclude={"engine"}),  # whoever answers for it
+        },
         lambda run: [run.files.training_prompts],
         _regenerate,
         # More tokens of the same run continue it.
         lambda run: {
             **_part("target", "seed")(run),
-            "regenerate": run.recipe.regenerate.model_dump(mode="json", exclude={"max_tokens"}),
+            "regenerate": run.recipe.regenerate.model_dump(mode="json", exclude={"max_tokens", "engine"}),
         },
         memory=("regenerate.batch_size",),
     ),
@@ -349,7 +356,9 @@ def run_pipeline(run: Run, only: str | None = None, redo: str | None = None) -> 
             run.processes.wait()  # until the stage's directory is ready
             out = stage_directory(run, stage)
             if stage.name == "train" and not StageState.load(run_files.stage_state(out)).finished:
-                stage.run(run, out)
+                with _within_memory(run, stage):
+                    stage.run(run, out)
+                run.release_target()
             run.processes.wait()
         return run.files.report
     with run.lock:

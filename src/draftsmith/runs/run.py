@@ -1,19 +1,24 @@
 """A run directory and the recipe that fills it: its target, its draft, what serves it."""
 
+import contextlib
+import gc
 import os
 import platform
+import shlex
+import shutil
 import subprocess
+from collections.abc import Iterator
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from draftsmith.core import files, run_files
 from draftsmith.core.errors import DataError, TargetError
 from draftsmith.core.history import changed, draft_digest, target_part
 from draftsmith.core.lock import RunLock
 from draftsmith.core.progress import say
-from draftsmith.core.recipe import DEFAULT_SHAPE, EngineName, Recipe
+from draftsmith.core.recipe import DEFAULT_SHAPE, DecoderName, EngineName, Recipe
 from draftsmith.core.records.base import Decodes
 from draftsmith.core.records.data import IdentityCheck
 from draftsmith.core.records.machine import Tuned
@@ -175,19 +180,85 @@ class Run:
     @property
     def evaluation_engine(self) -> Decodes:
         """The engine that `evaluate` decodes with."""
-        settings, own = self.recipe.evaluate.engine, self.recipe.target.engine
-        if settings == "auto" and own != "transformers":
-            return own
-        if self.recipe.evaluate.url is not None and settings in ("auto", "embedded"):
+        asked, own = self.recipe.evaluate.engine, self.recipe.target.engine
+        here = asked == "embedded" or (asked == "auto" and own == "transformers")
+        if self.recipe.evaluate.url is not None and here:
             raise TargetError("evaluate.url: given, but the embedded engine decodes; give --evaluate.engine too")
-        if settings == "auto":
-            return "embedded"
-        if settings == "embedded" and own != "transformers":
+        return self.engine_of("evaluate")
+
+    def engine_of(self, stage: Literal["regenerate", "evaluate"]) -> Decodes:
+        """What decodes in a stage: servers where the target runs on them; else what is asked for, and for `auto` vLLM
+        on GPUs that have it, which is several times faster than this process."""
+        asked: DecoderName = getattr(self.recipe, stage).engine
+        own = self.recipe.target.engine
+        if asked == "embedded" and own != "transformers":
             raise TargetError(
-                f"evaluate.engine: embedded needs the target in this process; where it fits, give --target.engine "
-                f"transformers, else leave evaluate.engine out and {own} decodes"
+                f"{stage}.engine: embedded needs the target in this process; where it fits, give --target.engine "
+                f"transformers, else leave {stage}.engine out and {own} decodes"
             )
-        return settings
+        if asked != "auto":
+            return asked
+        if own != "transformers":
+            return own
+        return "vllm" if self.cards and self._program_found else "embedded"
+
+    @cached_property
+    def cards(self) -> list[str]:
+        """The GPUs that this run may use, as CUDA_VISIBLE_DEVICES names them."""
+        import torch
+
+        kind, _, number = self.recipe.device.partition(":")
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        names = seen.split(",")[: torch.cuda.device_count()] if kind in ("auto", "cuda") else []
+        return names[int(number) : int(number) + 1] if number.isdecimal() else names
+
+    @cached_property
+    def _program_found(self) -> bool:
+        """Whether vLLM, where it is what serves the draft, can be started here."""
+        from draftsmith.engines import SERVERS
+
+        serve = self.recipe.serve
+        program = shlex.split(serve.program) or SERVERS["vllm"].program
+        return serve.engine == "vllm" and shutil.which(program[0]) is not None
+
+    def tell_engine(self, stage: Literal["regenerate", "evaluate"]) -> Decodes:
+        """What decodes in a stage; on GPUs `auto` says what it chose, or what would be faster."""
+        asked, name = getattr(self.recipe, stage).engine, self.engine_of(stage)
+        if asked == "auto" and self.recipe.target.engine == "transformers" and self.cards:
+            if name == "vllm":
+                say(f"{stage}: vLLM decodes; --{stage}.engine embedded: this process, several times slower")
+            else:
+                say(
+                    f"{stage}: this process decodes on one of {len(self.cards)} GPUs, without CUDA graphs and several "
+                    "times slower than vLLM; python -m venv /opt/vllm && /opt/vllm/bin/pip install vllm, then give "
+                    "--serve.engine vllm --serve.program '/opt/vllm/bin/vllm serve'"
+                )
+        return name
+
+    @contextlib.contextmanager
+    def answering(self, logs: Path) -> Iterator[Any]:
+        """The target that `regenerate` asks: this run's, or servers that are started on all GPUs."""
+        name = self.tell_engine("regenerate")
+        if name == "embedded" or name == self.recipe.target.engine:
+            yield self.target
+            return
+        from draftsmith.engines import SERVERS
+        from draftsmith.engines.base import Setup
+
+        self.release_target()
+        together = self.recipe.serve.tensor_parallel
+        groups = [",".join(self.cards[i : i + together]) for i in range(0, len(self.cards), together)]
+        whole = [group for group in groups if group.count(",") == together - 1]
+        with SERVERS[name].open(Setup(self.recipe, Path(), logs), None, groups=whole) as target:
+            yield target
+
+    def release_target(self) -> None:
+        """Let go of a target on a card, as an engine that is started takes all of it."""
+        if self.cards and self.recipe.target.engine == "transformers" and self.__dict__.pop("target", None):
+            import torch
+
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def setup(self, engine: Decodes, logs: Path) -> "Setup":
         """What a session of this engine decodes with."""
