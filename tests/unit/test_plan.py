@@ -70,6 +70,27 @@ def test_what_does_not_fit_is_said_with_what_would():
     assert "DOES NOT FIT: 8 such would hold it" in text
 
 
+def test_memory_of_a_target_in_this_process_is_what_it_allocates():
+    """Every row of the cache as long as the longest text; eager steps; one copy of the target at a time."""
+    told = planned("qwen3-8b-eagle3", "h100-1")
+    row = 36 * 2 * 8 * 128 * 2
+    assert told.numbers["target"] == pytest.approx(2 * 8.19e9 + 96 * (2048 + 1024) * row, rel=0.01)
+    assert 4 * 8.19e9 < told.numbers["losslessness"] < 40e9
+    text = page(told)
+    assert "fits with 20.1 GB to spare, counted, not measured on a GPU" in text
+    assert "in this process; 13" in text  # minutes by vLLM
+    by_vllm = load_recipe(RECIPES / "qwen3-8b-eagle3.yaml").regenerate.model_copy(update={"engine": "vllm"})
+    quick = planned("qwen3-8b-eagle3", "h100-1", regenerate=by_vllm)
+    assert quick.numbers["regenerate"] < told.numbers["regenerate"] / 3
+    longer = by_vllm.model_copy(
+        update={"engine": "auto", "batch_size": 256, "max_prompt_tokens": 4096, "max_new_tokens": 4096}
+    )
+    text = page(planned("qwen3-8b-eagle3", "h100-1", regenerate=longer))
+    assert (
+        "cache of 256 sequences at most 309 GB; DOES NOT FIT: a smaller regenerate.batch_size, or target.engine" in text
+    )
+
+
 def test_more_trainers_and_a_slow_network():
     few, many = planned(trainer_gpus=1), planned(trainer_gpus=8)
     assert few.numbers["train"] > many.numbers["train"]

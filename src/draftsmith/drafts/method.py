@@ -110,8 +110,9 @@ class DraftSize(ABC):
         """Its moments, in fp32."""
 
     @abstractmethod
-    def activation_bytes(self, train: TrainRecipe) -> float:
-        """What a pack keeps for the backward."""
+    def activation_bytes(self, train: TrainRecipe, gpu: bool) -> float:
+        """The most that one pack holds, its inputs included, above weights, gradients and optimiser; where every token
+        of it is trained on."""
 
     @abstractmethod
     def training_flops(self, train: TrainRecipe, steps: float, tokens: float, loss_tokens: float) -> float:

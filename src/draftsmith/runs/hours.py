@@ -1,12 +1,14 @@
 """The hours of a plan: an estimate, from a probe or a named machine's published rates and shares measured once."""
 
 from draftsmith.evaluation.evaluate import PROFILE_PROMPTS
-from draftsmith.hardware.cost_model import FLOPS_SHARE, Costs
+from draftsmith.hardware.cost_model import FLOPS_SHARE, Costs, RooflineCosts
 from draftsmith.hardware.quantisation import BYTES
 from draftsmith.runs.plan import GPU_FLOPS_S, Plan, Sizes, duration, source_size
 
 # Of a device's matrix peak: calibrated on runs of the quick recipe on two quiet cores; GPUs are assumed alike.
 TRAIN_SHARE = 0.55
+# This process launches some 45 kernels a layer and step one by one, where engines replay a graph.
+EAGER_LAYER_S = 0.6e-3
 REFILL = 0.88  # of a batch's rows that write: a quarter of them ends before new prompts are read
 # An evaluation: speed-up of drafted greedy decoding (none at temperatures above 0), answers as shares of
 # max_new_tokens, and the time to read the weights in two formats and warm up; runs of the two Gemma recipes.
@@ -16,10 +18,12 @@ DRAFTED, GREEDY_SHARE, SAMPLED_SHARE, START_S = 1.3, 0.5, 0.85, 15.0
 def put_hours(out: Plan, s: Sizes, costs: Costs) -> float:
     """Add the hours and their assumptions; returns the bytes a second that keep target and trainers busy."""
     machine = s.machine
-    rate = _rate(s, costs)
+    rate = _rate(s, costs, s.decodes_here)
     reading_s = 2 * s.target.active_body / (machine.flops_s * FLOPS_SHARE * machine.gpus)  # a token, in large batches
     regenerate_s = s.written / rate + s.answers * s.prompt * reading_s / s.replicas
     how = f"{rate:,.0f} tokens/s from {s.replicas} replica(s), {s.batch} sequences at once"
+    if s.decodes_here and s.gpu:
+        how += f", in this process; {duration(s.written / _rate(s, costs, False))} by vLLM where it is installed"
     out.put("hours", "regenerate", regenerate_s, f"{duration(regenerate_s)}: {how}")
 
     captured = s.epoch if s.recipe.train.capture == "offline" else s.trained
@@ -50,19 +54,27 @@ def put_hours(out: Plan, s: Sizes, costs: Costs) -> float:
         f"{SAMPLED_SHARE:.0%}, and greedy drafting gains {DRAFTED}x",
         f"products of many tokens reach {FLOPS_SHARE:.0%} of {peak}, training {TRAIN_SHARE:.0%}",
     ]
+    if s.gpu and not s.served:
+        out.assumptions.append(f"steps in this process take {EAGER_LAYER_S * 1e3} ms a layer more than a graph's")
     if machine.flops_s > GPU_FLOPS_S:
         out.assumptions.append("no GPU run of draftsmith stands behind these hours yet: take them as the least")
     return s.token_bytes * s.trained / max(compute_s, capture_s)
 
 
-def _rate(s: Sizes, costs: Costs) -> float:
-    """Tokens a second that all replicas write."""
+def _step_s(s: Sizes, costs: Costs, batch: int, here: bool) -> float:
+    """One plain decoding step; `here`: in this process, whose launches a probe of it measured already."""
+    eager = EAGER_LAYER_S * s.target.layers if here and s.gpu and isinstance(costs, RooflineCosts) else 0.0
+    return costs.decode_s(batch, round(s.length)) + eager
+
+
+def _rate(s: Sizes, costs: Costs, here: bool) -> float:
+    """Tokens a second that all replicas write; `here`: this process."""
     occupancy = 1.0
-    if not s.served:  # a shard ends with its longest answers, in ever smaller batches
+    if here:  # a shard ends with its longest answers, in ever smaller batches
         settings = s.recipe.regenerate
         full = settings.shard_prompts / s.batch * s.answer
         occupancy = REFILL * full / (full + (settings.max_new_tokens - s.answer) / 2)
-    return s.replicas * s.batch * occupancy / costs.decode_s(s.batch, round(s.length))
+    return s.replicas * s.batch * occupancy / _step_s(s, costs, s.batch, here)
 
 
 def _training_flops(s: Sizes) -> float:
@@ -75,7 +87,7 @@ def _evaluation_s(s: Sizes, costs: Costs, rate: float, reading_s: float) -> floa
     asked = settings.prompts or sum(source_size(e, 1)[0] for e in prompts.evaluation) or 3 * prompts.held_out
     shapes = len(settings.shapes)
     sampled = sum(temperature > 0 for temperature in settings.temperatures)
-    decode_s = costs.decode_s(1, round(s.length))
+    decode_s = _step_s(s, costs, 1, not s.served)
     drafted_s = decode_s / DRAFTED
     answer, longer = GREEDY_SHARE * settings.max_new_tokens, SAMPLED_SHARE * settings.max_new_tokens
     a_shape_s = (len(settings.temperatures) - sampled) * answer * drafted_s + sampled * longer * decode_s

@@ -25,6 +25,7 @@ from draftsmith.drafts import METHODS
 from draftsmith.drafts.method import DraftConfig, DraftSize
 from draftsmith.hardware.cost_model import Costs
 from draftsmith.hardware.presets import Machine
+from draftsmith.hardware.quantisation import BYTES
 from draftsmith.hardware.sizes import TargetSize
 from draftsmith.training.capture import hidden_state_bytes
 
@@ -122,6 +123,14 @@ class Sizes:
     @cached_property
     def served(self) -> bool:
         return self.recipe.target.engine != "transformers"
+
+    @cached_property
+    def gpu(self) -> bool:
+        return self.machine.gpus > 1 or self.machine.flops_s > GPU_FLOPS_S
+
+    @cached_property
+    def decodes_here(self) -> bool:
+        return not self.served and self.recipe.regenerate.engine in ("auto", "embedded")
 
     @cached_property
     def replicas(self) -> int:
@@ -224,18 +233,37 @@ class Sizes:
 
     @cached_property
     def activations(self) -> float:
-        return self.draft.activation_bytes(self.recipe.train)
+        return self.draft.activation_bytes(self.recipe.train, self.gpu)
+
+    @cached_property
+    def packs_ahead(self) -> int:
+        """Packs whose hidden states wait beside the one that is trained on."""
+        return self.recipe.server.packs_ahead if self.served else int(self.gpu)
+
+    @cached_property
+    def ahead(self) -> float:
+        return self.packs_ahead * self.recipe.train.pack_tokens * self.token_bytes
+
+    @cached_property
+    def target_beside(self) -> float:
+        """What the trainer has of the target: all of it and what one of its layers makes of a pack, or both its ends;
+        with them the draft's rows of the head, or all of them a second time."""
+        train, target = self.recipe.train, self.target
+        ends = target.embedding.parameters + (0.0 if target.tied else target.head.parameters)
+        rows = 2 * (target.head.parameters if train.true_probabilities else self.draft.head)
+        made = 2 * train.pack_tokens * target.active_body / (target.layers * target.hidden)
+        return rows + (2 * ends if self.served else target.bytes + made)
 
     @cached_property
     def trainer(self) -> float:
-        ends = self.config.vocab_size * self.config.hidden_size * 2 + self.draft.head * 2
-        return self.trainer_state + self.activations + (ends if self.served else self.target.bytes)
+        return self.trainer_state + self.activations + self.ahead + self.target_beside
 
     # --- the target
 
     @cached_property
     def batch(self) -> int:
-        return self.recipe.server.concurrency if self.served else self.recipe.regenerate.batch_size
+        settings = self.recipe.regenerate
+        return self.recipe.server.concurrency if self.served else min(settings.batch_size, settings.shard_prompts)
 
     @cached_property
     def length(self) -> float:
@@ -244,7 +272,21 @@ class Sizes:
 
     @cached_property
     def cache(self) -> float:
-        return self.batch * self.target.cache_bytes(self.length)
+        """Engines page it; here every row is as long as the longest text of a batch can be, in all layers."""
+        if not self.decodes_here:
+            return self.batch * self.target.cache_bytes(self.length)
+        settings = self.recipe.regenerate
+        columns = min(settings.max_prompt_tokens + settings.max_new_tokens, self.config.max_position_embeddings)
+        return self.batch * columns * self.target.kv_bytes_per_token
+
+    @cached_property
+    def proof(self) -> float:
+        """The target in fp32, on a card in place of the one that is served, with its cache and the draft."""
+        settings = self.recipe.evaluate
+        columns = self.prompt + TEMPLATE_TOKENS + settings.lossless_tokens
+        cache = min(settings.lossless_prompts, 64) * columns * self.target.kv_bytes_per_token
+        exact = 4 * (self.target.parameters + self.draft.parameters) + cache * 4 / BYTES[self.recipe.target.dtype]
+        return exact if self.gpu else exact + self.target.bytes
 
 
 def plan(
@@ -275,7 +317,7 @@ def plan(
 
 
 def _put_data(out: Plan, s: Sizes) -> None:
-    parameters, target, train = s.draft.parameters, s.target, s.recipe.train
+    parameters, target = s.draft.parameters, s.target
     weights = f"{target.parameters / 1e9:.3g} B parameters, {size(target.bytes)} as served"
     out.put("draft", "draft parameters", parameters, f"{parameters / 1e6:.4g} M")
     out.put("draft", "draft file", 2 * parameters, f"{size(2 * parameters)}, bf16")
@@ -288,26 +330,39 @@ def _put_data(out: Plan, s: Sizes) -> None:
     taps = f"{size(s.token_bytes)} ({len(s.config.taps)} taps and the last)"
     out.put("hidden states", "bytes per token", s.token_bytes, taps)
     out.put("hidden states", "all of them", s.states, f"{size(s.states)} on disk with train.capture: offline")
-    ahead = (s.recipe.server.packs_ahead if s.served else 1) * train.pack_tokens * s.token_bytes
-    out.put("hidden states", "in flight", ahead, f"{size(ahead)} per trainer, online")
+    out.put("hidden states", "in flight", s.ahead, f"{size(s.ahead)} per trainer, online, packs ahead: {s.packs_ahead}")
 
 
 def _put_memory(out: Plan, s: Sizes) -> None:
-    machine, room = s.machine, ROOM * s.machine.memory_bytes
+    machine, room, recipe = s.machine, ROOM * s.machine.memory_bytes, s.recipe
     each = (s.target.bytes + s.cache) / machine.gpus
-    device = (
-        f"{size(machine.memory_bytes)} per {'GPU' if machine.gpus > 1 or machine.flops_s > GPU_FLOPS_S else 'machine'}"
-    )
+    device = f"{size(machine.memory_bytes)} per {'GPU' if s.gpu else 'machine'}"
+
+    def fits(needed: float, mend: str) -> str:
+        if needed >= room:
+            return f"DOES NOT FIT: {mend}"
+        spare = f"{size(machine.memory_bytes - needed)} to spare"
+        return f"fits with {spare}, counted, not measured on a GPU" if s.gpu else f"fits with {spare}"
+
     parts = (
-        f"weights {size(s.target.bytes / machine.gpus)}, cache of {s.batch} sequences {size(s.cache / machine.gpus)}"
+        f"weights {size(s.target.bytes / machine.gpus)}, cache of {s.batch} sequences "
+        f"{'at most ' if s.decodes_here else ''}{size(s.cache / machine.gpus)}"
     )
-    if each >= room:
-        parts += f"; DOES NOT FIT: {2 ** math.ceil(math.log2((s.target.bytes + s.cache) / room))} such would hold it"
-    out.put("memory", "target", each, f"{size(each)} of {device}: {parts}")
-    state = size(s.trainer_state)
-    parts = f"weights, gradients and optimiser {state}, activations {size(s.activations)}"
-    fits = "fits" if s.trainer < room else "DOES NOT FIT: smaller train.pack_tokens, or train.shard"
-    out.put("memory", "trainer", s.trainer, f"{size(s.trainer)} of {device}: {parts}; {fits}")
+    many = f"{2 ** math.ceil(math.log2((s.target.bytes + s.cache) / room))} such would hold it"
+    mend = many if s.served else f"a smaller regenerate.batch_size, or target.engine vllm, where {many}"
+    out.put("memory", "target", each, f"{size(each)} of {device}: {parts}; {fits(each, mend)}")
+    parts = (
+        f"weights, gradients and optimiser {size(s.trainer_state)}, activations at most {size(s.activations)}, of the "
+        f"target {size(s.target_beside)}"
+    )
+    mend = "a smaller train.pack_tokens or train.max_document_tokens, or train.shard"
+    out.put("memory", "trainer", s.trainer, f"{size(s.trainer)} of {device}: {parts}; {fits(s.trainer, mend)}")
+    if not s.served and recipe.target.dtype != "fp32":
+        what = (
+            f"{size(s.proof)}: the target in fp32 {'in place of' if s.gpu else 'beside'} its {recipe.target.dtype} copy"
+        )
+        mend = "it is left out, or tested on vLLM as it is served (evaluate.engine)"
+        out.put("memory", "losslessness", s.proof, f"{what}; {fits(s.proof, mend)}")
 
 
 def _put_disk(out: Plan, s: Sizes, needed: float) -> None:

@@ -2,13 +2,20 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from draftsmith.core.recipe import TrainRecipe
 from draftsmith.core.shape import Shape
+from draftsmith.drafts.eagle3.chain_attention import PLAIN_ROWS
 from draftsmith.drafts.eagle3.model import Eagle3Config
 from draftsmith.drafts.method import DraftSize, Forward
+from draftsmith.drafts.objectives import chunk_rows
 
 NEWTON_SCHULZ = 5  # iterations of Muon, each of about 4 m m n + 2 m m m operations for an m x n matrix
-LOSS_ROWS = 2048.0  # of logits, their gradient and the teacher that are held at once
+# Counted on real-size steps (tests/unit/test_planned_bytes.py): bytes of a logit while its loss and gradient are made,
+# times that plain attention holds the scores of a chunk of queries in its backward, bytes that a CPU's norms keep.
+LOGIT_BYTES = {"soft_ce": 19, "lk_alpha": 25, "lk_lambda": 35}
+SCORES, CPU_NORMS = 2.3, 20
 
 
 @dataclass(frozen=True)
@@ -62,11 +69,21 @@ class Eagle3Size(DraftSize):
             return 8 * self.parameters
         return 4 * (self.layer + self.fuse) + 8 * self.head
 
-    def activation_bytes(self, train: TrainRecipe) -> float:
-        c = self.config
-        per_token = c.hidden_size * 2 * (len(c.taps) + 2 + 14 * train.ttt_steps)
-        per_token += c.intermediate_size * 2 * 3 * train.ttt_steps
-        return train.pack_tokens * per_token + LOSS_ROWS * c.draft_vocab_size * 4 * 3
+    def activation_bytes(self, train: TrainRecipe, gpu: bool) -> float:
+        c, depths = self.config, train.ttt_steps
+        each = 4 if train.dtype == "fp32" else 2
+        h, wide, heads = c.hidden_size, c.intermediate_size, c.num_attention_heads
+        q, kv = heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        tokens = max(train.pack_tokens, train.max_document_tokens)  # a document longer than a pack is one by itself
+        depth = each * (6 * h + 2 * q + 4 * wide) + 4 * heads + (0 if gpu else CPU_NORMS * h)
+        own_keys = each * depths * (depths - 1) * kv  # every depth stacks those of the depths before it
+        once = each * (len(c.taps) * c.tap_size + 4 * h + q + 4 * kv + c.draft_vocab_size)
+        held = tokens * (depths * depth + own_keys + once)
+        rows = min(chunk_rows(torch.device("cuda" if gpu else "cpu"), c.draft_vocab_size), tokens * depths)
+        loss = rows * c.draft_vocab_size * LOGIT_BYTES[train.objective] + 4 * self.head + tokens * depths * each * h
+        flash = not gpu or (each == 2 and c.head_dim % 8 == 0 and c.head_dim <= 256)
+        scores = 0.0 if flash else SCORES * PLAIN_ROWS * train.max_document_tokens * heads * 4
+        return held + max(loss, scores)
 
     def training_flops(self, train: TrainRecipe, steps: float, tokens: float, loss_tokens: float) -> float:
         c = self.config

@@ -1,0 +1,94 @@
+"""What `plan` says that training holds, against the bytes of a real-size step on the device `meta`.
+
+CUDA's fused norm and flash attention keep less for the backward than what PyTorch falls back to elsewhere, so stand-ins
+of their shapes take their places.
+"""
+
+import pytest
+import torch
+from live_bytes import META, LiveBytes
+from transformers import AutoConfig
+
+from draftsmith.core.recipe import Eagle3Recipe, TrainRecipe
+from draftsmith.core.records.data import Completion
+from draftsmith.decoding import flash
+from draftsmith.drafts import METHODS, layers
+from draftsmith.drafts.eagle3.loss import ttt_loss
+from draftsmith.drafts.eagle3.model import Eagle3Draft
+from draftsmith.drafts.eagle3.shape import draft_config
+from draftsmith.drafts.objectives import pack_inputs
+from draftsmith.drafts.packing import make_pack
+from draftsmith.targets.configs import target_config
+
+PROMPT = 2  # tokens: nearly every position of a pack starts a chain, as a plan takes for granted
+TARGETS = {
+    "Qwen3-8B": lambda: target_config("Qwen/Qwen3-8B"),
+    "Llama-3.1-8B": lambda: AutoConfig.for_model(
+        "llama",
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    ),
+    "gpt-oss-120b": lambda: AutoConfig.for_model("gpt_oss"),
+    "MiniMax-M2.7": lambda: target_config("MiniMaxAI/MiniMax-M2.7"),
+}
+
+
+class FusedNorm(torch.autograd.Function):
+    """Keeps its input and a number a row."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.empty_like(grad), torch.empty_like(ctx.saved_tensors[1])
+
+
+def counted(config, train: TrainRecipe, documents: int) -> int:
+    """Peak of a pack's forward and backward, above the weights in the dtype of training."""
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[train.dtype]
+    length = train.max_document_tokens
+    rows = [Completion(id=str(i), ids=[1] * length, spans=[(PROMPT, length)]) for i in range(documents)]
+    pack = make_pack(rows, length)
+    states = dict(dtype=torch.bfloat16, device=META)
+    with LiveBytes(META) as bytes_:
+        with META:
+            loss = ttt_loss(Eagle3Draft(config).to(dtype), train)
+        embedding = torch.empty(config.vocab_size, config.hidden_size, **states)
+        head = torch.empty(config.draft_vocab_size, config.hidden_size, **states)
+        base = bytes_.peak = bytes_.live
+        taps = torch.empty(len(pack.ids_T), len(config.taps), config.hidden_size, **states)
+        last = torch.empty(len(pack.ids_T), config.hidden_size, **states)
+        inputs = pack_inputs(pack, taps, last, embedding, head, None, None, dtype)
+        del taps, last
+        value, _ = loss(inputs, [1e-4] * train.ttt_steps)
+        value.backward()
+        return bytes_.peak - base
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_activations_are_those_counted(name, monkeypatch):
+    monkeypatch.setattr(layers.RMSNorm, "forward", lambda self, x: FusedNorm.apply(x, self.weight))
+    monkeypatch.setattr(flash, "takes", lambda query: query.dtype == torch.bfloat16)
+    text = TARGETS[name]().get_text_config()
+    config = draft_config(Eagle3Recipe(), text, text.num_hidden_layers, 32000)
+    size = METHODS["eagle3"].size(config)
+    for documents, length in ((4, 2048), (1, 8192)):
+        train = TrainRecipe(pack_tokens=documents * length, max_document_tokens=length)
+        assert size.activation_bytes(train, gpu=True) == pytest.approx(counted(config, train, documents), rel=0.1)
+
+
+def test_plain_attention_is_counted_where_it_runs(monkeypatch):
+    """fp32 has no flash kernel: the scores of a chunk of queries are held, too."""
+    monkeypatch.setattr(layers.RMSNorm, "forward", lambda self, x: FusedNorm.apply(x, self.weight))
+    text = TARGETS["MiniMax-M2.7"]().get_text_config()
+    config = draft_config(Eagle3Recipe(), text, text.num_hidden_layers, 32000)
+    train = TrainRecipe(pack_tokens=16384, max_document_tokens=16384, ttt_steps=2, dtype="fp32")
+    planned = METHODS["eagle3"].size(config).activation_bytes(train, gpu=True)
+    assert planned == pytest.approx(counted(config, train, 1), rel=0.1)
