@@ -96,9 +96,21 @@ def acceptance_table(results: list[tuple[str, Results]]) -> list[str]:
             taus = [honest(e.by_category[c]) if c in e.by_category else "-" for c in categories]
             loops = [f"{e.tau_with_loops:.2f}", f"{e.looping_share:.0%}"]
             oracle = f"{e.share_of_oracle:.0%}" if e.share_of_oracle else "-"
-            what = [engine, result.settings.dtype, str(e.shape), f"{e.temperature:g}"]
+            what = [engine, result.settings.dtype, str(e.shape), f"{e.temperature:g}", e.drafts]
             rows.append([*what, str(e.all.prompts), honest(e.all), *taus, *loops, oracle])
-    head = ["engine", "dtype", "shape", "T", "prompts", "tau", *categories, "with loops", "looping", "of the oracle"]
+    head = [
+        "engine",
+        "dtype",
+        "shape",
+        "T",
+        "drafts",
+        "prompts",
+        "tau",
+        *categories,
+        "with loops",
+        "looping",
+        "of the oracle",
+    ]
     return table(head, rows)
 
 
@@ -219,7 +231,7 @@ def first_table() -> str:
             gain = "-"
             if speed:
                 gain = f"{speed.plain_tokens_per_s:.1f} → {speed.drafted_tokens_per_s:.1f} tokens/s"
-            rows.append([engine, str(e.shape), f"{e.temperature:g}", str(e.all), " / ".join(taus), gain])
+            rows.append([engine, str(e.shape), e.how.removeprefix("T="), str(e.all), " / ".join(taus), gain])
     head = ["engine", "shape", "T", "tau [95 %]", "chat / code / math", "batch 1, plain → drafted"]
     return "\n".join(table(head, rows))
 

@@ -32,7 +32,7 @@ from draftsmith.engines import ENGINES
 from draftsmith.engines.base import Session
 from draftsmith.engines.embedded import EmbeddedSession
 from draftsmith.evaluation.evaluate import Evaluation
-from draftsmith.evaluation.profile import rank_walks
+from draftsmith.evaluation.profile import walks_of
 from draftsmith.hardware.accept_length import MeasuredProfile
 from draftsmith.hardware.cost_model import MeasuredCosts, predict
 from draftsmith.hardware.probe import REFERENCE, embedded_times, server_times
@@ -78,7 +78,7 @@ def on_embedded(
                 made[shape].append(decode(prompt, shape))
                 meter.advance(1, len(made[shape][-1].ids))
     texts = list(zip(prompts, (answer.ids for answer in made[None][::2]), strict=True))
-    accept = MeasuredProfile(rank_walks(target, ready, texts))
+    accept = MeasuredProfile(walks_of(target, ready, texts)[0])
 
     def rate(shape: Shape | None) -> float:
         return sum(len(answer.ids) - 1 for answer in made[shape]) / sum(answer.seconds or 0.0 for answer in made[shape])
@@ -125,7 +125,7 @@ def on_vllm(
                     costs = MeasuredCosts(Probe(engine="vllm", machine="vllm", times=times))
                     texts = complete(plain, prompts[:count], tokens)[1]
                     walks = [(prompt, answer.ids) for prompt, answer in zip(prompts, texts, strict=False)]
-                    accept = MeasuredProfile(rank_walks(run.target, ready, walks))
+                    accept = MeasuredProfile(walks_of(run.target, ready, walks)[0])
                 for batch in BATCHES:
                     seconds, accepted, steps = [0.0, 0.0], 0, 0
                     for start in range(0, count - batch + 1, batch):

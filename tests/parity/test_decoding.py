@@ -79,7 +79,7 @@ class OracleDrafter:
     def extend(self, taps, next_ids):
         self.at = 1 if self.at == 0 else self.at + len(next_ids)
 
-    def propose(self, root, shape):
+    def propose(self, root, shape, take=None):
         assert root == self.text[self.at - 1]
         right = (self.text[self.at : self.at + shape.steps] + [5] * shape.steps)[: shape.steps]
         if self.mode == "never":

@@ -10,7 +10,7 @@ from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.speculate import Decoder
 from draftsmith.drafts.directories import ReadyDraft
 from draftsmith.evaluation.acceptance import count
-from draftsmith.evaluation.profile import DEPTH, accept_profile, rank_table, rank_walks
+from draftsmith.evaluation.profile import DEPTH, accept_profile, rank_table, walks_of
 from draftsmith.hardware.accept_length import MeasuredProfile
 from draftsmith.hardware.cost_model import MeasuredCosts, predict
 from draftsmith.hardware.probe import embedded_times, page
@@ -40,7 +40,7 @@ def test_a_chains_accept_length_is_exactly_that_of_decoding(steps):
     shape = Shape(steps, 1, steps + 1)
     answers = decoded(target, draft, ids, shape)
     texts = [(p, answer.ids) for p, answer in zip(PROMPTS, answers, strict=True)]
-    walks = rank_walks(target, ready(target, draft, ids), texts)
+    walks, _ = walks_of(target, ready(target, draft, ids), texts)
     real = real_tau(answers, steps)
     assert real > 1.02, "a draft that is never right proves nothing"
     assert MeasuredProfile(walks).tau(shape) == pytest.approx(real, abs=1e-9)
@@ -51,7 +51,7 @@ def test_a_trees_accept_length_is_near_that_of_decoding():
     shape = Shape(3, 4, 8)
     answers = decoded(target, draft, ids, shape)
     texts = [(p, answer.ids) for p, answer in zip(PROMPTS, answers, strict=True)]
-    walks = rank_walks(target, ready(target, draft, ids), texts)
+    walks, _ = walks_of(target, ready(target, draft, ids), texts)
     real = real_tau(answers, 3)
     profile = MeasuredProfile(walks)
     assert profile.tau(shape) == pytest.approx(real, rel=0.15)  # a static tree for a dynamic one

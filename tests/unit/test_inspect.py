@@ -20,7 +20,7 @@ from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.speculate import Decoder
 from draftsmith.drafts.directories import inspect_draft, load_draft, ready_draft
 from draftsmith.drafts.eagle3.model import DraftCache
-from draftsmith.evaluation.profile import rank_walks
+from draftsmith.evaluation.profile import walks_of
 
 H, INNER, HEADS, KV, HEAD, V, D = 32, 40, 4, 2, 8, 64, 40
 CONFIG = {
@@ -238,7 +238,7 @@ def test_a_narrow_draft_needs_embeddings_of_its_own(write):
     decoded = Decoder(target, ready.drafter()).generate([1, 5, 9], Sampling(), 24, Shape(3, 2, 6))
     plain = Decoder(target).generate([1, 5, 9], Sampling(), 24, None)
     assert decoded.ids == plain.ids
-    assert rank_walks(target, ready, [([1, 5, 9], plain.ids)])
+    assert walks_of(target, ready, [([1, 5, 9], plain.ids)])[0]
     wrong = write(config, narrow | {"embed_tokens.weight": rows(V, 32)})
     assert inspect_draft(wrong).blocking() == ["embed_tokens.weight has shape [64, 32] of float32, wanted [64, 16]"]
 

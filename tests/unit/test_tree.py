@@ -6,14 +6,17 @@ import pytest
 import torch
 
 from draftsmith.core.shape import Shape
-from draftsmith.decoding.tree import DraftTree, grow_tree
+from draftsmith.decoding.tree import DraftTree, first_choices, grow_tree
 
 VOCAB = 12
 
 
+def logits(path: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(VOCAB, generator=torch.Generator().manual_seed(hash(path) % 2**31)) * 2
+
+
 def distribution(path: tuple[int, ...]) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(hash(path) % 2**31)
-    return torch.softmax(torch.randn(VOCAB, generator=generator) * 2, -1)
+    return torch.softmax(logits(path), -1)
 
 
 def by_enumeration(root: int, shape: Shape) -> list[tuple[int, ...]]:
@@ -43,16 +46,16 @@ def paths(tree: DraftTree) -> list[tuple[int, ...]]:
     return result
 
 
-def grow(root: int, shape: Shape) -> DraftTree:
+def grow(root: int, shape: Shape, take=first_choices) -> DraftTree:
     beam_paths: list[tuple[int, ...]] = []
 
     def expand(tokens, beam_parents):
         nonlocal beam_paths
         before = [(root,) if p < 0 else beam_paths[p] for p in beam_parents]
         beam_paths = [(*b, t) for b, t in zip(before, tokens, strict=True)]
-        return torch.stack([distribution(path) for path in beam_paths])
+        return torch.stack([logits(path) for path in beam_paths])
 
-    return grow_tree(root, distribution((root,)), expand, lambda i: i, shape)
+    return grow_tree(root, logits((root,)), expand, torch.arange(VOCAB), VOCAB, shape, take)
 
 
 @pytest.mark.parametrize(

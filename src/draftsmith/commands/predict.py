@@ -26,6 +26,8 @@ class Predict(RecipeCommand):
     """A published accept length instead of the run's own profile; 1 + accepted / steps."""
     shape: Shape = DEFAULT_SHAPE
     """The shape that --tau was measured at: steps/top-k/draft tokens."""
+    temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    """Of the requests; above 0 one that `evaluate` measured, with drafts taken as serve.draft_sampling says."""
     batches: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 4, 8, 16, 32, 64)
     """Sequences decoded at once."""
     context: Positive = 512
@@ -43,7 +45,9 @@ class Predict(RecipeCommand):
         from draftsmith.runs.estimates import accept_of, costs_of, probed
         from draftsmith.runs.plan import size
 
-        costs, accept = costs_of(run, self.hardware, self.correlation), accept_of(run, self.tau, self.shape)
+        costs = costs_of(run, self.hardware, self.correlation)
+        drafts = run.better_drafts(self.shape) if self.temperature else "greedy"
+        accept = accept_of(run, self.tau, self.shape, self.temperature, drafts)
         batches, engine = self.batches, None
         if isinstance(costs, MeasuredCosts):
             engine = ENGINES[costs.probe.engine] if costs.probe.engine else None
@@ -64,13 +68,15 @@ class Predict(RecipeCommand):
                 f"predict: {size(costs.target.bytes)} of weights do not fit {costs.machine.gpus} x "
                 f"{size(costs.machine.memory_bytes)} of {costs.name}; the figures hold as if they did"
             )
-        shapes = candidate_shapes(accept.deepest, engine is None or engine.drafts_trees)
+        shapes = candidate_shapes(accept.deepest, drafts == "greedy" and (engine is None or engine.drafts_trees))
         rows = predict_all(costs, accept, shapes, batches, self.context)
         if math.isnan(rows[0][0].speedup):
             raise RecipeError(
                 f"--batches: {batches[0]} given; {costs.name} was measured up to {costs.reach / 2:.0f} tokens"
             )
         sentence = advice(rows, costs, accept)
+        if self.temperature and self.tau is None:
+            sentence += f"; at T={self.temperature:g}, {drafts} drafts"
         source = Path(self.hardware) if self.hardware else probed(run) or Path("probe")
         out = run.files.prediction(self.hardware if self.hardware in PRESETS else source.stem)
         Predictions(sentence=sentence, rows=[prediction for row in rows for prediction in row]).save(out)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from draftsmith.core.shape import Shape
+from draftsmith.core.shape import DraftSampling, Shape
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -338,6 +338,9 @@ class ServeRecipe(Model):
     """Port to listen on."""
     shape: Shape = DEFAULT_SHAPE
     """What is drafted at every step; vLLM drafts chains (topk 1) only."""
+    draft_sampling: DraftSampling | Literal["auto"] = "auto"
+    """How drafts are taken at temperatures above 0: greedy proposes the draft's first choices, sampled draws from its
+    distribution; auto: `evaluate` measures both and the one that is accepted more is served, where the engine can."""
     tuned: bool = True
     """Where `tune` has run and `shape` is the default: serve the shape that it measured to be the fastest."""
     tensor_parallel: Positive = 1

@@ -1,9 +1,12 @@
-"""What is drafted in one step, written `steps/topk/draft_tokens`."""
+"""What is drafted in one step, written `steps/topk/draft_tokens`, and how."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic_core import core_schema
+
+DraftSampling = Literal["greedy", "sampled"]
+"""How drafts are taken at temperatures above 0: a draft's first choices, or draws from its distribution."""
 
 
 @dataclass(frozen=True)

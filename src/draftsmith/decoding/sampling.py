@@ -54,12 +54,16 @@ def blockwise_topk(logits_RV: Tensor, k: int, block: int = 512) -> tuple[Tensor,
     return values, candidates.gather(1, inner // block) * block + inner % block
 
 
-def _invert_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
+def invert_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
     """Index per row where the running sum of non-negative `weights` passes uniform * total."""
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     target = uniform[:, None] * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_(max=weights.shape[-1] - 1)
-    return index
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_(max=weights.shape[-1] - 1)
+
+
+def uniforms(rows: Tensor, generator: torch.Generator) -> Tensor:
+    """One number in [0, 1) per row, on the rows' device; of a generator on the CPU, so that devices draw alike."""
+    return torch.rand(len(rows), generator=generator, dtype=torch.float64).to(rows.device)
 
 
 def _sample_nucleus(logits_RV: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
@@ -69,10 +73,10 @@ def _sample_nucleus(logits_RV: Tensor, sampling: Sampling, uniform: Tensor) -> T
     probs = (values.float() / sampling.temperature - total).exp()
     cumulative = probs.cumsum(-1)
     probs = probs.masked_fill(cumulative - probs >= sampling.top_p, 0.0)
-    drawn = ids.gather(1, _invert_cdf(probs, uniform)[:, None]).squeeze(1)
+    drawn = ids.gather(1, invert_cdf(probs, uniform)[:, None]).squeeze(1)
     wide = cumulative[:, -1] < sampling.top_p
     if bool(wide.any()):
-        drawn[wide] = _invert_cdf(probabilities(logits_RV[wide], sampling), uniform[wide])
+        drawn[wide] = invert_cdf(probabilities(logits_RV[wide], sampling), uniform[wide])
     return drawn
 
 
@@ -80,13 +84,13 @@ def sample(logits_RV: Tensor, sampling: Sampling, generator: torch.Generator) ->
     """One draw per row [R]: the distribution of `probabilities`, without building it over the whole vocabulary."""
     if sampling.greedy:
         return logits_RV.argmax(-1)
-    uniform = torch.rand(logits_RV.shape[0], generator=generator, dtype=torch.float64).to(logits_RV.device)
+    uniform = uniforms(logits_RV, generator)
     if sampling.top_k and sampling.top_k < logits_RV.shape[-1]:
         values, ids = blockwise_topk(logits_RV, sampling.top_k)  # in descending order
         probs = torch.softmax(values.float() / sampling.temperature, dim=-1)
         if sampling.top_p < 1.0:
             probs = probs.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, 0.0)
-        return ids.gather(1, _invert_cdf(probs, uniform)[:, None]).squeeze(1)
+        return ids.gather(1, invert_cdf(probs, uniform)[:, None]).squeeze(1)
     if sampling.top_p < 1.0:
         return _sample_nucleus(logits_RV, sampling, uniform)
     # Plain temperature: pick a block of the vocabulary by its mass, then a token inside it.
@@ -94,10 +98,9 @@ def sample(logits_RV: Tensor, sampling: Sampling, generator: torch.Generator) ->
     weights = torch.softmax(logits_RV.float() / sampling.temperature, dim=-1)
     block = 512
     if vocab % block:
-        return _invert_cdf(weights, uniform)
+        return invert_cdf(weights, uniform)
     blocks = weights.view(rows, vocab // block, block)
     mass = blocks.sum(-1, dtype=torch.float64)
-    chosen = _invert_cdf(mass, uniform)
-    again = torch.rand(rows, generator=generator, dtype=torch.float64).to(logits_RV.device)
-    inner = _invert_cdf(blocks[torch.arange(rows), chosen], again)
+    chosen = invert_cdf(mass, uniform)
+    inner = invert_cdf(blocks[torch.arange(rows), chosen], uniforms(logits_RV, generator))
     return chosen * block + inner

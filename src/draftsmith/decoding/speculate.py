@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from draftsmith.core.shape import Shape
+from draftsmith.core.shape import DraftSampling, Shape
 from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling, probabilities
 from draftsmith.decoding.stopping import Ends
-from draftsmith.decoding.tree import DraftTree
+from draftsmith.decoding.tree import DraftTree, Sampled, Take, first_choices
 from draftsmith.decoding.verify import Accepted, verify_greedy, verify_sampling
 
 
@@ -50,14 +50,22 @@ class Drafter(Protocol):
         """Target features of the newly verified tokens, each with the token that followed it."""
         ...
 
-    def propose(self, root: int, shape: Shape) -> DraftTree: ...
+    def propose(self, root: int, shape: Shape, take: Take = first_choices) -> DraftTree:
+        """What may follow the root; `take` chooses the children of a node."""
+        ...
 
 
 class Decoder:
-    """One target, with or without a drafter, batch 1."""
+    """One target, with or without a drafter, batch 1. `draft_sampling`: how drafts are taken above temperature 0."""
 
-    def __init__(self, target: VerifyingTarget, drafter: Drafter | None = None, capacity: int = 1024):
-        self.target, self.drafter = target, drafter
+    def __init__(
+        self,
+        target: VerifyingTarget,
+        drafter: Drafter | None = None,
+        capacity: int = 1024,
+        draft_sampling: DraftSampling = "greedy",
+    ):
+        self.target, self.drafter, self.draft_sampling = target, drafter, draft_sampling
         self._cache = target.new_cache(capacity)  # buffers are kept between sequences
         self._taps = tuple(drafter.taps) if drafter else ()
 
@@ -76,6 +84,8 @@ class Decoder:
         ends = ends or Ends(target.eos_ids)
         room = min(max_new_tokens, target.context - len(prompt))  # no text runs past the context
         generator = torch.Generator().manual_seed(seed)
+        drawing = self.draft_sampling == "sampled" and not sampling.greedy
+        take = Sampled(sampling.temperature, generator) if drawing else first_choices
         taps, last = target.prefill(self._cache, [0], [prompt], self._taps)
         length = len(prompt)
         root = self._verify(DraftTree([0], [-1]), last[-1:], sampling, generator).bonus
@@ -86,7 +96,7 @@ class Decoder:
         ids, verified = [root], []
         ended = ends.reason(ids, room)
         while ended is None:
-            tree = drafter.propose(root, shape) if drafter and shape else DraftTree([root], [-1])
+            tree = drafter.propose(root, shape, take) if drafter and shape else DraftTree([root], [-1])
             taps, last = target.verify(
                 self._cache, length, tree.tokens, torch.tensor(tree.depths), tree.ancestors(), self._taps
             )

@@ -1,10 +1,12 @@
 """Which drafted tokens the target accepts, and the bonus token after them.
 
-Greedy: descend to the child that equals the target's argmax. Sampling (SGLang's target-only rule): draw one u per node
-and accept child i when u falls into its share of p; otherwise draw from p without the children. Every token is thus
-drawn from the target's own p, whatever the draft proposed, so the output distribution is exactly plain decoding's.
+Greedy: descend to the child that equals the target's argmax. Sampling: draw one u per node and accept child i when u
+falls into its share; otherwise draw from what they leave. The share of a first choice is its own p, whatever the draft
+thought of it (SGLang's target-only rule). A child that was drawn from q is accepted with min(1, p / q), where p is what
+the others leave of the target's, and leaves max(p - q, 0) (arXiv 2211.17192, algorithm 1). Every token is thus drawn
+from the target's own distribution, so the output's is exactly plain decoding's.
 
-Shapes: W nodes, V vocabulary.
+Shapes: R rows, k children, W nodes, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from draftsmith.decoding.sampling import invert_cdf, uniforms
 from draftsmith.decoding.tree import DraftTree
 
 
@@ -38,24 +41,28 @@ def verify_sampling(tree: DraftTree, probabilities_of: Callable[[int], Tensor], 
     """`probabilities_of(node)`: the target's distribution [V] after that node, filters applied."""
     path = [0]
     while True:
-        p = probabilities_of(path[-1]).double()
+        p = probabilities_of(path[-1]).double()[None]
         children = tree.children[path[-1]]
-        u = float(torch.rand((), generator=generator, dtype=torch.float64))
-        cumulative = 0.0
-        for child in children:
-            cumulative += float(p[tree.tokens[child]])
-            if u < cumulative:
-                path.append(child)
-                break
-        else:
-            rest = p.clone()
-            rest[[tree.tokens[c] for c in children]] = 0.0
-            if float(rest.sum()) <= 0.0:  # the children hold all of p, up to rounding
-                rest = p
-            return Accepted(path, _draw(rest, generator))
+        tokens = torch.tensor([[tree.tokens[child] for child in children]], dtype=torch.long, device=p.device)
+        q = tree.drawn.get(children[-1]) if children else None
+        which, rest = choose(p, tokens, None if q is None else q.to(p)[None], generator)
+        if int(which) == len(children):
+            return Accepted(path, int(invert_cdf(rest, uniforms(rest, generator))))
+        path.append(children[int(which)])
 
 
-def _draw(weights: Tensor, generator: torch.Generator) -> int:
-    cumulative = weights.cumsum(0)
-    u = torch.rand((), generator=generator, dtype=torch.float64).to(weights.device)
-    return min(int(torch.searchsorted(cumulative, u * cumulative[-1], right=True)), len(weights) - 1)
+def choose(p_RV: Tensor, tokens_Rk: Tensor, q_RV: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(index of the accepted child [R], k where none is; what the bonus token is then drawn from [R, V]).
+
+    p_RV: the target's. q_RV: where the last child was drawn, the draft's distribution without the children before it.
+    """
+    shares = p_RV.gather(1, tokens_Rk)
+    if q_RV is None:
+        rest = p_RV.scatter(1, tokens_Rk, 0.0)
+    else:
+        rest = p_RV.scatter(1, tokens_Rk[:, :-1], 0.0)
+        shares[:, -1:] /= q_RV.gather(1, tokens_Rk[:, -1:])  # u < 1 caps it at what the children before it leave
+        rest = (rest - rest.sum(1, keepdim=True) * q_RV).clamp_(min=0.0)
+    rest = torch.where(rest.sum(1, keepdim=True) > 0, rest, p_RV)  # the children hold all of p, up to rounding
+    u_R1 = uniforms(p_RV, generator)[:, None]
+    return torch.searchsorted(shares.cumsum(1), u_R1, right=True).squeeze(1), rest

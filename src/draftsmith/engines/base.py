@@ -95,6 +95,10 @@ class Engine(ABC):
     def open(self, setup: Setup, shape: Shape | None, url: str | None = None) -> AbstractContextManager[Session]:
         """A session; with the draft where a shape is given. `url`: a server that was started already."""
 
+    def greedy_because(self, shape: Shape, draft: Path) -> str | None:
+        """Why it cannot sample this draft at this shape; None where it can."""
+        return None
+
     @contextlib.contextmanager
     def exact(self, setup: Setup) -> Iterator[Setup | None]:
         """What losslessness is proved on: in fp32, in which ties do not hide behind rounding, where that is ours to

@@ -8,7 +8,7 @@ import torch
 
 from draftsmith.core.errors import TargetError
 from draftsmith.core.progress import say
-from draftsmith.core.shape import Shape
+from draftsmith.core.shape import DraftSampling, Shape
 from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.speculate import Decoder, Drafter
@@ -22,10 +22,16 @@ from draftsmith.targets.parts import card_room
 class EmbeddedSession:
     """Implements `Session`. Without a draft, prompts that are given together are decoded as batches."""
 
-    def __init__(self, target: LocalTarget, drafter: Drafter | None = None, shape: Shape | None = None):
+    def __init__(
+        self,
+        target: LocalTarget,
+        drafter: Drafter | None = None,
+        shape: Shape | None = None,
+        draft_sampling: DraftSampling = "greedy",
+    ):
         self.target, self.drafter, self.shape = target, drafter, shape
         self.tokenizer, self.identity = target.tokenizer, target.identity
-        self._decoder = Decoder(target, drafter)
+        self._decoder = Decoder(target, drafter, draft_sampling=draft_sampling)
 
     @property
     def capacity(self) -> int:
@@ -72,7 +78,8 @@ class Embedded(Engine):
         assert url is None, "no server"
         assert setup.target is not None, "in this process"
         drafter = ready_draft(setup.target, setup.draft, setup.reading).drafter() if shape else None
-        yield EmbeddedSession(setup.target, drafter, shape)
+        asked = setup.recipe.serve.draft_sampling
+        yield EmbeddedSession(setup.target, drafter, shape, "greedy" if asked == "auto" else asked)
 
     @contextlib.contextmanager
     def exact(self, setup: Setup) -> Iterator[Setup | None]:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from draftsmith.core.files import read_json
 from draftsmith.core.progress import say
 from draftsmith.core.recipe import Recipe
+from draftsmith.core.shape import Shape
 from draftsmith.core.taps import to_outputs
 from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
@@ -82,6 +84,14 @@ class SGLang(ServerEngine):
     def serves(self, taps: Sequence[int]) -> bool:
         return to_outputs(taps) is not None
 
+    def greedy_because(self, shape: Shape, draft: Path) -> str | None:
+        if shape.topk > 1:
+            return "SGLang samples chains only"
+        config = read_json(draft / "config.json")
+        if (size := config.get("draft_vocab_size")) and size != config["vocab_size"]:
+            return f"SGLang samples whole vocabularies only, and the draft's is {size:,} of {config['vocab_size']:,}"
+        return None
+
     def arguments(
         self, recipe: Recipe, model: str, draft: Path, purpose: Purpose, layers: Sequence[int]
     ) -> tuple[list[str], dict[str, str]]:
@@ -95,6 +105,8 @@ class SGLang(ServerEngine):
             flags += ["--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", str(draft)]
             flags += ["--speculative-num-steps", str(shape.steps), "--speculative-eagle-topk", str(shape.topk)]
             flags += ["--speculative-num-draft-tokens", str(shape.draft_tokens)]
+            if settings.draft_sampling == "sampled":
+                flags += ["--speculative-use-rejection-sampling"]
             if settings.draft_quantization != "inherit":
                 flags += ["--speculative-draft-model-quantization", "unquant"]
         if purpose == "capture":

@@ -74,6 +74,8 @@ class VLLM(ServerEngine):
                 chain = Shape.chain(settings.shape.steps)
                 raise ServeError(f"serve.shape: {settings.shape} is a tree, and vLLM drafts chains; give {chain}")
             speculative = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": settings.shape.steps}
+            if settings.draft_sampling == "sampled":
+                speculative["draft_sample_method"] = "probabilistic"
             flags += ["--speculative-config", json.dumps(speculative), *self.tells_with.split()]
             if is_gemma3(model) and "--model-impl" not in settings.extra:
                 flags += ["--model-impl", "transformers"]  # vLLM's own Gemma-3 has no taps

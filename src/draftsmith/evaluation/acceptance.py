@@ -11,7 +11,7 @@ from itertools import accumulate
 import numpy as np
 
 from draftsmith.core.records.evaluation import Acceptance, PairedDifference, PromptCounts, Tau
-from draftsmith.core.shape import Shape
+from draftsmith.core.shape import DraftSampling, Shape
 from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.stopping import loop_onset
 
@@ -77,7 +77,9 @@ def paired_difference(ours: Sequence[PromptCounts], others: Sequence[PromptCount
     return PairedDifference(difference=float(difference(counts.sum(0))), low=low, high=high, prompts=len(pairs))
 
 
-def summarise(rows: Sequence[PromptCounts], shape: Shape, temperature: float) -> Acceptance:
+def summarise(
+    rows: Sequence[PromptCounts], shape: Shape, temperature: float, drafts: DraftSampling = "greedy"
+) -> Acceptance:
     """One setting's table: tau over all and per category, acceptance per depth, share of looping text."""
 
     def tau(rows: Sequence[PromptCounts]) -> Tau:
@@ -92,6 +94,7 @@ def summarise(rows: Sequence[PromptCounts], shape: Shape, temperature: float) ->
     return Acceptance(
         shape=shape,
         temperature=temperature,
+        drafts=drafts,
         all=tau(rows),
         by_category={name: tau([row for row in rows if row.category == name]) for name in categories},
         acceptance_by_depth=[h / n if n else None for h, n in zip(hits, reached, strict=True)],
@@ -123,7 +126,7 @@ def oracle_walk(hits: Sequence[bool], steps: int, limit: int) -> tuple[int, int]
 def tau_line(entry: Acceptance) -> str:
     """`tau 2.10 [2.02, 2.19] at 3/1/4, T=0 (chat 1.9, code 2.3, math 2.2)`"""
     categories = ", ".join(f"{name} {value.short}" for name, value in entry.by_category.items())
-    line = f"tau {entry.all} at {entry.shape}, T={entry.temperature:g} ({categories})"
+    line = f"tau {entry.all} at {entry.shape}, {entry.how} ({categories})"
     if entry.oracle is not None and entry.share_of_oracle is not None:
         line += f"; oracle {entry.oracle.short}, share {entry.share_of_oracle:.0%}"
     return line

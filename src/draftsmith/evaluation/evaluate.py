@@ -34,7 +34,7 @@ from draftsmith.core.records.evaluation import (
     TimedGroup,
 )
 from draftsmith.core.records.run import Provenance
-from draftsmith.core.shape import Shape
+from draftsmith.core.shape import DraftSampling, Shape
 from draftsmith.data.regenerate import longest_prompt, open_conversations
 from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.generation import Generation
@@ -43,6 +43,7 @@ from draftsmith.decoding.stopping import Ends, loop_onset
 from draftsmith.drafts.directories import ready_draft
 from draftsmith.engines.base import Engine, Session, Setup
 from draftsmith.evaluation.acceptance import bootstrap_tau, count, oracle_walk, summarise, tau_line
+from draftsmith.evaluation.draft_sampling import taking, ways
 from draftsmith.evaluation.lossless import difference, first_difference, lossless_verdict
 from draftsmith.evaluation.profile import accept_profile
 
@@ -161,24 +162,28 @@ class Evaluation:
         alone_known = engine.in_process or (settings.url is not None and settings.plain_url is None)
         plain = None if alone_known else self.once("plain", PlainReference, self._plain)
         for shape in self.shapes:
-            with engine.open(setup, shape, settings.url) as drafted:
-                questions = self.questions(drafted)
-                for temperature in settings.temperatures:
-                    if temperature and not self._draws(drafted, questions, temperature):
-                        left_out.add(temperature)
+            for number, (drafts, temperatures) in enumerate(ways(engine, setup, shape)):
+                with engine.open(taking(setup, drafts), shape, settings.url) as drafted:
+                    questions = self.questions(drafted)
+                    for temperature in temperatures:
+                        if temperature and not self._draws(drafted, questions, temperature):
+                            left_out.add(temperature)
+                        else:
+                            acceptance.append(self._acceptance(drafted, questions, shape, temperature, drafts))
+                    if number:  # greedy texts do not depend on how drafts are taken
                         continue
-                    measure = partial(self.acceptance, drafted, questions, shape, temperature)
-                    acceptance += filter(None, [self.once(f"tau-{shape}-T{temperature:g}", Acceptance, measure)])
-                    say(tau_line(acceptance[-1]))
-                speed += self._speeds(drafted, questions, shape, plain)
-                if plain is not None:
-                    proof = partial(self._identity, drafted, questions, shape, plain.outputs)
-                    proofs += filter(None, [self.once(f"lossless-{shape}", Lossless, proof)])
+                    speed += self._speeds(drafted, questions, shape, plain)
+                    if plain is not None:
+                        proof = partial(self._identity, drafted, questions, shape, plain.outputs)
+                        proofs += filter(None, [self.once(f"lossless-{shape}", Lossless, proof)])
         if not acceptance:
             raise DataError("evaluate.temperatures: none that this server draws at; add 0.0")
-        profile = None
+        profile = sampled_profile = None
         if engine.in_process:
             profile = self.once("profile", Profile, partial(self.profile, questions))
+            if hottest := max(settings.temperatures):
+                measure = partial(self.profile, questions, hottest)
+                sampled_profile = self.once(f"profile-T{hottest:g}", Profile, measure)
             proofs = list(filter(None, [self.once("lossless", Lossless, self._proof)]))
         lossless = _together(proofs)
         say(str(lossless_verdict(lossless)))
@@ -201,6 +206,7 @@ class Evaluation:
             lossless=lossless,
             speed=speed,
             profile=profile,
+            sampled_profile=sampled_profile,
         )
         results.save(run_files.results(self.out))
         return results
@@ -210,7 +216,24 @@ class Evaluation:
     def sampling(self, temperature: float) -> Sampling:
         return Sampling(temperature, self.settings.top_p, self.settings.top_k) if temperature else Sampling()
 
-    def acceptance(self, session: Session, questions: list[Question], shape: Shape, temperature: float) -> Acceptance:
+    def _acceptance(
+        self, session: Session, questions: list[Question], shape: Shape, temperature: float, drafts: DraftSampling
+    ) -> Acceptance:
+        sampled = drafts == "sampled" and temperature > 0  # at temperature 0 a draw is the first choice
+        measure = partial(self.acceptance, session, questions, shape, temperature, "sampled" if sampled else "greedy")
+        entry = self.once(f"tau-{shape}-T{temperature:g}{'-sampled' if sampled else ''}", Acceptance, measure)
+        assert entry is not None, "there are questions"
+        say(tau_line(entry))
+        return entry
+
+    def acceptance(
+        self,
+        session: Session,
+        questions: list[Question],
+        shape: Shape,
+        temperature: float,
+        drafts: DraftSampling = "greedy",
+    ) -> Acceptance:
         length, stop = self.settings.max_new_tokens, self.chat.stop
         # An engine may tell nothing of completions that a stop text ends: there it is looked for afterwards.
         asked_stop = stop if self.engine.tells_of_stopped else ()
@@ -222,8 +245,9 @@ class Evaluation:
             answers = [replace(a, ids=ends.of_answer(a.ids, a.finish_reason)[0]) for a in answers]
         self._require_told(answers, shape)
         rows = [count(q.id, q.category, answer, shape.steps) for q, answer in zip(questions, answers, strict=True)]
-        entry = summarise(rows, shape, temperature)
-        return self._with_oracle(session, entry, questions, answers) if temperature and shape.topk == 1 else entry
+        entry = summarise(rows, shape, temperature, drafts)
+        greedy_chain = shape.topk == 1 and drafts == "greedy"
+        return self._with_oracle(session, entry, questions, answers) if temperature and greedy_chain else entry
 
     def _require_told(self, answers: list[Generation], shape: Shape) -> None:
         """A server that drafts another shape, or none, is an error."""
@@ -278,12 +302,13 @@ class Evaluation:
             return False
         return True
 
-    def profile(self, questions: list[Question]) -> Profile | None:
+    def profile(self, questions: list[Question], temperature: float = 0.0) -> Profile | None:
         target = self.setup.target
         assert target is not None, "of a target in this process"
         ready = ready_draft(target, self.setup.draft, self.setup.reading)
         prompts = [question.ids for question in questions[:PROFILE_PROMPTS]]
-        return accept_profile(target, ready, prompts, self.settings.max_new_tokens, self.chat.stop)
+        length, stop = self.settings.max_new_tokens, self.chat.stop
+        return accept_profile(target, ready, prompts, length, stop, self.sampling(temperature), self.recipe.seed)
 
     # --- losslessness ---------------------------------------------------------------------------------------------
 

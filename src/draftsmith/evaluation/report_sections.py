@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def setting(entry: Acceptance) -> str:
-    return f"{entry.shape}, T={entry.temperature:g}"
+    return f"{entry.shape}, {entry.how}"
 
 
 def size_label(size: int) -> str:
@@ -209,7 +209,8 @@ def depth_plot(entries: Sequence[Acceptance]) -> Markup:
 
 @dataclass(frozen=True)
 class Pair:
-    """A tree beside the chain of as many steps, at the same temperature, with their greedy speed-ups."""
+    """A tree beside the chain of as many steps, at the same temperature and with drafts taken alike, with their greedy
+    speed-ups."""
 
     chain: Acceptance
     tree: Acceptance
@@ -224,7 +225,7 @@ class Pair:
 
 def trees_and_chains(results: Results) -> list[Pair]:
     speedups = {entry.shape: entry.speedup for entry in results.speed}
-    chains = {(e.shape.steps, e.temperature): e for e in results.acceptance if e.shape.topk == 1}
-    trees = [e for e in results.acceptance if e.shape.topk > 1 and (e.shape.steps, e.temperature) in chains]
-    beside = [(chains[tree.shape.steps, tree.temperature], tree) for tree in trees]
+    chains = {(e.shape.steps, e.how): e for e in results.acceptance if e.shape.topk == 1}
+    trees = [e for e in results.acceptance if e.shape.topk > 1 and (e.shape.steps, e.how) in chains]
+    beside = [(chains[tree.shape.steps, tree.how], tree) for tree in trees]
     return [Pair(chain, tree, speedups.get(chain.shape), speedups.get(tree.shape)) for chain, tree in beside]

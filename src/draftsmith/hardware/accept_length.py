@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from draftsmith.core.errors import RecipeError
-from draftsmith.core.records.evaluation import Acceptance, Profile
-from draftsmith.core.shape import Shape
+from draftsmith.core.records.evaluation import CERTAIN, Acceptance, Profile
+from draftsmith.core.shape import DraftSampling, Shape
 
 Path = tuple[int, ...]
 # How much rarer each further rank is at the same depth; the trained Gemma draft's profile has 0.1 to 0.5 from rank to
@@ -102,6 +102,40 @@ class MeasuredProfile:
 
 
 @dataclass(frozen=True)
+class SampledProfile:
+    """results.json's `sampled_profile` for chains of drafts that are sampled; chances as they are there.
+
+    Given the text, a step accepts its tokens one by one with these chances, so tau is a mean over all walks along it.
+    """
+
+    chances: Sequence[Sequence[str]]
+
+    @property
+    def deepest(self) -> int:
+        return max(len(digits) // 2 for walk in self.chances for digits in walk)
+
+    def tau(self, shape: Shape) -> float:
+        assert shape.topk == 1, "a tree's chances are not known"
+        steps = hits = 0.0
+        for walk in self.chances:
+            visits = [1.0] + [0.0] * (len(walk) + shape.steps)
+            for position, digits in enumerate(walk):
+                if len(digits) < 2 * shape.steps:
+                    break
+                steps += visits[position]
+                reached = visits[position]
+                for depth in range(shape.steps):
+                    accepted = reached * int(digits[2 * depth : 2 * depth + 2]) / CERTAIN
+                    visits[position + depth + 1] += reached - accepted
+                    hits += accepted
+                    reached = accepted
+                visits[position + shape.steps + 1] += reached
+        if not steps:
+            raise RecipeError(f"predict: no text of the profile is long enough for {shape.steps} steps; give fewer")
+        return 1 + hits / steps
+
+
+@dataclass(frozen=True)
 class GeometricProfile:
     """Every depth alike: choice r is right with probability alpha * RANK_RATIO ** (r - 1).
 
@@ -155,7 +189,7 @@ class Calibrated:
     tau - 1 is scaled by measured / profiled of the nearest measured shape of the same kind.
     """
 
-    profile: MeasuredProfile
+    profile: MeasuredProfile | SampledProfile
     measured: dict[Shape, float]  # tau by shape
 
     @property
@@ -179,16 +213,22 @@ class Evaluated(Protocol):
     def profile(self) -> Profile | None: ...
 
 
-def from_results(results: Evaluated) -> AcceptLength:
-    """Of an evaluation: its profile, corrected by its own greedy measurements; else its first greedy tau."""
+def from_results(results: Evaluated, temperature: float = 0.0, drafts: DraftSampling = "greedy") -> AcceptLength:
+    """Of an evaluation: its profile, if of this temperature, corrected by its own measurements there with drafts taken
+    in this way; else the first of these."""
     measured = {
         entry.shape: entry.all.tau
         for entry in results.acceptance
-        if entry.temperature == 0 and entry.all.tau and entry.all.tau > 1
+        if (entry.temperature, entry.drafts) == (temperature, drafts) and entry.all.tau and entry.all.tau > 1
     }
-    if results.profile:
-        return Calibrated(MeasuredProfile(results.profile.walks), measured)
+    profile = results.profile
+    if profile and profile.temperature == temperature:
+        drawn = drafts == "sampled"
+        return Calibrated(SampledProfile(profile.chances) if drawn else MeasuredProfile(profile.walks), measured)
     if not measured:
-        raise RecipeError("predict: the evaluation holds no greedy tau; give --tau, or evaluate at temperature 0")
+        raise RecipeError(
+            f"predict: the evaluation holds no tau at temperature {temperature:g}, {drafts} drafts; give --tau, or add "
+            "it to evaluate.temperatures"
+        )
     shape, tau = next(iter(measured.items()))
     return published(tau, shape)

@@ -10,7 +10,7 @@ from draftsmith.core.recipe import DEFAULT_SHAPE
 from draftsmith.core.records.evaluation import ComparedDraft, Results
 from draftsmith.core.records.machine import Predictions, Probe
 from draftsmith.core.run_files import DECODERS
-from draftsmith.core.shape import Shape
+from draftsmith.core.shape import DraftSampling, Shape
 from draftsmith.drafts import METHODS
 from draftsmith.drafts.method import DraftConfig, DraftSize
 from draftsmith.engines import ENGINES
@@ -83,7 +83,13 @@ def results_of(run: Run) -> Results | None:
     return next((found[name] for name in trees_first), None)
 
 
-def accept_of(run: Run, tau: float | None = None, shape: Shape = DEFAULT_SHAPE) -> AcceptLength:
+def accept_of(
+    run: Run,
+    tau: float | None = None,
+    shape: Shape = DEFAULT_SHAPE,
+    temperature: float = 0.0,
+    drafts: DraftSampling = "greedy",
+) -> AcceptLength:
     """The run's own, or the one of a published tau, measured at `shape`."""
     if tau is not None:
         return published(tau, shape)
@@ -93,7 +99,9 @@ def accept_of(run: Run, tau: float | None = None, shape: Shape = DEFAULT_SHAPE) 
             f"no accept length in {run.files.root}; run: draftsmith evaluate RECIPE, or let predict take a published "
             "one: --tau 2.6 --shape 3/4/8"
         )
-    return from_results(results)
+    if temperature:
+        results = results.model_copy(update={"profile": results.sampled_profile})
+    return from_results(results, temperature, drafts)
 
 
 def plan_of(

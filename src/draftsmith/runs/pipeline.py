@@ -137,7 +137,8 @@ def _part(*names: str) -> Callable[[Run], Any]:
     return key
 
 
-SERVED = {"extra", "tensor_parallel", "context", "draft_quantization"}  # of `serve`, what an evaluation depends on
+# of `serve`, what an evaluation depends on
+SERVED = {"draft_sampling", "extra", "tensor_parallel", "context", "draft_quantization"}
 STAGES = (
     Stage(
         "prompts", "gather, de-duplicate and decontaminate prompts", _part("prompts", "seed"), _source_files, _prompts
@@ -189,7 +190,9 @@ STAGES = (
         lambda run: [
             _part("target", "evaluate", "seed")(run),
             run.recipe.regenerate.max_prompt_tokens,
-            run.recipe.serve.model_dump(mode="json", include=SERVED) if run.evaluation_engine != "embedded" else None,
+            run.recipe.serve.model_dump(
+                mode="json", include={"draft_sampling"} if run.evaluation_engine == "embedded" else SERVED
+            ),
         ],
         lambda run: [run_files.weights(run.files.draft), run.files.evaluation_prompts],
         _evaluate,

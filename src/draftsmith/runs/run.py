@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from draftsmith.core import files, run_files
 from draftsmith.core.errors import DataError, TargetError
-from draftsmith.core.history import changed, draft_digest, target_part
+from draftsmith.core.history import changed, draft_digest, results_of, target_part
 from draftsmith.core.lock import RunLock
 from draftsmith.core.progress import say
 from draftsmith.core.recipe import DEFAULT_SHAPE, DecoderName, EngineName, Recipe
@@ -24,7 +24,7 @@ from draftsmith.core.records.data import IdentityCheck
 from draftsmith.core.records.machine import Tuned
 from draftsmith.core.records.run import Hardware, Provenance, StageState
 from draftsmith.core.run_files import RunFiles
-from draftsmith.core.shape import Shape
+from draftsmith.core.shape import DraftSampling, Shape
 
 if TYPE_CHECKING:
     from draftsmith.engines.base import Setup
@@ -341,6 +341,26 @@ class Run:
             return best
         return settings.shape
 
+    def better_drafts(self, shape: Shape, engine: Decodes = "embedded") -> DraftSampling:
+        """serve.draft_sampling; auto: what is accepted more, as this engine measured it, or else another."""
+        from draftsmith.evaluation.draft_sampling import more_accepted
+
+        asked = self.recipe.serve.draft_sampling
+        if asked != "auto":
+            return asked
+        found = results_of(self.files)
+        both = [r.acceptance for name, r in sorted(found.items(), key=lambda item: item[0] != engine)]
+        return next((way for entries in both if (way := more_accepted(entries, shape))), "greedy")
+
+    def serving_drafts(self, engine: EngineName, shape: Shape) -> DraftSampling:
+        """The better ones where the engine can take them so."""
+        from draftsmith.engines import SERVERS
+
+        why = SERVERS[engine].greedy_because(shape, self.files.draft)
+        if why and self.recipe.serve.draft_sampling == "sampled":
+            say(f"serve.draft_sampling: sampled given, but {why}; drafts are taken greedily")
+        return "greedy" if why else self.better_drafts(shape, engine)
+
     def serving(
         self,
         purpose: "Purpose" = "draft",
@@ -366,9 +386,10 @@ class Run:
             shape = self.serving_shape(serve.engine)
             if other and shape.topk > 1 and not SERVERS[serve.engine].drafts_trees:
                 shape = Shape.chain(shape.steps)
-            serve = serve.model_copy(update={"shape": shape})
             draft = draft or self.draft_for(serve.engine)
             self.require_whole_export()
+            drafts = self.serving_drafts(serve.engine, shape)
+            serve = serve.model_copy(update={"shape": shape, "draft_sampling": drafts})
         layers = self.captured_layers if purpose == "capture" else ()
         recipe = self.recipe.model_copy(update={"serve": serve})
         place = model or resolve_model(recipe.target.model)

@@ -3,7 +3,10 @@
 from draftsmith.core.files import JsonObject
 from draftsmith.core.records.base import Decodes, Record
 from draftsmith.core.records.run import Provenance
-from draftsmith.core.shape import Shape
+from draftsmith.core.shape import DraftSampling, Shape
+
+CERTAIN = 99
+"""Two digits that stand for 1."""
 
 
 class Tau(Record):
@@ -47,10 +50,11 @@ class PromptCounts(Record):
 
 
 class Acceptance(Record):
-    """Accept length of one shape at one temperature."""
+    """Accept length of one shape at one temperature, drafts taken in one way."""
 
     shape: Shape
     temperature: float
+    drafts: DraftSampling = "greedy"
     all: Tau
     by_category: dict[str, Tau]
     acceptance_by_depth: list[float | None]
@@ -61,8 +65,14 @@ class Acceptance(Record):
     tokens: int
     prompts: list[PromptCounts]
     oracle: Tau | None = None
-    """Of chains that always propose the target's first choice; at temperatures above 0, where the engine tells."""
+    """Of chains that always propose the target's first choice; at temperatures above 0 with greedily taken drafts,
+    where the engine tells."""
     share_of_oracle: float | None = None
+
+    @property
+    def how(self) -> str:
+        """`T=1, sampled drafts`"""
+        return f"T={self.temperature:g}" + (", sampled drafts" if self.drafts == "sampled" else "")
 
 
 class Difference(Record):
@@ -118,12 +128,18 @@ class Speed(Record):
 class Profile(Record):
     """Ranks of the target's own tokens among the draft's choices, teacher-forced."""
 
+    temperature: float = 0.0
+    """Of the target's text."""
+
     prompts: int
     positions: int
     table: list[list[float]]
     """table[d][r]: share of choice r + 1 at depth d + 1 where the first choices before it were right."""
     walks: list[list[str]]
     """walks[prompt][position]: one digit per depth, 0 for none of the first nine choices."""
+    chances: list[list[str]] = []
+    """Above temperature 0. chances[prompt][position]: two digits per depth, in 99ths the chance that the token was a
+    sampled draft's: min(1, q / p)."""
 
 
 class EvaluationSettings(Record):
@@ -159,6 +175,9 @@ class Results(Record):
     lossless: Lossless | None = None
     speed: list[Speed] = []
     profile: Profile | None = None
+    """At temperature 0."""
+    sampled_profile: Profile | None = None
+    """At the highest temperature."""
 
     @property
     def partial(self) -> bool:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.core.shape import Shape
-from draftsmith.decoding.tree import DraftTree, grow_tree
+from draftsmith.decoding.tree import DraftTree, Take, first_choices, grow_tree
 from draftsmith.drafts.eagle3.model import DraftCache, Eagle3Draft
 
 
@@ -14,10 +14,10 @@ class Eagle3Drafter:
     def __init__(self, draft: Eagle3Draft, ids_D: Tensor, embedding_VH: Tensor):
         self.draft = draft.eval()
         self.taps = draft.config.taps
-        self.ids = ids_D.tolist()
         self.embedding_VH = embedding_VH
         self.dtype = draft.fc.weight.dtype
         self.device = draft.fc.weight.device
+        self.ids_D = ids_D.to(self.device)
         self.start()
 
     def start(self) -> None:
@@ -41,7 +41,7 @@ class Eagle3Drafter:
         self._verified = start + width
 
     @torch.inference_mode()
-    def propose(self, root: int, shape: Shape) -> DraftTree:
+    def propose(self, root: int, shape: Shape, take: Take = first_choices) -> DraftTree:
         assert self._output is not None, "extend comes first"
         k, base = shape.topk, self._verified
         self._cache.length = base  # a tree proposed before is forgotten
@@ -62,7 +62,7 @@ class Eagle3Drafter:
                 visible = torch.cat([own.new_ones(k, base), own], dim=1)
             positions = torch.full((k,), base + step, device=self.device)
             outputs = self.draft.step(self._embed(tokens), features, positions, self._cache, visible)
-            return torch.softmax(self.draft.logits(outputs).float(), dim=-1)
+            return self.draft.logits(outputs).float()
 
-        first = torch.softmax(self.draft.logits(self._output)[0].float(), dim=-1)
-        return grow_tree(root, first, expand, self.ids.__getitem__, shape)
+        first = self.draft.logits(self._output)[0].float()
+        return grow_tree(root, first, expand, self.ids_D, self.draft.config.vocab_size, shape, take)
