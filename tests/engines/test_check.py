@@ -15,10 +15,11 @@ from draftsmith.core.files import read_json, write_json
 from draftsmith.core.records.base import write_rows
 from draftsmith.core.records.data import Prompt
 from draftsmith.core.records.evaluation import Results
+from draftsmith.core.shape import Shape
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.drafts.directories import write_draft
 from draftsmith.drafts.eagle3.config_file import IDS
-from draftsmith.runs.check import agreement_with, check
+from draftsmith.runs.check import agreements_with, check
 from draftsmith.runs.pipeline import run_pipeline
 from draftsmith.runs.run import Run
 
@@ -121,7 +122,7 @@ def test_an_engine_serves_what_was_trained_and_damage_shows(trained, engine, tmp
         write_json(damaged / "config.json", config)
         assert not check(run, engine, damaged)
         assert f"trained with {read_json(exported / 'config.json')[key_of(engine)]}" in capsys.readouterr().err
-        verdict = agreement_with(run, engine, vocabulary, damaged)
+        verdict, *_ = agreements_with(run, engine, vocabulary, damaged)
         assert "it reads the directory differently" in verdict.problems[0]
         return
     tensors = load_file(damaged / "model.safetensors")
@@ -129,7 +130,7 @@ def test_an_engine_serves_what_was_trained_and_damage_shows(trained, engine, tmp
     save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
     assert not check(run, engine, damaged)
     assert "fc.weight is not the trained one" in capsys.readouterr().err
-    verdict = agreement_with(run, engine, vocabulary, damaged)
+    verdict, *_ = agreements_with(run, engine, vocabulary, damaged)
     assert "it reads the directory differently" in verdict.problems[0]
 
 
@@ -148,3 +149,25 @@ def test_an_engine_measures_what_the_embedded_one_measures(trained, engine):
     assert theirs.lossless.differences == []
     assert theirs.lossless.prompts == 4
     assert theirs.speed[0].plain_tokens_per_s > 0
+
+
+def test_vllm_accepts_at_every_position_what_the_embedded_engine_accepts_greedy_and_sampled(trained):
+    """At T = 1, both ways in one evaluation each; draws differ, so shares of many steps are compared."""
+    recipe, directory = trained
+    if IDS in read_json(directory / "export" / "draft" / "config.json"):
+        pytest.skip("measured once, on the default taps")
+    changes = {"evaluate.temperatures": [1.0], "evaluate.max_new_tokens": 160, "evaluate.speed_prompts": 1}
+    for judging in ("embedded", "vllm"):
+        values = {**changes, "evaluate.engine": judging, "evaluate.lossless_prompts": 1}
+        with contextlib.closing(Run(recipe("vllm", **values), directory, ["test"])) as run:
+            run_pipeline(run, "evaluate")
+            assert run.better_drafts(Shape(3, 1, 4)) == "sampled"
+            assert "probabilistic" in str(run.serving())
+    own, theirs = (Results.load(run.files.results[name]).acceptance for name in ("embedded", "vllm"))
+    assert [entry.drafts for entry in own] == [entry.drafts for entry in theirs] == ["greedy", "sampled"]
+    assert own[1].tau_with_loops > own[0].tau_with_loops + 0.05
+    for a, b in zip(own, theirs, strict=True):
+        for depth, (ours, vllms) in enumerate(zip(a.acceptance_by_depth, b.acceptance_by_depth, strict=True)):
+            steps = [sum(row.reached[depth] for row in entry.prompts) for entry in (a, b)]
+            noise = 4 * (ours * (1 - ours) * sum(1 / n for n in steps)) ** 0.5
+            assert vllms == pytest.approx(ours, abs=noise), f"{a.how}, depth {depth + 1}"

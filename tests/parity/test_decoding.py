@@ -8,7 +8,7 @@ from draftsmith.core.records.data import Completion
 from draftsmith.core.shape import Shape
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.speculate import Decoder
-from draftsmith.decoding.tree import DraftTree
+from draftsmith.decoding.tree import DraftTree, Sampled
 from draftsmith.drafts.eagle3.drafter import Eagle3Drafter
 from draftsmith.drafts.objectives import pack_inputs
 from draftsmith.drafts.packing import make_pack
@@ -63,6 +63,30 @@ def test_greedy_output_is_that_of_plain_decoding(architecture, shape):
         assert drafted.finish_reason == plain.finish_reason
         accepted += sum(drafted.verified)
     assert accepted > 0, "a draft that is never right proves nothing"
+
+
+@pytest.mark.parametrize("shape", [CHAIN, TREE], ids=str)
+def test_what_is_sampled_comes_from_the_drafts_own_distribution(shape):
+    """Of the real draft: at its temperature, over its own vocabulary, without the siblings before."""
+    target, draft, ids = trained_draft()
+    drafter, prompt = Eagle3Drafter(draft, ids, target.embedding_rows()), prompts(1)[0]
+    drafter.start()
+    drafter.extend(target.capture([prompt[:-1]], drafter.taps).taps_TKH, prompt[1:])
+    logits = torch.full((VOCAB,), -torch.inf)
+    logits[ids] = draft.logits(drafter._output)[0].float()
+    for seed in range(20):
+        tree = drafter.propose(prompt[-1], shape, Sampled(0.7, torch.Generator().manual_seed(seed)))
+        first = tree.children[0]
+        drawn = [node for node in first if node in tree.drawn]
+        assert len(tree.tokens) == shape.draft_tokens
+        assert drawn in ([], first[-1:])
+        assert first[:-1] == [node for node in first if node not in tree.drawn] or not drawn
+        for node in drawn:
+            choices = logits.topk(shape.topk - 1).indices
+            expected = torch.softmax(logits.scatter(0, choices, -torch.inf) / 0.7, 0)
+            torch.testing.assert_close(tree.drawn[node], expected)
+            assert expected[tree.tokens[node]] > 0
+        assert shape == TREE or drawn == [1]
 
 
 class OracleDrafter:

@@ -8,10 +8,11 @@ from draftsmith.core.records.machine import Probe
 from draftsmith.core.shape import Shape
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.speculate import Decoder
+from draftsmith.decoding.stopping import Ends
 from draftsmith.drafts.directories import ReadyDraft
 from draftsmith.evaluation.acceptance import count
 from draftsmith.evaluation.profile import DEPTH, accept_profile, rank_table, walks_of
-from draftsmith.hardware.accept_length import MeasuredProfile
+from draftsmith.hardware.accept_length import MeasuredProfile, SampledProfile
 from draftsmith.hardware.cost_model import MeasuredCosts, predict
 from draftsmith.hardware.probe import embedded_times, page
 
@@ -44,6 +45,23 @@ def test_a_chains_accept_length_is_exactly_that_of_decoding(steps):
     real = real_tau(answers, steps)
     assert real > 1.02, "a draft that is never right proves nothing"
     assert MeasuredProfile(walks).tau(shape) == pytest.approx(real, abs=1e-9)
+
+
+def test_a_chains_sampled_accept_length_is_near_that_of_decoding():
+    target, draft, ids = trained_draft()
+    shape, sampling = Shape(3, 1, 4), Sampling(0.8, 0.95, 40)
+    taus = {}
+    for drafts in ("greedy", "sampled"):
+        decoder = Decoder(target, ready(target, draft, ids).drafter(), draft_sampling=drafts)
+        answers = [decoder.generate(p, sampling, 150, shape, seed, Ends(frozenset())) for seed, p in enumerate(PROMPTS)]
+        texts = [(p, answer.ids) for p, answer in zip(PROMPTS, answers, strict=True)]
+        ranks, chances = walks_of(target, ready(target, draft, ids), texts, sampling)
+        taus[drafts] = real_tau(answers, 3)
+        if drafts == "greedy":  # ranks are exact: what was drawn is what was accepted
+            assert MeasuredProfile(ranks).tau(shape) == pytest.approx(taus[drafts], abs=1e-9)
+        else:
+            assert SampledProfile(chances).tau(shape) == pytest.approx(taus[drafts], abs=0.06)
+    assert taus["sampled"] > taus["greedy"] + 0.1, "alike, so nothing was tested"
 
 
 def test_a_trees_accept_length_is_near_that_of_decoding():

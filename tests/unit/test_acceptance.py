@@ -1,10 +1,11 @@
 import pytest
 
 from draftsmith.core.records.data import Prompt
-from draftsmith.core.records.evaluation import Difference, Lossless, PromptCounts
+from draftsmith.core.records.evaluation import Acceptance, Difference, Lossless, PromptCounts
 from draftsmith.core.shape import Shape
 from draftsmith.decoding.generation import Generation
 from draftsmith.evaluation.acceptance import bootstrap_tau, count, oracle_walk, paired_difference, summarise
+from draftsmith.evaluation.draft_sampling import more_accepted
 from draftsmith.evaluation.evaluate import balanced
 from draftsmith.evaluation.lossless import first_difference, lossless_verdict
 from draftsmith.training.metrics import converged
@@ -83,6 +84,23 @@ def test_a_paired_difference_is_sharper_than_two_intervals():
     few = paired_difference(ours[:9], others)
     assert (few.low, few.prompts) == (None, 9)
     assert paired_difference(ours, [counts("else", 1, 1)]).difference is None
+
+
+def measured_ways(shape: Shape, temperature: float, greedy: float, sampled: float | None) -> list[Acceptance]:
+    depths = {"reached": [100] * shape.steps, "accepted_at": [0] * shape.steps}
+    rows = [counts("p", round(100 * (tau - 1)), 100).model_copy(update=depths) for tau in (greedy, sampled) if tau]
+    return [summarise([r], shape, temperature, d) for r, d in zip(rows, ("greedy", "sampled"), strict=False)]
+
+
+def test_drafts_are_served_as_they_are_accepted_more():
+    chain, longer = measured_ways(CHAIN, 1.0, 1.3, 1.5), measured_ways(Shape(5, 1, 6), 1.0, 1.6, 1.4)
+    tree, cold = measured_ways(TREE, 1.0, 1.7, 1.6), measured_ways(CHAIN, 0.0, 2.0, None)
+    entries = [*cold, *chain, *longer, *tree]
+    assert more_accepted(entries, CHAIN) == "sampled"
+    assert more_accepted(entries, Shape(5, 1, 6)) == "greedy"
+    assert more_accepted([*chain, *tree], Shape(2, 1, 3)) == "sampled"
+    assert more_accepted([*chain, *tree], Shape(5, 2, 6)) == "greedy"
+    assert more_accepted([*cold, *tree, *measured_ways(CHAIN, 1.0, 1.3, None)], CHAIN) is None
 
 
 def test_the_oracle_accepts_runs_of_first_choices():

@@ -146,7 +146,11 @@ def test_a_run_a_skip_and_a_changed_recipe(world, tmp_path, monkeypatch, capsys)
     assert manifest.created_with.versions["torch"] == torch.__version__
     results = Results.load(out / "evaluate" / "results.json")
     assert lossless_verdict(results.lossless).state == "yes"
-    assert len(results.acceptance) == 4
+    assert [(str(e.shape), e.how) for e in results.acceptance] == [
+        *(("3/1/4", how) for how in ("T=0", "T=1", "T=1, sampled drafts")),
+        *(("3/4/8", how) for how in ("T=0", "T=1")),
+    ]
+    assert (results.profile.temperature, results.sampled_profile.temperature) == (0, 1)
 
     code, err = run(monkeypatch, capsys, "run", world / "recipe.yaml", "--out", out)
     assert code == 0

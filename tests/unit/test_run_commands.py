@@ -167,6 +167,54 @@ def test_a_machine_alone_is_probed_where_the_target_runs_on_servers(monkeypatch,
     assert {row.machine for row in Predictions.load(RunFiles(tmp_path).prediction("probe")).rows} == {alone.machine}
 
 
+def test_serve_takes_drafts_as_they_are_accepted_more(monkeypatch, capsys, world):
+    path = files(world).results["embedded"]
+    measured = Results.load(path)
+    greedy = next(e for e in measured.acceptance if e.shape == Shape(3, 1, 4) and e.how == "T=1")
+
+    def served(sampled_tau: float, *flags: str) -> str:
+        """What `serve --print` says where the chain's sampled drafts have this tau, greedy ones 1.5."""
+        taus = {"greedy": 1.5, "sampled": sampled_tau}
+        entries = [
+            greedy.model_copy(update={"drafts": way, "all": greedy.all.model_copy(update={"tau": tau})})
+            for way, tau in taus.items()
+        ]
+        measured.model_copy(update={"acceptance": entries}).save(path)
+        code, told = run(monkeypatch, capsys, world, "serve", "--print", "--no-serve.tuned", *flags)
+        assert code == 0, told.err
+        return told.out + told.err
+
+    try:
+        assert "probabilistic" in served(1.6)
+        assert "probabilistic" not in served(1.4)
+        assert "probabilistic" in served(1.4, "--serve.draft-sampling", "sampled")
+        assert "probabilistic" not in served(1.6, "--serve.draft-sampling", "greedy")
+        assert "rejection" not in served(1.6, "--serve.engine", "sglang")
+        refused = served(1.6, "--serve.engine", "sglang", "--serve.draft-sampling", "sampled")
+        assert "rejection" not in refused
+        assert "sampled given, but SGLang samples whole vocabularies only, and the draft's is 40 of 64" in refused
+        tree = served(1.6, "--serve.engine", "sglang", "--serve.draft-sampling", "sampled", "--serve.shape", "3/4/8")
+        assert "sampled given, but SGLang samples chains only" in tree
+    finally:
+        measured.save(path)
+
+
+def test_predict_tells_of_warm_requests(monkeypatch, capsys, world):
+    flags = ("predict", "--hardware", "h100-1", "--temperature", "1", "--serve.draft-sampling")
+    code, told = run(monkeypatch, capsys, world, *flags, "sampled")
+    assert code == 0, told.err
+    assert "at T=1, sampled drafts" in told.out
+    rows = Predictions.load(files(world).prediction("h100-1")).rows
+    assert {row.shape.topk for row in rows} == {1}
+    measured = Results.load(files(world).results["embedded"]).acceptance
+    chain = next(e for e in measured if e.how == "T=1, sampled drafts")
+    told_chain = next(row for row in rows if row.shape == chain.shape)
+    assert told_chain.tau == pytest.approx(chain.all.tau)
+    code, told = run(monkeypatch, capsys, world, *flags, "greedy", "--temperature", "0.3")
+    assert code == 2
+    assert "no tau at temperature 0.3, greedy drafts" in told.err
+
+
 def test_a_tuned_shape_of_another_draft_is_left_out(monkeypatch, capsys, world):
     path = files(world).tuned("embedded")
     kept = Tuned.load(path)

@@ -169,6 +169,10 @@ def test_commands_are_the_engines_own():
     chain = launched(tiny_recipe("m", "p", serve={"context": 4096}), "org/model", "draft")
     assert chain.url == "http://127.0.0.1:8000"
     assert '{"method": "eagle3", "model": "d", "num_speculative_tokens": 3}' in chain.command
+    sampled = launched(tiny_recipe("m", "p", serve={"draft_sampling": "sampled"}), "org/model", "draft")
+    assert '"num_speculative_tokens": 3, "draft_sample_method": "probabilistic"}' in str(sampled)
+    drawn = {"engine": "sglang", "draft_sampling": "sampled"}
+    assert "--speculative-use-rejection-sampling" in launched(tiny_recipe("m", "p", serve=drawn), "m", "draft").command
     capture = launched(tiny_recipe("m", "p"), "org/model", "capture", (2, 31, 59, 62))
     assert any('"eagle_aux_hidden_state_layer_ids": [2, 31, 59, 62]' in part for part in capture.command)
     with pytest.raises(ServeError, match="3/4/8 is a tree, and vLLM drafts chains; give 3/1/4"):

@@ -17,6 +17,7 @@ from draftsmith.hardware.accept_length import (
     Calibrated,
     GeometricProfile,
     MeasuredProfile,
+    SampledProfile,
     accepted,
     best_tree,
     from_results,
@@ -90,6 +91,19 @@ def test_a_chain_walks_the_text_as_decoding_does():
     assert MeasuredProfile([walk]).tau(Shape(1, 1, 2)) == 1 + (1 + 0 + 0 + 1 + 1) / 5
 
 
+def test_sampled_drafts_walk_by_chance():
+    ranks = ["110", "100", "011", "200", "111", "111", "111"]
+    certain = [digits.replace("2", "0").replace("1", "99").replace("0", "00") for digits in ranks]
+    assert SampledProfile([certain]).tau(CHAIN) == pytest.approx(MeasuredProfile([ranks]).tau(CHAIN))
+    # 0 accepts with 1/3: 1 is a root in 2/3 of the walks; 2 in 1/3 + 2/3 * 2/3, of those from 0 and from 1
+    thirds = SampledProfile([["33", "33", "33"]])
+    steps = 1 + 2 / 3 + (1 / 3 + 2 / 3 * 2 / 3)
+    assert thirds.tau(Shape(1, 1, 2)) == pytest.approx(1 + steps / 3 / steps)
+    uneven = SampledProfile([["99", "00", "33", "66"]])  # roots 0, 2 and, in 2/3 of the walks, 3
+    assert uneven.tau(Shape(1, 1, 2)) == pytest.approx(1 + (1 + 1 / 3 + 2 / 3 * 2 / 3) / (2 + 2 / 3))
+    assert thirds.deepest == 1
+
+
 def test_a_tree_holds_its_most_frequent_nodes():
     frequency = {(1,): 0.6, (2,): 0.2, (1, 1): 0.4, (1, 2): 0.1, (2, 1): 0.15, (3,): 0.05}
     assert best_tree(frequency, Shape(2, 2, 5)) == {(1,), (1, 1), (2,), (2, 1)}
@@ -139,7 +153,7 @@ def test_results_without_a_profile_give_a_geometric_one():
     )
     results = SimpleNamespace(acceptance=[entry], profile=None)
     assert from_results(results).tau(CHAIN) == pytest.approx(2.2, abs=1e-4)
-    with pytest.raises(RecipeError, match="no greedy tau"):
+    with pytest.raises(RecipeError, match="no tau at temperature 0, greedy drafts"):
         from_results(SimpleNamespace(acceptance=[], profile=None))
 
 

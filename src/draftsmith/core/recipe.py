@@ -340,7 +340,8 @@ class ServeRecipe(Model):
     """What is drafted at every step; vLLM drafts chains (topk 1) only."""
     draft_sampling: DraftSampling | Literal["auto"] = "auto"
     """How drafts are taken at temperatures above 0: greedy proposes the draft's first choices, sampled draws from its
-    distribution; auto: `evaluate` measures both and the one that is accepted more is served, where the engine can."""
+    distribution; auto: `evaluate` measures chains both ways and what is accepted more is served, where the engine
+    can."""
     tuned: bool = True
     """Where `tune` has run and `shape` is the default: serve the shape that it measured to be the fastest."""
     tensor_parallel: Positive = 1

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from draftsmith.core.records.evaluation import Acceptance, PromptCounts
-from draftsmith.core.shape import Shape
+from draftsmith.core.shape import DraftSampling, Shape
 from draftsmith.decoding.generation import Generation
 from draftsmith.evaluation.acceptance import count, summarise
 from draftsmith.evaluation.evaluate import Question
@@ -32,23 +32,32 @@ class Agreement:
         def depths(entry: Acceptance) -> str:
             return " ".join("-" if share is None else f"{share:.2f}" for share in entry.acceptance_by_depth)
 
+        same = f"; greedy tokens identical on {self.same_tokens} of {len(self.ours.prompts)} prompts"
         return (
-            f"{self.engine} {self.theirs.shape}: tau {self.theirs.tau_with_loops:.2f} ({depths(self.theirs)}), "
-            f"embedded {self.ours.tau_with_loops:.2f} ({depths(self.ours)}), noise {self.tolerance:.2f}; greedy tokens "
-            f"identical on {self.same_tokens} of {len(self.ours.prompts)} prompts"
+            f"{self.engine} {self.theirs.shape}, {self.theirs.how}: tau {self.theirs.tau_with_loops:.2f} "
+            f"({depths(self.theirs)}), embedded {self.ours.tau_with_loops:.2f} ({depths(self.ours)}), "
+            f"noise {self.tolerance:.2f}{'' if self.ours.temperature else same}"
         )
 
 
 def compare_engines(
-    engine: str, shape: Shape, questions: Sequence[Question], ours: Sequence[Generation], theirs: Sequence[Generation]
+    engine: str,
+    shape: Shape,
+    questions: Sequence[Question],
+    ours: Sequence[Generation],
+    theirs: Sequence[Generation],
+    temperature: float = 0.0,
 ) -> Agreement:
-    """Paired over prompts; where greedy texts part (bf16 ties) the prompt still counts, as both are on-policy."""
+    """Paired over prompts; where greedy texts part (bf16 ties) the prompt still counts, as both are on-policy. Above
+    temperature 0 drafts are sampled, and so are the texts."""
     own, others = (
         [count(q.id, q.category, answer, shape.steps) for q, answer in zip(questions, side, strict=True)]
         for side in (ours, theirs)
     )
     same = sum(first_difference(a.ids, b.ids) is None for a, b in zip(ours, theirs, strict=True))
-    agreement = Agreement(engine, summarise(others, shape, 0.0), summarise(own, shape, 0.0), same, _noise(own, others))
+    drafts: DraftSampling = "sampled" if temperature else "greedy"
+    told, known = (summarise(rows, shape, temperature, drafts) for rows in (others, own))
+    agreement = Agreement(engine, told, known, same, _noise(own, others))
     tau, trained = agreement.theirs.tau_with_loops, agreement.ours.tau_with_loops
     if abs(tau - trained) > agreement.tolerance:
         agreement.problems.append(
@@ -60,7 +69,7 @@ def compare_engines(
             agreement.problems.append(
                 f"at depth {depth} {engine} accepts {a:.0%} where the trained draft has {b:.0%} (noise {noise:.0%})"
             )
-    if same * 2 < len(questions):
+    if not temperature and same * 2 < len(questions):
         agreement.problems.append(
             f"greedy tokens of {engine} and the embedded engine agree on only {same} of {len(questions)} prompts: "
             "another target, revision or dtype"

@@ -21,16 +21,18 @@ def taking(setup: Setup, drafts: DraftSampling) -> Setup:
 
 def ways(engine: Engine, setup: Setup, shape: Shape) -> list[Way]:
     """As serve.draft_sampling says, at every temperature. Where that leaves the choice to what is measured: greedily,
-    and sampled, too, above temperature 0, where the engine can. A server that others started drafts in one way."""
+    and chains sampled, too, above temperature 0, where the engine can. A server started by others drafts in one way."""
     asked, settings = setup.recipe.serve.draft_sampling, setup.recipe.evaluate
     warm = tuple(t for t in settings.temperatures if t)
-    why = engine.greedy_because(shape, setup.draft) if warm and asked != "greedy" else None
+    if not warm or settings.url is not None:
+        return [("sampled" if asked == "sampled" else "greedy", settings.temperatures)]
+    why = engine.greedy_because(shape, setup.draft) if asked != "greedy" else None
     if why and asked == "sampled":
         say(f"evaluate: serve.draft_sampling: sampled given, but {why}; {shape} is measured greedily")
     if asked == "sampled" and not why:
         return [("sampled", settings.temperatures)]
     found: list[Way] = [("greedy", settings.temperatures)]
-    if asked == "auto" and warm and not why and settings.url is None:
+    if asked == "auto" and not why and shape.topk == 1:  # no engine samples trees, so nothing hangs on them
         found.append(("sampled", warm))
     return found
 

@@ -166,7 +166,7 @@ class Evaluation:
                 with engine.open(taking(setup, drafts), shape, settings.url) as drafted:
                     questions = self.questions(drafted)
                     for temperature in temperatures:
-                        if temperature and not self._draws(drafted, questions, temperature):
+                        if temperature and not self.draws(drafted, questions, temperature):
                             left_out.add(temperature)
                         else:
                             acceptance.append(self._acceptance(drafted, questions, shape, temperature, drafts))
@@ -278,7 +278,7 @@ class Evaluation:
         share = (own - 1) / (best - 1) if own and best and best > 1 else None
         return entry.model_copy(update={"oracle": oracle, "share_of_oracle": share})
 
-    def _draws(self, session: Session, questions: list[Question], temperature: float) -> bool:
+    def draws(self, session: Session, questions: list[Question], temperature: float) -> bool:
         """Whether a drafting server draws beyond the first token, which comes from the prompt's own forward.
 
         Where it does not, what follows that token is its greedy text (but for ties that round otherwise).

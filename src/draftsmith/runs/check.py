@@ -2,7 +2,7 @@
 
 Two looks. The directory is compared with what the best checkpoint exports to, which names any damage. Then the engine
 decodes a few prompts with it, and so does the embedded engine with the checkpoint's own weights: greedy tokens and the
-acceptance at every depth have to agree.
+acceptance at every depth have to agree; where drafts are sampled, the acceptance at the highest temperature, too.
 """
 
 from pathlib import Path
@@ -19,6 +19,7 @@ from draftsmith.engines import ENGINES
 from draftsmith.engines.base import Setup
 from draftsmith.engines.embedded import EmbeddedSession
 from draftsmith.evaluation.check import Agreement, compare_engines
+from draftsmith.evaluation.draft_sampling import taking
 from draftsmith.evaluation.evaluate import Evaluation, complete
 from draftsmith.runs.run import Run
 from draftsmith.training.export import damages, trained_draft
@@ -38,14 +39,15 @@ def check(run: Run, engine: EngineName, directory: Path | None = None) -> bool:
         say("check: the directory is damaged; export again: draftsmith export RECIPE")
         return False
     say(f"check: {directory} is what {checkpoints} exports to")
-    agreement = agreement_with(run, engine, vocabulary, directory)
-    say(f"check: {agreement}")
-    for problem in agreement.problems:
-        say(f"check: {problem}")
-    return not agreement.problems
+    agreements = agreements_with(run, engine, vocabulary, directory)
+    for agreement in agreements:
+        say(f"check: {agreement}")
+        for problem in agreement.problems:
+            say(f"check: {problem}")
+    return not any(agreement.problems for agreement in agreements)
 
 
-def agreement_with(run: Run, name: EngineName, vocabulary: DraftVocabulary, directory: Path) -> Agreement:
+def agreements_with(run: Run, name: EngineName, vocabulary: DraftVocabulary, directory: Path) -> list[Agreement]:
     """Start the engine with the directory and compare it with the embedded engine and the checkpoint's own weights."""
     recipe, engine = run.recipe, ENGINES[name]
     if recipe.target.engine != "transformers":
@@ -56,16 +58,21 @@ def agreement_with(run: Run, name: EngineName, vocabulary: DraftVocabulary, dire
     shape = next((s for s in recipe.evaluate.shapes if s.topk == 1 or engine.drafts_trees), recipe.serve.shape)
     changed = {"prompts": PROMPTS, "max_new_tokens": TOKENS, "shapes": (shape,)}
     short = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=changed)})
-    setup = Setup(short, directory, run.files.root)
+    drafts, hottest = run.serving_drafts(name, shape), max(recipe.evaluate.temperatures)
+    setup = taking(Setup(short, directory, run.files.root), drafts)
     evaluation = Evaluation(engine, setup, run.files.evaluation_prompts, run.files.root)
     with engine.open(setup, shape) as drafted:
         questions = evaluation.questions(drafted)
-        theirs = complete(drafted, questions, f"check {shape} on {name}", Sampling(), TOKENS, 1)
+        warm = drafts == "sampled" and hottest and evaluation.draws(drafted, questions, hottest)
+        samplings = [Sampling(), *([evaluation.sampling(hottest)] if warm else [])]
+        theirs = [complete(drafted, questions, f"check {shape} on {name}", s, TOKENS, 1) for s in samplings]
     target = run.target
     with torch.no_grad():
         draft = trained_draft(run.files.train, vocabulary)[0].to(target.device, target.head.weight.dtype).eval()
     ready = ReadyDraft(draft, vocabulary.ids_D, target.embedding_rows())
-    ours = complete(
-        EmbeddedSession(target, ready.drafter(), shape), questions, f"check {shape} here", Sampling(), TOKENS, 1
-    )
-    return compare_engines(name, shape, questions, ours, theirs)
+    here = EmbeddedSession(target, ready.drafter(), shape, drafts)
+    ours = [complete(here, questions, f"check {shape} here", s, TOKENS, 1) for s in samplings]
+    return [
+        compare_engines(name, shape, questions, a, b, sampling.temperature)
+        for sampling, a, b in zip(samplings, ours, theirs, strict=True)
+    ]

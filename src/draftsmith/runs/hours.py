@@ -91,12 +91,15 @@ def _evaluation_s(s: Sizes, costs: Costs, rate: float, reading_s: float) -> floa
     drafted_s = decode_s / DRAFTED
     answer, longer = GREEDY_SHARE * settings.max_new_tokens, SAMPLED_SHARE * settings.max_new_tokens
     a_shape_s = (len(settings.temperatures) - sampled) * answer * drafted_s + sampled * longer * decode_s
-    seconds = asked * shapes * a_shape_s / (s.batch if s.served else 1)
+    both = sum(shape.topk == 1 for shape in settings.shapes) if s.recipe.serve.draft_sampling == "auto" else 0
+    again_s = both * sampled * longer * decode_s  # chains with sampled drafts
+    seconds = asked * (shapes * a_shape_s + again_s) / (s.batch if s.served else 1)
     seconds += settings.speed_prompts * shapes * answer * (decode_s + drafted_s)
     # The proof's plain side is one batch where it runs here; its fp32 weights are read at the bytes they have.
     proof = min(settings.lossless_prompts, asked) * settings.lossless_tokens
     proof_s = shapes * drafted_s + (decode_s if s.served else 0.0)
     seconds += proof * proof_s * (1 if s.served else 4 / BYTES[s.recipe.target.dtype])
     if not s.served:
-        seconds += min(PROFILE_PROMPTS, asked) * (answer / rate + (s.prompt + answer) * reading_s) + START_S
+        texts = answer + (longer if sampled else 0.0)
+        seconds += min(PROFILE_PROMPTS, asked) * (texts / rate + (s.prompt + texts) * reading_s) + START_S
     return seconds

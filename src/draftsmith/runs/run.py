@@ -356,10 +356,11 @@ class Run:
         """The better ones where the engine can take them so."""
         from draftsmith.engines import SERVERS
 
-        why = SERVERS[engine].greedy_because(shape, self.files.draft)
+        drafts = self.better_drafts(shape, engine)
+        why = SERVERS[engine].greedy_because(shape, self.files.draft) if drafts == "sampled" else None
         if why and self.recipe.serve.draft_sampling == "sampled":
             say(f"serve.draft_sampling: sampled given, but {why}; drafts are taken greedily")
-        return "greedy" if why else self.better_drafts(shape, engine)
+        return "greedy" if why else drafts
 
     def serving(
         self,
