@@ -53,15 +53,15 @@ def test_a_chains_sampled_accept_length_is_near_that_of_decoding():
     taus = {}
     for drafts in ("greedy", "sampled"):
         decoder = Decoder(target, ready(target, draft, ids).drafter(), draft_sampling=drafts)
-        answers = [decoder.generate(p, sampling, 150, shape, seed, Ends(frozenset())) for seed, p in enumerate(PROMPTS)]
+        answers = [decoder.generate(p, sampling, 120, shape, seed, Ends(frozenset())) for seed, p in enumerate(PROMPTS)]
         texts = [(p, answer.ids) for p, answer in zip(PROMPTS, answers, strict=True)]
         ranks, chances = walks_of(target, ready(target, draft, ids), texts, sampling)
         taus[drafts] = real_tau(answers, 3)
         if drafts == "greedy":  # ranks are exact: what was drawn is what was accepted
             assert MeasuredProfile(ranks).tau(shape) == pytest.approx(taus[drafts], abs=1e-9)
         else:
-            assert SampledProfile(chances).tau(shape) == pytest.approx(taus[drafts], abs=0.06)
-    assert taus["sampled"] > taus["greedy"] + 0.1, "alike, so nothing was tested"
+            assert SampledProfile(chances).tau(shape) == pytest.approx(taus[drafts], abs=0.03)
+    assert taus["sampled"] > taus["greedy"] + 0.06, "alike, so nothing was tested"
 
 
 def test_a_trees_accept_length_is_near_that_of_decoding():

@@ -27,7 +27,8 @@ class Predict(RecipeCommand):
     shape: Shape = DEFAULT_SHAPE
     """The shape that --tau was measured at: steps/top-k/draft tokens."""
     temperature: Annotated[float, Field(ge=0.0)] = 0.0
-    """Of the requests; above 0 one that `evaluate` measured, with drafts taken as serve.draft_sampling says."""
+    """Of the requests; above 0 one that `evaluate` measured, with drafts taken as serve.draft_sampling says (of sampled
+    ones only chains are told)."""
     batches: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 4, 8, 16, 32, 64)
     """Sequences decoded at once."""
     context: Positive = 512

@@ -3,7 +3,7 @@
 Measured teacher-forced on the target's own text, from every position and for all depths at once (as training does), so
 one pass tells the accept length of any shape, also of those that nobody decoded with. Above temperature 0 it tells
 sampled drafts, too: of a text that speculative sampling wrote, a token x was the draft's own with chance
-min(p, q) / p = min(1, q(x) / p(x)), whatever came before it (arXiv 2211.17192); its mean is sum_v min(p, q).
+min(p, q) / p = min(1, q(x) / p(x)), given what came before it (arXiv 2211.17192); its mean is sum_v min(p, q).
 
 Shapes: T positions, R chains, D draft vocabulary.
 """
@@ -21,12 +21,12 @@ from draftsmith.decoding.sampling import Sampling, probabilities
 from draftsmith.decoding.stopping import loop_onset
 from draftsmith.drafts import METHODS
 from draftsmith.drafts.directories import ReadyDraft
-from draftsmith.drafts.objectives import CHUNK_ROWS
 from draftsmith.drafts.packing import Pack, make_pack
 from draftsmith.targets.local import LocalTarget
 
 DEPTH, RANKS = 7, 9  # one digit per rank
 PACK_PROMPTS = 8
+WHOLE_ROWS = 64  # whose distributions over the whole vocabulary lie in memory at once
 GREEDY = Sampling()
 
 
@@ -88,13 +88,13 @@ def _digits(target: LocalTarget, ready: ReadyDraft, pack: Pack, sampling: Sampli
 
 
 def token_chances(target: LocalTarget, last_TH: Tensor, ids_T: Tensor, sampling: Sampling) -> Tensor:
-    """[T] probability of every token after what is before it, as it is drawn; of the first tokens of documents it means
-    nothing."""
+    """[T] probability of every token after what is before it, as it is drawn, never 0: rounding may put one that was
+    drawn outside the filters. Of the first tokens of documents it means nothing."""
     p_T = torch.ones(len(ids_T))
-    for rows in torch.arange(1, len(ids_T)).split(CHUNK_ROWS):
+    for rows in torch.arange(1, len(ids_T)).split(WHOLE_ROWS):
         p_RV = probabilities(target.logits(last_TH[rows - 1]), sampling).cpu()
         p_T[rows] = p_RV.gather(1, ids_T[rows].cpu()[:, None])[:, 0]
-    return p_T
+    return p_T.clamp(min=torch.finfo(p_T.dtype).tiny)
 
 
 def drafted_chances(logits_RD: Tensor, ids_D: Tensor, wanted_R: Tensor, temperature: float) -> Tensor:

@@ -8,7 +8,7 @@ from draftsmith.core.recipe import Recipe
 from draftsmith.core.recipe_file import load_recipe
 from draftsmith.core.records.evaluation import Results
 from draftsmith.core.run_files import results
-from draftsmith.core.shape import Shape
+from draftsmith.core.shape import DraftSampling, Shape
 from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.speculate import Decoder
@@ -56,11 +56,14 @@ def decode(
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
     seed: int = 0,
+    draft_sampling: DraftSampling = "greedy",
 ) -> Generation:
     """One completion: token ids, finish reason, draft tokens accepted by every verification step, seconds of decoding.
 
-    Without a `draft` (a directory) the target decodes alone; greedy where `sampling` is left out.
+    Without a `draft` (a directory) the target decodes alone; greedy where `sampling` is left out. `draft_sampling`: how
+    drafts are taken above temperature 0, greedy or sampled.
     """
     chosen = Shape.parse(shape) if isinstance(shape, str) else shape
-    decoder = Decoder(target, ready_draft(target, draft).drafter() if draft else None)
+    drafter = ready_draft(target, draft).drafter() if draft else None
+    decoder = Decoder(target, drafter, draft_sampling=draft_sampling)
     return decoder.generate(list(prompt), sampling or Sampling(), max_new_tokens, chosen if draft else None, seed=seed)

@@ -58,7 +58,7 @@ def agreements_with(run: Run, name: EngineName, vocabulary: DraftVocabulary, dir
     shape = next((s for s in recipe.evaluate.shapes if s.topk == 1 or engine.drafts_trees), recipe.serve.shape)
     changed = {"prompts": PROMPTS, "max_new_tokens": TOKENS, "shapes": (shape,)}
     short = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=changed)})
-    drafts, hottest = run.serving_drafts(name, shape), max(recipe.evaluate.temperatures)
+    drafts, hottest = run.serving_drafts(name, shape), max(recipe.evaluate.temperatures, default=0.0)
     setup = taking(Setup(short, directory, run.files.root), drafts)
     evaluation = Evaluation(engine, setup, run.files.evaluation_prompts, run.files.root)
     with engine.open(setup, shape) as drafted:
