@@ -48,7 +48,8 @@ def collect(directory: Path) -> Path:
     run = RunFiles(directory)
     told: JsonObject = {}
     for name, path in run.results.items():
-        told[name] = Results.load(path).model_copy(update={"profile": None}).model_dump(mode="json")
+        lean = {"profile": None, "sampled_profile": None}
+        told[name] = Results.load(path).model_copy(update=lean).model_dump(mode="json")
     told["training"] = TrainingSummary.load(run_files.summary(run.train)).model_dump(mode="json")
     told["completions"] = CompletionsSummary.load(run_files.summary(run.completions)).model_dump(mode="json")
     told["stages"] = Manifest.load(run.manifest).model_dump(mode="json")["stages"]

@@ -214,12 +214,16 @@ def test_every_figure_is_the_rounding_of_one_in_the_results(make):
 
 
 def test_each_setting_has_its_own_figures(make):
-    card = make_card(make(), NOTHING)
-    chain = "| draftsmith | bf16 | 3/1/4 | 0 | 2.20 | 2.06 to 2.34 | 1.74 | - | 0.57 / 0.65 / - |"
+    run = make()
+    sampled = acceptance("3/1/4", 1.0, 1.9174).model_copy(update={"drafts": "sampled"})
+    save(run, "embedded", results(acceptance=[*results().acceptance, sampled]))
+    card = make_card(run, NOTHING)
+    chain = "| draftsmith | bf16 | 3/1/4 | 0 | greedy | 2.20 | 2.06 to 2.34 | 1.74 | - | 0.57 / 0.65 / - |"
     assert row(card, "draftsmith", "bf16", "3/1/4", "0") == chain
-    assert " 1.66 | 1.53 to 1.81 | 1.20 | - |" in row(card, "draftsmith", "bf16", "3/4/8", "1")
+    assert " 1.66 | 1.53 to 1.81 | 1.20 | - |" in row(card, "draftsmith", "bf16", "3/4/8", "1", "greedy")
+    assert " 1.92 | 1.78 to 2.06 | 1.45 | - |" in row(card, "draftsmith", "bf16", "3/1/4", "1", "sampled")
     speed = "| draftsmith | bf16 | 3/1/4 | 1 | 12 (399) | 16.2 | 30.4 | 1.72x | 2.45 |"
-    assert row(card, "draftsmith", "bf16", "3/1/4", "1") == speed
+    assert row(card, "draftsmith", "bf16", "3/1/4", "1", "12 (399)") == speed
 
 
 def test_an_engines_partial_run_is_marked_on_its_row_alone(make):

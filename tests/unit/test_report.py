@@ -271,6 +271,14 @@ def test_what_engines_measured_stands_beside_the_embedded_figures(run: RunFiles)
     assert "vllm: NOT lossless; 2 differences in greedy output on 50 prompts x 128 tokens in bf16" in page
 
 
+def test_sampled_drafts_stand_beside_greedy_ones(run: RunFiles) -> None:
+    sampled = acceptance("3/1/4", 1.0, 1.93).model_copy(update={"drafts": "sampled"})
+    save(run, results(acceptance=[*results().acceptance, sampled]))
+    page = report(run)
+    assert "<th>3/1/4, T=1</th><td>1.71 [" in page
+    assert "<th>3/1/4, T=1, sampled drafts</th><td>1.93 [" in page
+
+
 def test_temperatures_at_which_an_engine_does_not_draw_are_told(run: RunFiles) -> None:
     save(run, results(settings=SETTINGS.model_copy(update={"engine": "sglang"}), left_out=[0.7]), "sglang")
     assert "sglang: nothing at T=0.7; this server drafts greedily at any temperature" in report(run)

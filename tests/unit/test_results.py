@@ -121,12 +121,12 @@ def test_a_collected_run_can_be_rendered(results, tmp_path, monkeypatch):
     finished(run)
     told = read_json(results.collect(run.root))
     assert list(told) == ["embedded", "sglang", "training", "completions", "stages"]
-    assert told["embedded"]["profile"] is None, "as large as all the rest"
+    assert told["embedded"]["profile"] is told["embedded"]["sampled_profile"] is None, "as large as all the rest"
     assert told["stages"]["train"]["seconds"] == 236.2
     lines = results.section("small", told)
     assert "13.0 M parameters, 3,400 steps over 3,120,564 tokens, status converged." in lines
     for engine in ("draftsmith", "SGLang"):
-        cells = "bf16 | 3/4/8 | 0 | 60 | 2.20 [2.07, 2.34] | 2.20 | 2.40 | 28% | - |"
+        cells = "bf16 | 3/4/8 | 0 | greedy | 60 | 2.20 [2.07, 2.34] | 2.20 | 2.40 | 28% | - |"
         assert f"| {engine} | {cells}" in lines, "no interval over nine prompts"
         assert f"| {engine} | bf16 | 3/4/8 | 4 | 12 | 16.2 | 30.4 | 1.72x |" in lines
         assert f"- {engine}: commit abc1234, Test CPU, 2 cores: `draftsmith run r.yaml`" in lines

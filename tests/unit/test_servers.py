@@ -453,8 +453,8 @@ def test_a_server_that_never_draws_is_noticed(model, target, prompts, tmp_path, 
             evaluation = Evaluation(SERVERS[engine], setup, prompts, tmp_path)
             with SERVERS[engine].open(setup, None, url) as session:
                 questions = evaluation.questions(session)
-                assert evaluation._draws(session, questions, 1.0) == draws
-                assert evaluation._draws(session, questions, 0.1), "a low temperature may well draw the greedy text"
+                assert evaluation.draws(session, questions, 1.0) == draws
+                assert evaluation.draws(session, questions, 0.1), "a low temperature may well draw the greedy text"
 
 
 def steps_of(length, depth=3):
