@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import socket
 import threading
 import time
 import urllib.request
@@ -17,7 +18,30 @@ from draftsmith.decoding.sampling import Sampling
 from draftsmith.targets.local import LocalTarget
 
 CONTEXT = 200
-Answer = Callable[[str, dict, str], tuple[int, dict]]  # path, body and request id
+# Of path, body and request id: a status and JSON, or the bytes of a whole response as they are.
+Answer = Callable[[str, dict, str], tuple[int, dict] | bytes]
+
+# A program that is started as an engine is: it listens where it is told to, tells its own command line as engines do,
+# and has a worker that outlives it if it can.
+ENGINE = """
+import http.server, os, signal, socket, subprocess, sys
+host, port = (sys.argv[sys.argv.index(flag) + 1] for flag in ("--host", "--port"))
+print("engine log line", sys.argv, flush=True)
+if "--crash" in sys.argv:
+    sys.exit(3)
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open(sys.argv[1], "w").write(f"{os.getpid()} {worker.pid}")
+if "--stubborn" in sys.argv:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+http.server.HTTPServer.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+http.server.HTTPServer((host, int(port)), Health).serve_forever()
+"""
 
 
 class FaultyServer(ThreadingHTTPServer):
@@ -27,16 +51,25 @@ class FaultyServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, answer: Answer, fault: Callable[[int], int | str | None] = lambda n: None, late_s: float = 1.0):
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(
+        self,
+        answer: Answer,
+        fault: Callable[[int], int | str | None] = lambda n: None,
+        late_s: float = 1.0,
+        host: str = "127.0.0.1",
+    ):
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, 0), _Handler)
         self.answer, self.fault, self.late_s = answer, fault, late_s
         self.asked: list[dict] = []
+        self.keys: list[str | None] = []
         self.counting = threading.Lock()
         self.dead = False
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
+        host, port, *_ = self.server_address
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def handle_error(self, request, client_address):
         """A client that went away is part of the play."""
@@ -57,6 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self, body: dict) -> None:
         fault = None
+        self.server.keys.append(self.headers["Authorization"])
         if self.path in ("/v1/completions", "/generate") and "prompt_logprobs" not in str(body):
             with self.server.counting:
                 self.server.asked.append(body)
@@ -65,11 +99,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
-        status, answer = (
+        made = (
             (fault, {"error": "made up"})
             if isinstance(fault, int)
             else self.server.answer(self.path, body, self.headers.get("X-Request-Id", ""))
         )
+        if isinstance(made, bytes):
+            self.wfile.write(made)
+            self.close_connection = True
+            return
+        status, answer = made
         content = json.dumps(answer).encode()
         if fault == "abort":  # as vLLM and SGLang end what they had in flight when they are told to stop
             content = content.replace(b'"length"', b'"abort"').replace(b'"stop"', b'"abort"')

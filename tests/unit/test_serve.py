@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import save_tiny_target, tiny_recipe, write_prompts
-from servers import FaultyServer, serving, tiny_engine
+from servers import ENGINE, FaultyServer, serving, tiny_engine
 
 from draftsmith.core.errors import ServeError
 from draftsmith.core.records.data import CompletionsSummary
@@ -23,25 +23,6 @@ from draftsmith.engines.process import launch, running
 from draftsmith.runs.pipeline import run_pipeline
 from draftsmith.runs.run import Run
 from draftsmith.targets.local import LocalTarget
-
-ENGINE = """
-import http.server, os, signal, subprocess, sys
-port = int(sys.argv[sys.argv.index("--port") + 1])
-print("engine log line", flush=True)
-if "--crash" in sys.argv:
-    sys.exit(3)
-worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # outlives its parent if it can
-open(sys.argv[1], "w").write(f"{os.getpid()} {worker.pid}")
-if "--stubborn" in sys.argv:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-class Health(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-    def log_message(self, *_):
-        pass
-http.server.HTTPServer(("127.0.0.1", port), Health).serve_forever()
-"""
 
 
 @pytest.fixture

@@ -231,7 +231,7 @@ def test_what_cannot_be_right_is_refused_in_one_line(model, target, prompts, tmp
                 "server.urls: no server answers; http://127.0.0.1:9: ": ["http://127.0.0.1:9"],
                 "HTTP 404": [lost],
                 "does not answer as the engine of target.engine does": [alien],
-                "server.urls: localhost:8000: ": ["localhost:8000"],
+                "server.urls.0: 'localhost:8000' given; a server's URL is like http://HOST:PORT": ["localhost:8000"],
             }.items()
         ):
             with pytest.raises(DraftsmithError) as caught:
@@ -668,7 +668,7 @@ def test_a_server_that_only_talks_nonsense_is_named_in_one_line(model, target, p
         assert wanted.strip() in str(caught.value)
         assert urls[0] in str(caught.value)
         assert "\n" not in str(caught.value)
-    with pytest.raises(DraftsmithError, match=r"server\.urls: http://127\.0\.0\.1:99999"):
+    with pytest.raises(DraftsmithError, match=r"server\.urls\.0: 'http://127\.0\.0\.1:99999' given; Port out"):
         regenerate(recipe_for(model, ["http://127.0.0.1:99999"]), prompts, tmp_path / "port")
 
 

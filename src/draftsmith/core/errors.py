@@ -13,9 +13,14 @@ DraftsmithError            one line: what was given, what is allowed, which key 
 The command line prints them without a traceback and exits with code 2; anything else is a bug.
 """
 
+from draftsmith.core.secrets import line
+
 
 class DraftsmithError(ValueError):
-    """Base of every error that the user, not the programmer, has to mend."""
+    """Base of every error that the user, not the programmer, has to mend; one line, no secret in it."""
+
+    def __init__(self, text: str):
+        super().__init__(line(text))
 
 
 class RecipeError(DraftsmithError):

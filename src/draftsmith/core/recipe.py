@@ -7,14 +7,18 @@ The string under each field is its help text.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from draftsmith.core import secrets
 from draftsmith.core.shape import DraftSampling, Shape
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
+
+ServerUrl = Annotated[str, AfterValidator(secrets.server_url)]
+CommandLine = Annotated[str, AfterValidator(secrets.command_line)]
 
 EngineName = Literal["vllm", "sglang"]
 DecoderName = Literal["auto", "embedded", "vllm", "sglang"]
@@ -75,9 +79,9 @@ class TargetRecipe(Model):
 class ServerRecipe(Model):
     """Where the servers are and how patiently they are asked; changes nothing about what they answer."""
 
-    urls: tuple[str, ...] = ()
+    urls: tuple[ServerUrl, ...] = ()
     """One URL per replica, such as http://127.0.0.1:8000."""
-    last_urls: tuple[str, ...] = ()
+    last_urls: tuple[ServerUrl, ...] = ()
     """SGLang only, for training: servers that return the last hidden state, beside `urls`, which return the taps."""
     concurrency: Positive = 32
     """Requests in flight per replica."""
@@ -91,8 +95,10 @@ class ServerRecipe(Model):
     """Packs whose hidden states are fetched before training needs them; this bounds memory and disk."""
     hidden_states: Path | None = None
     """Folder in which this machine sees the files that capturing servers write; left out: the servers' own path."""
-    api_key_env: str = "DRAFTSMITH_API_KEY"
-    """Environment variable that holds the servers' key, if they want one."""
+    api_key_env: Annotated[str, AfterValidator(secrets.variable)] = "DRAFTSMITH_API_KEY"
+    """Environment variable that holds the servers' key, if they want one; `Basic ...` in it goes to them as it is."""
+    ca_file: Path | None = None
+    """PEM file of the authority that signed the servers' certificates, where they are https and it is your own."""
 
 
 Column = Literal[
@@ -237,6 +243,9 @@ class TrainRecipe(Model):
     """Packs per optimiser step, dealt out to all processes."""
     shard: bool = False
     """Several processes only: keep weights and optimiser in parts on them (FSDP2) instead of a copy on each."""
+    timeout_min: Annotated[float, Field(gt=0, le=10080)] = 15.0
+    """Several processes only: how long they wait for one another, in minutes, before a training ends that one of them
+    hangs in. The first one evaluates and saves meanwhile, so it is to be longer than that takes."""
     ttt_steps: Positive = 7
     """Depth of the training-time test."""
     step_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
@@ -284,7 +293,15 @@ class TrainRecipe(Model):
 
 
 # Keys of `train` that only say what is watched and kept, and where: changing them continues a training.
-BOOKKEEPING = {"log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "patience", "shard"}
+BOOKKEEPING = {
+    "log_every",
+    "evaluate_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "patience",
+    "shard",
+    "timeout_min",
+}
 
 
 DEFAULT_SHAPE = Shape.chain(3)
@@ -296,9 +313,9 @@ class EvaluateRecipe(Model):
     engine: DecoderName = "auto"
     """What decodes: the embedded engine, or a real one; auto: where the target runs in this process vLLM on GPUs that
     have it, else embedded."""
-    url: str | None = None
+    url: ServerUrl | None = None
     """Server that runs the target with the draft; left out: one is started as `serve` says."""
-    plain_url: str | None = None
+    plain_url: ServerUrl | None = None
     """Server of the target alone, for speed and losslessness; left out: one is started, unless `url` is given."""
     batches: tuple[Positive, ...] = (1,)
     """Requests in flight while a real engine's speed is measured."""
@@ -330,7 +347,7 @@ class ServeRecipe(Model):
 
     engine: EngineName = "vllm"
     """The engine to start."""
-    program: str = ""
+    program: CommandLine = ""
     """How it is started, such as "/opt/engine/bin/vllm serve"; left out: `vllm serve` or this Python's sglang."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 opens the server to the network."""
@@ -358,8 +375,9 @@ class ServeRecipe(Model):
     """Folder for the hidden states of `--purpose capture`; memory or a fast disk."""
     patience_s: Annotated[float, Field(gt=0)] = 1800.0
     """Longest wait until the engine is healthy."""
-    extra: str = ""
-    """More flags for the engine, passed on as they are; on the command line write --serve.extra="--flag value"."""
+    extra: CommandLine = ""
+    """More flags for the engine, passed on as they are; on the command line write --serve.extra="--flag value". A key
+    or token is written as $NAME, an environment variable that holds it: --serve.extra='--api-key $NAME'."""
 
 
 class CardRecipe(Model):
@@ -397,3 +415,13 @@ class Recipe(Model):
     evaluate: EvaluateRecipe = EvaluateRecipe()
     serve: ServeRecipe = ServeRecipe()
     card: CardRecipe = CardRecipe()
+
+    @model_validator(mode="after")
+    def _no_password(self) -> "Recipe":
+        """A run keeps its recipe in files, so nothing that is secret may be part of one."""
+        for part, values in self.model_dump(mode="json").items():
+            try:
+                secrets.no_password(str(values))
+            except ValueError as error:
+                raise ValueError(f"{part}: {error}") from None
+        return self

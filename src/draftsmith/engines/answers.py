@@ -11,16 +11,18 @@ from draftsmith.decoding.generation import Generation
 MALFORMED = (KeyError, IndexError, TypeError, AttributeError, ValueError)
 """What reading an answer may raise that is not one; pydantic's errors are among them."""
 Whole = Annotated[int, Field(ge=0, strict=True)]
+Name = Annotated[str, Field(max_length=500)]
 _WHOLE = TypeAdapter(list[Whole])
-_NUMBERS = TypeAdapter(list[float])
+_NUMBERS = TypeAdapter(list[Annotated[float, Field(strict=True)]])
+UNTOLD_STEPS = 8  # verifications beyond the tokens that were written: an engine may have begun them already
 
 
 class Model(BaseModel):
     """One of /v1/models."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", protected_namespaces=())
-    id: str
-    root: str | None = None
+    id: Name
+    root: Name | None = None
     max_model_len: Whole | None = None
 
     @property
@@ -35,7 +37,7 @@ class Models(BaseModel):
 def checked_completion(answer: Generation, vocabulary: int, most: int) -> Generation:
     """Raises `ValueError` unless it is token ids of the vocabulary, at most as many as were asked for."""
     ids = _WHOLE.validate_python(answer.ids)
-    _WHOLE.validate_python(list(answer.verified))
+    checked_steps(list(answer.verified), len(ids))
     if not isinstance(answer.finish_reason, str):
         raise ValueError("its finish reason is no text")
     if len(ids) > most:
@@ -43,6 +45,15 @@ def checked_completion(answer: Generation, vocabulary: int, most: int) -> Genera
     if beyond := [token for token in ids if token >= vocabulary]:
         raise ValueError(f"token {beyond[0]} of a vocabulary of {vocabulary}")
     return answer
+
+
+def checked_steps(steps: Any, tokens: int, counts: bool = False) -> list[int]:
+    """What each verification accepted, or, as `counts`, how many accepted 0, 1, ... A step writes a token at least."""
+    told = _WHOLE.validate_python(steps)
+    number = sum(told) if counts else len(told)
+    if number > tokens + UNTOLD_STEPS:
+        raise ValueError(f"{number} verifications for {tokens} tokens")
+    return told
 
 
 def checked_tokens(tokens: Any) -> list[int]:

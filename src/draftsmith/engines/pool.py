@@ -7,19 +7,21 @@ once or not at all, whatever happens on the way.
 
 import asyncio
 import contextlib
-import os
+import email.utils
+import math
 import random
+import ssl
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import httpx2 as httpx
 import orjson
 
+from draftsmith.core import secrets
 from draftsmith.core.errors import DraftsmithError, TargetError
 from draftsmith.core.files import JsonObject
 from draftsmith.core.progress import say
@@ -28,29 +30,56 @@ from draftsmith.engines.answers import MALFORMED
 from draftsmith.engines.state_files import Retry
 from draftsmith.targets.parts import first_line
 
-RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
+RETRIED = {408, 409, 425, 429}  # beside all that begin with 5
 LONGEST_PAUSE_S = 60.0
 PROVED_EVERY = 64  # answers of a replica, after which its identity is proved again
 GO_ON = "finished completions are kept, run the same command to go on"
 
-LARGEST_ANSWER = 1 << 30  # bytes; hidden states that come as text are the largest
+LARGEST_ANSWER = 1 << 26  # bytes; of log-probabilities, a few hundred a token
 
 T = TypeVar("T")
 
 
-async def _content(response: httpx.Response) -> bytes:
+async def _content(response: httpx.Response, limit: int) -> bytearray:
     """The whole answer, cut off where it has no end."""
     content = bytearray()
     async for chunk in response.aiter_bytes():
         content += chunk
-        if len(content) > LARGEST_ANSWER:
-            raise Retry(f"an answer of more than {LARGEST_ANSWER >> 20} MB")
-    return bytes(content)
+        if len(content) > limit:
+            raise Retry(f"an answer of more than {limit >> 20} MB")
+    return content
 
 
-def _seconds(retry_after: str | None) -> float:
-    """What a server asks for with `Retry-After`, up to a minute; 0 where it says nothing or a date."""
-    return min(float(retry_after), LONGEST_PAUSE_S) if retry_after and retry_after.strip().isdecimal() else 0.0
+def _pause_asked_for(retry_after: str) -> float:
+    """Seconds that a server asks for with `Retry-After`, a number or a date, up to a minute; 0 where it is neither."""
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        try:
+            date = email.utils.parsedate_tz(retry_after)
+            seconds = email.utils.mktime_tz(date) - time.time() if date else 0.0
+        except (ValueError, OverflowError):
+            seconds = 0.0
+    return 0.0 if math.isnan(seconds) else min(max(seconds, 0.0), LONGEST_PAUSE_S)
+
+
+def _authority(settings: ServerRecipe) -> ssl.SSLContext | bool:
+    """Whose certificates are believed: everybody's, or `server.ca_file`'s alone."""
+    if settings.ca_file is None:
+        return True
+    try:
+        if not settings.ca_file.is_file():
+            raise FileNotFoundError("is no file")
+        return ssl.create_default_context(cafile=settings.ca_file)
+    except OSError as error:
+        why = error.strerror or error
+        raise TargetError(f"server.ca_file: {settings.ca_file}: {why}; give the authority's PEM file") from None
+
+
+def _wrong_certificate(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 @dataclass
@@ -88,12 +117,8 @@ class Pool:
         self, urls: Sequence[str], settings: ServerRecipe, prove: Callable[[Replica], Coroutine[Any, Any, None]]
     ):
         self.settings, self._identify = settings, prove
-        for url in urls:
-            try:
-                urlsplit(url).port  # noqa: B018 - raises where there can be no such port
-            except ValueError as error:
-                raise TargetError(f"server.urls: {url}: {error}") from None
-        self.replicas = [Replica(url.rstrip("/")) for url in urls]
+        self._authority = _authority(settings)
+        self.replicas = [Replica(url) for url in urls]
         self._random = random.Random(0)  # spreads retries only
         self._client: httpx.AsyncClient | None = None
         self._loop = asyncio.new_event_loop()
@@ -138,9 +163,13 @@ class Pool:
     async def _connect(self) -> None:
         if self._client is not None:
             return
-        key = os.environ.get(self.settings.api_key_env, "")
+        name = self.settings.api_key_env
+        key = secrets.read(name).strip()
+        if not (key.isascii() and key.isprintable()):
+            raise TargetError(f"server.api_key_env: the key in {name} has characters that no request can carry")
         self._client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers={"Authorization": key if " " in key else f"Bearer {key}"} if key else {},
+            verify=self._authority,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=self.capacity),
             timeout=httpx.Timeout(self.settings.deadline_s, connect=10.0),
             trust_env=False,  # a proxy of the environment is not meant for servers next door
@@ -189,7 +218,7 @@ class Pool:
                     self._freed.notify_all()  # it has room for others too
                 return replica
             except Retry as error:
-                self._rest(replica, str(error))
+                self._rest(replica, str(error), error.after_s)
                 await self._release(replica)
                 if min(r.failures for r in self.replicas) >= self.settings.attempts:
                     raise TargetError(
@@ -224,10 +253,13 @@ class Pool:
 
     def _rest(self, replica: Replica, why: str, after_s: float = 0.0) -> None:
         replica.trusted = replica.captures_right = False  # it may come back as something else
-        if replica.rests_until <= time.monotonic():  # the first of many requests that fail together
+        now = time.monotonic()
+        if replica.rests_until > now:  # one of many requests that fail together
+            replica.rests_until = max(replica.rests_until, now + after_s)
+        else:
             replica.failures += 1
             pause = max(after_s, self._pause(replica.failures))
-            replica.rests_until = time.monotonic() + pause
+            replica.rests_until = now + pause
             say(f"server {replica.url}: {why}; left alone for {pause:.1f} s")
 
     def _pause(self, failures: int) -> float:
@@ -238,7 +270,7 @@ class Pool:
         try:
             await self._prove(replica)
         except Retry as error:
-            self._rest(replica, str(error))
+            self._rest(replica, str(error), error.after_s)
             return str(error)
         return ""
 
@@ -262,23 +294,33 @@ class Pool:
         path: str,
         body: JsonObject | None = None,
         headers: dict[str, str] | None = None,
+        limit: int = LARGEST_ANSWER,
     ) -> Any:
-        """The JSON of an answer, which nobody has looked at yet; `Retry` where another attempt may get one."""
+        """The JSON of an answer, which nobody has looked at yet; `Retry` where another attempt may get one.
+
+        limit: bytes of the largest answer that is read to its end.
+        """
         assert self._client is not None
         try:
             async with (
                 asyncio.timeout(self.settings.deadline_s),
                 self._client.stream(method, replica.url + path, json=body, headers=headers) as response,
             ):
-                content = await _content(response)
+                content = await _content(response, limit)
         except TimeoutError:
             raise Retry(f"no answer within {self.settings.deadline_s:g} s (server.deadline_s)") from None
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise TargetError(f"server.urls: {replica.url}: {error}") from None
         except httpx.RequestError as error:  # of the network, or of an answer that cannot be unpacked
+            if _wrong_certificate(error):
+                raise TargetError(
+                    f"server.urls: {replica.url}: {error}; where the authority is your own, give its PEM file as "
+                    "server.ca_file"
+                ) from None
             raise Retry(str(error) or type(error).__name__) from None
-        if response.status_code in RETRIED:
-            raise Retry(f"HTTP {response.status_code}", _seconds(response.headers.get("Retry-After")))
+        if response.status_code in RETRIED or response.status_code >= 500:
+            asked_for = _pause_asked_for(response.headers.get("Retry-After", ""))
+            raise Retry(f"HTTP {response.status_code}", asked_for)
         text = " ".join(content[:1000].decode(errors="replace").split())[:200]
         if response.status_code in (401, 403):
             raise TargetError(

@@ -9,20 +9,23 @@ last      the last layer's states alone, where an engine keeps them apart
 import contextlib
 import ctypes
 import os
+import re
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import httpx2 as httpx
 
+from draftsmith.core import secrets
 from draftsmith.core.errors import ServeError
 from draftsmith.core.progress import say
 from draftsmith.core.recipe import Recipe
@@ -37,7 +40,7 @@ POLL_S = 0.5
 
 @dataclass(frozen=True)
 class Launch:
-    """A command, what it adds to the environment, and where its server will answer."""
+    """A command (its secrets are `$NAME`), what it adds to the environment, and where its server will answer."""
 
     command: tuple[str, ...]
     environment: dict[str, str]
@@ -45,7 +48,8 @@ class Launch:
 
     def __str__(self) -> str:
         """A line for a shell."""
-        return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in self.environment.items()), shlex.join(self.command)])
+        added = [f"{k}={shlex.quote(v)}" for k, v in self.environment.items()]
+        return " ".join([*added, secrets.shell_line(self.command)])
 
 
 def launch(
@@ -55,7 +59,14 @@ def launch(
     settings = recipe.serve
     arguments, environment = engine.arguments(recipe, model, draft, purpose, layers)
     program = shlex.split(settings.program) if settings.program else engine.program
-    arguments += ["--host", settings.host, "--port", str(settings.port), "--dtype", DTYPES[recipe.target.dtype]]
+    arguments += [
+        "--host",
+        settings.host.strip("[]"),
+        "--port",
+        str(settings.port),
+        "--dtype",
+        DTYPES[recipe.target.dtype],
+    ]
     if recipe.target.revision:
         arguments += ["--revision", recipe.target.revision]
     if recipe.target.trust_remote_code:
@@ -64,8 +75,15 @@ def launch(
         arguments += ["--disable-custom-all-reduce"]
         environment = {**environment, "NCCL_P2P_DISABLE": "1"}
     arguments += shlex.split(settings.extra)
-    host = "127.0.0.1" if settings.host == "0.0.0.0" else settings.host
-    return Launch((*program, *arguments), environment, f"http://{host}:{settings.port}")
+    scheme = "https" if re.search(r"--ssl[-_]certfile\b", settings.extra) else "http"
+    return Launch((*program, *arguments), environment, f"{scheme}://{_reached_at(settings.host)}:{settings.port}")
+
+
+def _reached_at(host: str) -> str:
+    """Where this machine finds a server that listens there, as URLs have it."""
+    host = host.strip("[]")
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
 
 
 @contextlib.contextmanager
@@ -79,31 +97,46 @@ def running(launched: Launch, patience_s: float, log: Path | None = None) -> Ite
 @contextlib.contextmanager
 def started(launched: Launch, log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """The engine, loading; its log goes to our own output or a file; stopped in every case, even if we are killed."""
-    environment = {**os.environ, **launched.environment}
+    command, missing = secrets.filled_in(launched.command)
+    if missing:
+        raise ServeError(f"serve.extra: ${missing[0]} is not set in the environment; export it")
     _require_free(launched.url)
     if log:
         log.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        output = stack.enter_context(log.open("ab")) if log else None
-        try:
-            process = subprocess.Popen(
-                launched.command,
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT if output else None,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C reaches us alone, and we stop the engine in order
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
-            )
-        except OSError as error:
-            raise ServeError(
-                f"serve.program: cannot start {launched.command[0]!r}: {error.strerror}; install the engine or "
-                'name it, for example --serve.program "/opt/engine/bin/vllm serve"'
-            ) from None
-        try:
-            yield process
-        finally:
-            stop(process)
+    kept = log.open("ab", buffering=0) if log else None
+    try:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **launched.environment},
+            stdout=subprocess.PIPE if kept else None,
+            stderr=subprocess.STDOUT if kept else None,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C reaches us alone, and we stop the engine in order
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )
+    except OSError as error:
+        raise ServeError(
+            f"serve.program: cannot start {launched.command[0]!r}: {error.strerror}; install the engine or "
+            'name it, for example --serve.program "/opt/engine/bin/vllm serve"'
+        ) from None
+    keeper = threading.Thread(target=_keep, args=(process.stdout, kept), daemon=True) if kept else None
+    try:
+        if keeper:
+            keeper.start()
+        yield process
+    finally:
+        stop(process)
+        if keeper:
+            keeper.join(STOP_S)
+
+
+def _keep(output: IO[bytes], log: IO[bytes]) -> None:
+    """Write down what the engine says, without the secrets that engines tell of their own command line. It must never
+    have to wait, so what a full disk does not take is lost."""
+    with output, log:
+        for line in output:
+            with contextlib.suppress(OSError):
+                log.write(secrets.masked(line.decode(errors="replace")).encode())
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -137,9 +170,11 @@ def wait_until_healthy(process: subprocess.Popen[bytes], url: str, patience_s: f
         if process.poll() is not None:
             raise ServeError(f"serve: the engine stopped with exit code {process.returncode}; its log says why")
         try:
-            if httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200 and process.poll() is None:
+            # No proxy stands between us and our own process, and nobody is told anything, so no certificate is needed.
+            answer = httpx.get(f"{url}/health", timeout=5, trust_env=False, verify=False)
+            if answer.status_code == 200 and process.poll() is None:
                 return
-        except httpx.TransportError:
+        except httpx.RequestError:
             pass  # not up yet
         time.sleep(POLL_S)
     raise ServeError(

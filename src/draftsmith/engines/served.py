@@ -25,16 +25,25 @@ from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.stopping import Ends
 from draftsmith.engines.answers import Models, checked_completion, checked_logprobs, checked_tokens
-from draftsmith.engines.pool import Pool, Replica, reading
-from draftsmith.engines.state_files import FILE_PREFIX, Retry, checked, discard_states, sweep, take_states
+from draftsmith.engines.pool import LARGEST_ANSWER, Pool, Replica, reading
+from draftsmith.engines.state_files import (
+    FILE_PREFIX,
+    Retry,
+    checked,
+    discard_states,
+    from_numbers,
+    sweep,
+    take_states,
+)
 from draftsmith.targets.base import Capture, Follow
 from draftsmith.targets.identity import PROBE, SAME_LOGPROB, require_same_logprobs
 from draftsmith.targets.parts import WeightsOnlyTarget, resolve_model
 
 if TYPE_CHECKING:
-    from draftsmith.engines.server import ServerEngine
+    from draftsmith.engines.server import Request, ServerEngine
 
 FINISHED = {"stop", "length"}
+NUMBER_BYTES = 32  # of a hidden state's number that comes as text, and what stands between two
 
 T = TypeVar("T")
 
@@ -145,12 +154,10 @@ class ServedTarget(WeightsOnlyTarget):
 
         async def ask(replica: Replica) -> Generation:
             self._require_room(replica, len(ids) + max_new_tokens, "give a smaller max_new_tokens")
-            path, body = self.engine.completion(
-                replica.name, ids, sampling, max_new_tokens, ends.texts, seed, ignore_end
-            )
-            answer = await self.pool.request(replica, "POST", path, body)
+            asked = self.engine.completion(replica.name, ids, sampling, max_new_tokens, ends.texts, seed, ignore_end)
+            answer, _ = await self._post(replica, asked)
             await self._let_go(answer)
-            with reading(f"{path}: an answer without token ids"):
+            with reading(f"{asked[0]}: an answer without token ids"):
                 most = self.identity.vocab_size, max_new_tokens
                 written = checked_completion(self.engine.read_completion(answer), *most)
             if written.finish_reason not in FINISHED:
@@ -216,14 +223,9 @@ class ServedTarget(WeightsOnlyTarget):
             if not replica.captures_right:
                 await self._check_capture(replica)
                 replica.captures_right = True
-            path, body = self.engine.capture(replica.name, ids)
-            name = f"{FILE_PREFIX}{uuid.uuid4().hex}"
-            try:
-                answer = await self.pool.request(replica, "POST", path, body, {"X-Request-Id": name})
-            except BaseException:
-                self._lost.append(name)  # whatever became of the request, its file may still come
-                raise
-            with reading(f"{path}: an answer without hidden states"):
+            asked, size = self.engine.capture(replica.name, ids), self.identity.hidden_size
+            answer, name = await self._post(replica, asked, LARGEST_ANSWER + len(ids) * count * size * NUMBER_BYTES)
+            with reading(f"{asked[0]}: an answer without hidden states"):
                 reason, kept = self.engine.finish_reason(answer), self.engine.read_capture(answer)
             if reason not in FINISHED:
                 self._lost.append(name)
@@ -233,21 +235,31 @@ class ServedTarget(WeightsOnlyTarget):
                     f"server.urls: {replica.url} keeps no hidden states; start it with `draftsmith serve RECIPE "
                     "--purpose capture`, or train with target.engine transformers"
                 )
-            size = self.identity.hidden_size
             if isinstance(kept, str):
                 path_here = self._here(kept)
                 self._folders.add(path_here.parent)
                 return await asyncio.to_thread(take_states, path_here, ids, count, size, self.settings.deadline_s)
-            with reading(f"{path}: hidden states that are no numbers"):
-                rows = torch.tensor(kept, dtype=self.head.weight.dtype)[: len(ids)]
+            with reading(f"{asked[0]}: hidden states that are no numbers"):
+                rows = from_numbers(kept, self.head.weight.dtype)[: len(ids)]
             return checked(rows.reshape(len(rows), -1, size) if rows.shape[-1] % size == 0 else rows, ids, count, size)
 
         return await self.pool.somewhere(ask)
 
-    def _here(self, path: str) -> Path:
-        """Where this machine sees a file that a server wrote."""
-        folder = self.settings.hidden_states
-        return Path(path) if folder is None else folder / Path(path).name
+    async def _post(self, replica: Replica, asked: "Request", limit: int = LARGEST_ANSWER) -> tuple[Any, str]:
+        """(the answer, the name that the request went by, which a file of hidden states carries)"""
+        name = f"{FILE_PREFIX}{uuid.uuid4().hex}"
+        try:
+            return await self.pool.request(replica, "POST", *asked, {"X-Request-Id": name}, limit), name
+        except BaseException:
+            self._lost.append(name)  # whatever became of the request, its file may still come
+            raise
+
+    def _here(self, told: str) -> Path:
+        """Where this machine sees a file that a server wrote for us; it is deleted once it is read, so nothing else."""
+        path, folder = Path(told), self.settings.hidden_states
+        if FILE_PREFIX not in path.name or path.suffix != ".safetensors":
+            raise Retry(f"hidden states in {path.name}, which is no file of our request")
+        return path if folder is None else folder / path.name
 
     async def _let_go(self, answer: JsonObject) -> None:
         """A server that captures keeps the hidden states of every request, wanted or not."""
@@ -266,8 +278,7 @@ class ServedTarget(WeightsOnlyTarget):
     # --- who is trusted -----------------------------------------------------------------------------------------
 
     async def _logprobs(self, replica: Replica, ids: list[int]) -> list[float]:
-        path, body = self.engine.probe(replica.name, ids)
-        answer = await self.pool.request(replica, "POST", path, body)
+        answer, _ = await self._post(replica, self.engine.probe(replica.name, ids))
         await self._let_go(answer)
         return checked_logprobs(self.engine.read_probe(answer), ids)
 
@@ -277,7 +288,7 @@ class ServedTarget(WeightsOnlyTarget):
         names = {name for model in listed for name in model.names}
         if not names & self.known_as:
             raise TargetError(
-                f"server.urls: {replica.url} serves {', '.join(sorted(names))}, not target.model "
+                f"server.urls: {replica.url} serves {', '.join(sorted(names)[:3])}, not target.model "
                 f"{self.identity.model}; give another URL, or start it with --served-model-name {self.identity.model}"
             )
         model = next(m for m in listed if m.names & self.known_as)

@@ -14,6 +14,7 @@ from draftsmith.core.shape import Shape
 from draftsmith.core.taps import to_outputs
 from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
+from draftsmith.engines.answers import checked_steps
 from draftsmith.engines.server import Purpose, Request, ServerEngine, in_full, is_gemma3
 
 PATH = "/generate"
@@ -55,7 +56,8 @@ class SGLang(ServerEngine):
 
     def read_completion(self, answer: Any) -> Generation:
         meta = answer["meta_info"]
-        histogram = meta.get("spec_correct_drafts_histogram") or []
+        told = meta.get("spec_correct_drafts_histogram") or []
+        histogram = checked_steps(told, len(answer["output_ids"]), counts=True)
         accepted = tuple(accepted for accepted, steps in enumerate(histogram) for _ in range(steps))
         return Generation(answer["output_ids"], meta["finish_reason"]["type"], accepted, in_order=False)
 

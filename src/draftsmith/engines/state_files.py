@@ -9,11 +9,14 @@ import fcntl
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from draftsmith.core.errors import TargetError
+from draftsmith.core.secrets import line
 
 FILE_PREFIX, FORGOTTEN_S = "draftsmith-", 3600.0  # our requests' names, and when a file of theirs is nobody's any more
 LOCK_POLL_S = 0.005
@@ -23,7 +26,7 @@ class Retry(Exception):
     """A failure that another attempt, or another replica, may not see; not before `after_s`, if the server says so."""
 
     def __init__(self, why: str, after_s: float = 0.0):
-        super().__init__(why)
+        super().__init__(line(why))
         self.after_s = after_s
 
 
@@ -59,8 +62,22 @@ def _require_seen(path: Path) -> None:
 
 def discard_states(path: Path, patience_s: float) -> None:
     _require_seen(path)
-    with contextlib.suppress(FileNotFoundError), _written(path, patience_s):
-        _delete(path)
+    try:
+        with contextlib.suppress(FileNotFoundError), _written(path, patience_s):
+            _delete(path)
+    except OSError as error:
+        raise Retry(f"{path}: {error}") from None
+
+
+def from_numbers(kept: Any, dtype: torch.dtype) -> Tensor:
+    """Hidden states that came as text, one list a token or several; raises `ValueError` where they are no numbers."""
+    try:
+        rows = torch.tensor(kept, dtype=torch.float64)
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(str(error)) from None
+    if rows.dim() < 2 or not rows.numel():
+        raise ValueError(f"a list of the shape {list(rows.shape)}")
+    return rows.to(dtype)
 
 
 def take_states(path: Path, ids: list[int], count: int, hidden_size: int, patience_s: float) -> Tensor:
@@ -73,14 +90,14 @@ def take_states(path: Path, ids: list[int], count: int, hidden_size: int, patien
         _delete(path)
         raise Retry(f"{path}: {error}") from None
     _delete(path)
-    if tokens[: len(ids)].tolist() != ids:
+    if (states.dim(), tokens.dim()) != (3, 1) or tokens[: len(ids)].tolist() != ids:
         raise Retry(f"{path} holds another text")
     return checked(states[: len(ids)], ids, count, hidden_size)
 
 
 def checked(states: Tensor, ids: list[int], count: int, hidden_size: int) -> Tensor:
-    if len(states) != len(ids):
-        raise Retry(f"hidden states of {len(states)} tokens for a text of {len(ids)}")
+    if states.shape[:1] != (len(ids),):
+        raise Retry(f"hidden states of {list(states.shape[:1])} tokens for a text of {len(ids)}")
     if states.shape[1:] != (count, hidden_size):
         raise TargetError(
             f"draft.taps: the server keeps {list(states.shape[1:])} values a token, this run wants [{count}, "

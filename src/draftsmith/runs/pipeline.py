@@ -25,6 +25,7 @@ from draftsmith.core.progress import say
 from draftsmith.core.recipe import BOOKKEEPING
 from draftsmith.core.recipe_file import dump_recipe
 from draftsmith.core.records.run import Manifest, StageRun, StageState
+from draftsmith.core.secrets import masked
 from draftsmith.runs.run import Run, commit
 
 FORMAT = 3  # raise when a stage's output changes meaning
@@ -342,7 +343,7 @@ def run_stage(run: Run, stage: Stage) -> StageRun:
         seconds=round(time.monotonic() - started, 1),
         peak_memory_bytes=_peak_memory(),
         commit=commit(),
-        command=" ".join(run.command),
+        command=masked(" ".join(run.command)),
     )
 
 

@@ -24,6 +24,7 @@ from draftsmith.core.records.data import IdentityCheck
 from draftsmith.core.records.machine import Tuned
 from draftsmith.core.records.run import Hardware, Provenance, StageState
 from draftsmith.core.run_files import RunFiles
+from draftsmith.core.secrets import masked
 from draftsmith.core.shape import DraftSampling, Shape
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Run:
     def processes(self) -> "ProcessGroup":
         from draftsmith.training.processes import ProcessGroup
 
-        return ProcessGroup()
+        return ProcessGroup(self.recipe.train.timeout_min)
 
     @cached_property
     def target(self) -> Any:
@@ -279,7 +280,7 @@ class Run:
     @cached_property
     def created_with(self) -> Provenance:
         return Provenance(
-            command=" ".join(self.command),
+            command=masked(" ".join(self.command)),
             commit=commit(),
             versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             seed=self.recipe.seed,
