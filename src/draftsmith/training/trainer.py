@@ -139,6 +139,10 @@ class Trainer:
 
     def train(self) -> TrainingSummary:
         """Run to the end of the schedule."""
+        with self.processes.together():
+            return self._train()
+
+    def _train(self) -> TrainingSummary:
         self._resume()
         settings, processes, capture = self.settings, self.processes, self._capture_source()
         tokens = sum(min(len(self.rows[i].ids), settings.max_document_tokens) for p in self.steps for q in p for i in q)
@@ -156,7 +160,7 @@ class Trainer:
                 packs = [
                     make_pack([self.rows[i] for i in p], settings.max_document_tokens) for p in processes.share(step)
                 ]
-                self._optimiser_step(packs, capture)
+                self._optimiser_step(packs, math.ceil(len(step) / processes.size), capture)
                 self.step += 1
                 last = self.step == len(self.steps)
                 size = sum(min(len(self.rows[i].ids), settings.max_document_tokens) for p in step for i in p)
@@ -190,13 +194,14 @@ class Trainer:
             summary.save(run_files.summary(self.out))
         return summary
 
-    def _optimiser_step(self, packs: list[Pack], capture: CaptureSource) -> None:
+    def _optimiser_step(self, packs: list[Pack], rounds: int, capture: CaptureSource) -> None:
+        """`rounds`: packs of the process that has the most."""
         lr = self._learning_rate()
         for optimizer in self.optimizers:
             beside_muon = len(self.optimizers) > 1 and isinstance(optimizer, torch.optim.AdamW)
             for group in optimizer.param_groups:
                 group["lr"] = lr * (self.settings.head_rate if beside_muon else 1.0)
-        while (measured := self._gradients(packs, capture)) is None:
+        while (measured := self._gradients(packs, rounds, capture)) is None:
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
         total, norm, alpha_sums, alpha_counts = measured
@@ -222,21 +227,18 @@ class Trainer:
         )
 
     def _gradients(
-        self, packs: list[Pack], capture: CaptureSource
+        self, packs: list[Pack], rounds: int, capture: CaptureSource
     ) -> tuple[float, float, list[float], list[int]] | None:
         """Gradients of all packs, one pack in memory at a time; over all processes loss, norm, and sums and counts of
         alpha by depth. None where hidden states were not finite: their documents are now quarantined, and the step has
         to be done again without them.
         """
         kept = [good for pack in packs if (good := self._without_quarantined(pack)) is not None]
-        if self.sharded and len(kept) < len(packs):
-            raise TrainingError(
-                "train.shard: a whole pack was quarantined on one process, which sharded training cannot sit out; "
-                "go on with train.shard false"
-            )
         weights, counts = self._step_weights(kept)
         done = [seen for pack in packs if (seen := self._backward(pack, capture, weights)) is not None]
-        if not self.sharded:
+        if self.sharded:
+            self._keep_pace(rounds - len(done))
+        else:
             self.processes.sum_gradients(list(self.draft.parameters()))
         clipped = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self.settings.clip_norm)
         norm = clipped.full_tensor() if isinstance(clipped, DTensor) else clipped
@@ -262,6 +264,15 @@ class Trainer:
         measured = torch.stack([broken, loss.detach(), *(alpha.sum() for alpha in alphas)])
         return Seen(inputs.pack, inputs.finite_T, measured)
 
+    def _keep_pace(self, rounds: int) -> None:
+        """Sharded weights are gathered by all processes or by none, so one that has no pack where others have one, be
+        it left over or quarantined, goes through one that weighs nothing."""
+        for _ in range(rounds):
+            pack, size = make_pack(self.rows[:1], self.settings.max_document_tokens), self.target.identity.hidden_size
+            taps = self.head_rows.new_zeros(len(pack.ids_T), len(self.draft.config.taps), size)
+            loss, _ = self._forward(self._pack_inputs(pack, taps, taps[:, 0]), [0.0] * self.settings.ttt_steps)
+            loss.backward()
+
     def _forward(self, inputs: PackInputs, weights: list[float]) -> tuple[Tensor, list[Tensor]]:
         """Loss with the parameters cast to the compute dtype; gradients arrive at the fp32 masters."""
         if self.dtype == torch.float32 or self.sharded:  # FSDP2 casts by itself
@@ -282,8 +293,11 @@ class Trainer:
             named = zip(pack.names, map(len, pack.documents), strict=True)
             kept = torch.tensor([name not in self.quarantined for name, size in named for _ in range(size)])
             taps, last = taps[kept.to(self.device)], last[kept.to(self.device)]
+        return self._pack_inputs(good, taps, last)
+
+    def _pack_inputs(self, pack: Pack, taps: Tensor, last: Tensor) -> PackInputs:
         rows, full, softcap = self.head_rows, self.full_head, self.target.logit_softcap
-        return pack_inputs(good, taps, last, self.target.embedding_rows(), rows, full, softcap, self.dtype)
+        return pack_inputs(pack, taps, last, self.target.embedding_rows(), rows, full, softcap, self.dtype)
 
     def _without_quarantined(self, pack: Pack) -> Pack | None:
         if not any(name in self.quarantined for name in pack.names):
@@ -421,7 +435,7 @@ class Trainer:
         save_checkpoint(
             self.out, self.draft, self.optimizers, state, self.settings.keep_checkpoints, self.processes.main
         )
-        self.processes.wait()
+        self.processes.meet()
 
     def _resume(self) -> None:
         """Continue from the newest checkpoint, which must belong to this very run."""
@@ -441,7 +455,7 @@ class Trainer:
             self.step, self.taus = state.step, list(state.taus)
             self.sums, self.quarantined = state.sums, list(state.quarantined)
             say(f"train: continuing from {paths[-1].name}")
-        self.processes.wait()
+        self.processes.meet()
         if self.processes.main:
             truncate_rows(run_files.metrics(self.out), MetricsRow, self.step)
             truncate_rows(run_files.step_timing(self.out), StepTiming, self.step)
