@@ -1,7 +1,27 @@
-"""`python -m draftsmith`, and what torchrun starts."""
+"""`draftsmith`, `python -m draftsmith`, and what torchrun starts."""
 
 import sys
 
-from draftsmith.cli import main
+try:
+    from draftsmith.core import terminal
+except KeyboardInterrupt:
+    sys.exit(130)
 
-sys.exit(main())
+
+def main() -> int:
+    terminal.on_interrupt(terminal.leave_at_once)  # libraries take seconds to import
+    results = terminal.last()
+    from draftsmith import cli
+    from draftsmith.core.progress import say
+
+    code = cli.main()
+    terminal.on_interrupt(terminal.leave_at_once)
+    results.flush()
+    if results.lost is None or isinstance(results.lost, BrokenPipeError):  # somebody who has read enough
+        return code
+    say(f"draftsmith: stdout: {results.lost.strerror}; not all that was to be printed is there", error=True)
+    return code or 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

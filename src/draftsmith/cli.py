@@ -5,6 +5,7 @@ import difflib
 import errno
 import importlib
 import logging
+import signal
 import sys
 import warnings
 from importlib.metadata import version
@@ -12,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.commands import GROUPS, NAMES, STAGES
+from draftsmith.core import terminal
 from draftsmith.core.errors import DraftsmithError, RecipeError, out_of_memory, shortage
 from draftsmith.core.progress import say
+
+# Of disks and terminals; nobody names a file where a write fails.
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE}
 
 
 def overview() -> str:
@@ -77,6 +82,7 @@ def execute(arguments: list[str]) -> int:
     command, recipe = parse(arguments)
     if arguments[0] not in ("serve", "publish", "inspect"):  # those need no model library
         quiet_libraries()
+    terminal.on_interrupt(signal.default_int_handler)  # from here on there are things to put in order
     if recipe is None:
         return command()
     from draftsmith.runs.pipeline import command_line
@@ -101,18 +107,15 @@ def main() -> int:
     except DraftsmithError as error:
         say(f"draftsmith: {error}", error=True)
     except KeyboardInterrupt:
-        say("draftsmith: interrupted; what is finished is kept, the same command goes on from there")
+        say(terminal.INTERRUPTED)
+        return terminal.EXIT_INTERRUPTED
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         say(f"draftsmith: {shortage(error)}; free the device, or give another --device", error=True)
     except OSError as error:
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.filename is None and error.errno not in DISK:
             raise
         place = f" ({error.filename})" if error.filename else ""
         say(f"draftsmith: {error.strerror}{place}; mend it or give another --out; what is finished is kept", error=True)
     return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

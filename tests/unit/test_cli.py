@@ -117,9 +117,10 @@ def test_bad_input(name, world, tmp_path, monkeypatch, capsys):
 
 
 def test_a_full_disk_and_control_c_keep_what_is_finished(world, tmp_path, monkeypatch, capsys):
-    for error, message in [
-        (OSError(errno.ENOSPC, "No space left on device", "x"), "No space left on device"),
-        (KeyboardInterrupt(), "interrupted; what is finished is kept"),
+    for error, wanted, message in [
+        (OSError(errno.ENOSPC, "No space left on device", "x"), 2, "No space left on device"),
+        (OSError(errno.EFBIG, "File too large"), 2, "File too large; mend it or give another --out"),
+        (KeyboardInterrupt(), 130, "interrupted; what is finished is kept"),
     ]:
 
         def fail(*_args, _error=error, **_kwargs):
@@ -128,7 +129,7 @@ def test_a_full_disk_and_control_c_keep_what_is_finished(world, tmp_path, monkey
         with monkeypatch.context() as patch:
             patch.setattr(local.LocalTarget, "generate", fail)
             code, err = run(patch, capsys, "run", world / "recipe.yaml", "--out", tmp_path / "run")
-        assert code == 2
+        assert code == wanted
         assert message in err.strip().splitlines()[-1]
         assert (tmp_path / "run" / "prompts" / "prompts.jsonl").exists()
     code, err = run(monkeypatch, capsys, "regenerate", world / "recipe.yaml", "--out", tmp_path / "run")
