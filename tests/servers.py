@@ -200,7 +200,7 @@ def tiny_engine(target: LocalTarget, name: str, keep: tuple[Path, tuple[int, ...
             if body.get("return_logprob"):
                 rows = [[x, t, None] for t, x in zip(ids[1:], logprobs(ids), strict=True)]
                 return 200, {"meta_info": {"input_token_logprobs": [[None, ids[0], None], *rows]}}
-            written, reason = write(ids, settings, settings["max_new_tokens"], settings["sampling_seed"])
+            written, reason = write(ids, settings, settings["max_new_tokens"], settings.get("sampling_seed", 0))
             return 200, {"output_ids": written, "meta_info": {"finish_reason": {"type": reason}}}
 
     return answer

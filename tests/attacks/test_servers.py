@@ -13,6 +13,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from email.utils import formatdate
 from pathlib import Path
@@ -34,6 +35,7 @@ from draftsmith.runs.probing import probe_server
 from draftsmith.runs.run import Run
 from draftsmith.targets.local import LocalTarget
 
+ONE_AT_A_TIME = threading.Lock()
 TAPS, PROMPT, LENGTH, VOCABULARY = (1, 3, 4), [1, 5, 9], 3, 64
 
 
@@ -93,9 +95,10 @@ def honest_engine(target, name, keep=None):
         return status, answer
 
     def answer(path, body, request):
-        if path == "/v1/completions" and keep and "prompt_logprobs" not in body:
-            return stored(path, body, request)
-        return copy.deepcopy(known(path, json.dumps(body)))
+        with ONE_AT_A_TIME:  # the target is one
+            if path == "/v1/completions" and keep and "prompt_logprobs" not in body:
+                return stored(path, body, request)
+            return copy.deepcopy(known(path, json.dumps(body)))
 
     return answer
 

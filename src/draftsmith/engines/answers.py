@@ -38,13 +38,18 @@ def checked_completion(answer: Generation, vocabulary: int, most: int) -> Genera
     """Raises `ValueError` unless it is token ids of the vocabulary, at most as many as were asked for."""
     ids = _WHOLE.validate_python(answer.ids)
     checked_steps(list(answer.verified), len(ids))
-    if not isinstance(answer.finish_reason, str):
-        raise ValueError("its finish reason is no text")
+    checked_reason(answer.finish_reason)
     if len(ids) > most:
         raise ValueError(f"{len(ids)} tokens where {most} were asked for")
     if beyond := [token for token in ids if token >= vocabulary]:
         raise ValueError(f"token {beyond[0]} of a vocabulary of {vocabulary}")
     return answer
+
+
+def checked_reason(reason: Any) -> str:
+    if not isinstance(reason, str):
+        raise ValueError("its finish reason is no text")
+    return reason
 
 
 def checked_steps(steps: Any, tokens: int, counts: bool = False) -> list[int]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import httpx2 as httpx
 import orjson
@@ -63,10 +64,10 @@ def _pause_asked_for(retry_after: str) -> float:
     return 0.0 if math.isnan(seconds) else min(max(seconds, 0.0), LONGEST_PAUSE_S)
 
 
-def _authority(settings: ServerRecipe) -> ssl.SSLContext | bool:
-    """Whose certificates are believed: everybody's, or `server.ca_file`'s alone."""
+def _authority(urls: Sequence[str], settings: ServerRecipe) -> ssl.SSLContext | bool:
+    """Whose certificates are believed: everybody's, or `server.ca_file`'s alone; False where nobody shows one."""
     if settings.ca_file is None:
-        return True
+        return any(urlsplit(url).scheme == "https" for url in urls)
     try:
         if not settings.ca_file.is_file():
             raise FileNotFoundError("is no file")
@@ -117,7 +118,7 @@ class Pool:
         self, urls: Sequence[str], settings: ServerRecipe, prove: Callable[[Replica], Coroutine[Any, Any, None]]
     ):
         self.settings, self._identify = settings, prove
-        self._authority = _authority(settings)
+        self._authority = _authority(urls, settings)
         self.replicas = [Replica(url) for url in urls]
         self._random = random.Random(0)  # spreads retries only
         self._client: httpx.AsyncClient | None = None

@@ -24,7 +24,7 @@ from draftsmith.core.tasks import all_or_none
 from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.stopping import Ends
-from draftsmith.engines.answers import Models, checked_completion, checked_logprobs, checked_tokens
+from draftsmith.engines.answers import Models, checked_completion, checked_logprobs, checked_reason, checked_tokens
 from draftsmith.engines.pool import LARGEST_ANSWER, Pool, Replica, reading
 from draftsmith.engines.state_files import (
     FILE_PREFIX,
@@ -226,7 +226,7 @@ class ServedTarget(WeightsOnlyTarget):
             asked, size = self.engine.capture(replica.name, ids), self.identity.hidden_size
             answer, name = await self._post(replica, asked, LARGEST_ANSWER + len(ids) * count * size * NUMBER_BYTES)
             with reading(f"{asked[0]}: an answer without hidden states"):
-                reason, kept = self.engine.finish_reason(answer), self.engine.read_capture(answer)
+                reason, kept = checked_reason(self.engine.finish_reason(answer)), self.engine.read_capture(answer)
             if reason not in FINISHED:
                 self._lost.append(name)
                 raise Retry(f"it gave up in mid-answer ({reason})")
