@@ -44,7 +44,7 @@ from draftsmith.drafts.directories import ready_draft
 from draftsmith.engines.base import Engine, Session, Setup
 from draftsmith.evaluation.acceptance import bootstrap_tau, count, oracle_walk, summarise, tau_line
 from draftsmith.evaluation.draft_sampling import taking, ways
-from draftsmith.evaluation.lossless import difference, first_difference, lossless_verdict
+from draftsmith.evaluation.lossless import difference, first_difference, lossless_verdict, together
 from draftsmith.evaluation.profile import accept_profile
 
 SHORTEST_TIMED = 8  # tokens
@@ -185,7 +185,7 @@ class Evaluation:
                 measure = partial(self.profile, questions, hottest)
                 sampled_profile = self.once(f"profile-T{hottest:g}", Profile, measure)
             proofs = list(filter(None, [self.once("lossless", Lossless, self._proof)]))
-        lossless = _together(proofs)
+        lossless = together(proofs)
         say(str(lossless_verdict(lossless)))
         results = Results(
             created_with=created_with,
@@ -363,7 +363,7 @@ class Evaluation:
             for shape in self.shapes:
                 with self.engine.open(setup, shape) as drafted:
                     proofs.append(self._identity(drafted, questions, shape, outputs, alone))
-        return _together(proofs)
+        return together(proofs)
 
     # --- speed ----------------------------------------------------------------------------------------------------
 
@@ -443,12 +443,3 @@ class Evaluation:
             dtype=drafted.identity.dtype,
             differences=[d for d in found if d],
         )
-
-
-def _together(proofs: list[Lossless]) -> Lossless | None:
-    """The proofs of several shapes as one."""
-    if not proofs:
-        return None
-    shapes = tuple(shape for proof in proofs for shape in proof.shapes)
-    differences = [d for proof in proofs for d in proof.differences]
-    return proofs[0].model_copy(update={"shapes": shapes, "differences": differences})

@@ -65,3 +65,12 @@ def difference(
         return Difference(id=name, shape=shape, token=at)
     one, other = (session.logprobs([*prompt, *plain[:at], token])[-1] for token in (plain[at], drafted[at]))
     return Difference(id=name, shape=shape, token=at, plain=plain[at], drafted=drafted[at], logit_gap=abs(one - other))
+
+
+def together(proofs: list[Lossless]) -> Lossless | None:
+    """The proofs of several shapes as one."""
+    if not proofs:
+        return None
+    shapes = tuple(shape for proof in proofs for shape in proof.shapes)
+    differences = [d for proof in proofs for d in proof.differences]
+    return proofs[0].model_copy(update={"shapes": shapes, "differences": differences})

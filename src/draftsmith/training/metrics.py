@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from draftsmith.core.recipe import TrainRecipe
 from draftsmith.core.records.base import write_rows
 from draftsmith.core.records.training import HeldOut, MetricsRow, StepTiming
 from draftsmith.drafts import METHODS
@@ -26,6 +27,14 @@ def truncate_rows(path: Path, kind: type[Row], last_step: int) -> None:
     """Drop lines after `last_step` and what a kill tore: the resumed run writes them again."""
     if path.exists():
         write_rows(path, [row for row in kind.whole_rows(path) if row.step <= last_step])
+
+
+def step_flops(draft: Draft, settings: TrainRecipe, packs: Sequence[Pack]) -> float:
+    """Of the draft alone; docs/gpu.md has the formula."""
+    size = METHODS[draft.method].size(draft.config)
+    tokens, rows = sum(len(p.ids_T) for p in packs), sum(p.chain_count for p in packs)
+    pairs = sum(segment.pairs for p in packs for segment in p.segments)
+    return size.training_flops(settings, 1, tokens, rows) + size.attention_flops(settings, pairs)
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ from draftsmith.training.checkpoints import (
     tidy,
     whole_weights,
 )
-from draftsmith.training.metrics import append_row, converged, evaluate_heldout, truncate_rows
+from draftsmith.training.metrics import append_row, converged, evaluate_heldout, step_flops, truncate_rows
 from draftsmith.training.optimizers import make_optimizers
 from draftsmith.training.processes import ProcessGroup
 
@@ -165,7 +165,7 @@ class Trainer:
                 last = self.step == len(self.steps)
                 size = sum(min(len(self.rows[i].ids), settings.max_document_tokens) for p in step for i in p)
                 spent = time.perf_counter() - started
-                flops, seconds = flops + self._flops(packs), seconds + spent
+                flops, seconds = flops + step_flops(self.draft, settings, packs), seconds + spent
                 share = f", {flops / seconds / self.peak_flops_s:.0%} MFU" if self.peak_flops_s else ""
                 meter.advance(1, size, f"loss {self.sums.last_loss:.3f}{share}")
                 self._write(run_files.step_timing, StepTiming(step=self.step, tokens=size, seconds=spent))
@@ -215,16 +215,7 @@ class Trainer:
             if any(alpha_counts):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        sums, depths = self.sums, self.settings.ttt_steps
-        self.sums = Sums(
-            loss=sums.loss + total,
-            gradient_norm=sums.gradient_norm + norm,
-            count=sums.count + 1,
-            alpha=[a + b for a, b in zip(sums.alpha or [0.0] * depths, alpha_sums, strict=True)],
-            alpha_count=[a + b for a, b in zip(sums.alpha_count or [0] * depths, alpha_counts, strict=True)],
-            last_loss=total,
-            learning_rate=lr,
-        )
+        self.sums = self.sums.after(total, norm, alpha_sums, alpha_counts, lr)
 
     def _gradients(
         self, packs: list[Pack], rounds: int, capture: CaptureSource
@@ -321,13 +312,6 @@ class Trainer:
         counts = self.processes.sum([sum(len(p.step_rows(i)) for p in packs) for i in range(self.settings.ttt_steps)])
         weights = [d / (sum(decay) * max(1, n)) for d, n in zip(decay, counts, strict=True)]
         return weights, [round(n) for n in counts]
-
-    def _flops(self, packs: list[Pack]) -> float:
-        """Of the draft alone; docs/gpu.md has the formula."""
-        size = self.method.size(self.draft.config)
-        tokens, rows = sum(len(p.ids_T) for p in packs), sum(p.chain_count for p in packs)
-        pairs = sum(segment.pairs for p in packs for segment in p.segments)
-        return size.training_flops(self.settings, 1, tokens, rows) + size.attention_flops(self.settings, pairs)
 
     def _learning_rate(self) -> float:
         """Linear warm-up, then a cosine to `final_share` of the peak."""

@@ -56,6 +56,19 @@ class Sums(Record):
     last_loss: float = 0.0
     learning_rate: float = 0.0
 
+    def after(self, loss: float, norm: float, alpha: list[float], counts: list[int], rate: float) -> "Sums":
+        """With one step more."""
+        depths = len(alpha)
+        return Sums(
+            loss=self.loss + loss,
+            gradient_norm=self.gradient_norm + norm,
+            count=self.count + 1,
+            alpha=[a + b for a, b in zip(self.alpha or [0.0] * depths, alpha, strict=True)],
+            alpha_count=[a + b for a, b in zip(self.alpha_count or [0] * depths, counts, strict=True)],
+            last_loss=loss,
+            learning_rate=rate,
+        )
+
 
 class Belongs(Record):
     """What a checkpoint must agree on to be continued."""
