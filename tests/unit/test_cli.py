@@ -91,7 +91,10 @@ TABLE = {
         lambda w, t: ["run", edited(w, t, **{"target.model": str(t / "nothing")})],
         "target.model: no tokenizer in",
     ),
-    "stage without its inputs": (lambda w, t: ["vocab", w / "recipe.yaml"], "is missing; run the stages before it"),
+    "stage without its inputs": (
+        lambda w, t: ["vocab", w / "recipe.yaml"],
+        "`prompts` has to run before it (no output",
+    ),
     "inspect without a draft": (lambda w, t: ["inspect", t], "no config.json"),
     "no GPU": (
         lambda w, t: ["run", w / "recipe.yaml", "--device", "cuda"],

@@ -160,7 +160,7 @@ class Trainer:
                 packs = [
                     make_pack([self.rows[i] for i in p], settings.max_document_tokens) for p in processes.share(step)
                 ]
-                self._optimiser_step(packs, math.ceil(len(step) / processes.size), capture)
+                self._optimiser_step(packs, capture, math.ceil(len(step) / processes.size))
                 self.step += 1
                 last = self.step == len(self.steps)
                 size = sum(min(len(self.rows[i].ids), settings.max_document_tokens) for p in step for i in p)
@@ -194,14 +194,14 @@ class Trainer:
             summary.save(run_files.summary(self.out))
         return summary
 
-    def _optimiser_step(self, packs: list[Pack], rounds: int, capture: CaptureSource) -> None:
+    def _optimiser_step(self, packs: list[Pack], capture: CaptureSource, rounds: int = 0) -> None:
         """`rounds`: packs of the process that has the most."""
         lr = self._learning_rate()
         for optimizer in self.optimizers:
             beside_muon = len(self.optimizers) > 1 and isinstance(optimizer, torch.optim.AdamW)
             for group in optimizer.param_groups:
                 group["lr"] = lr * (self.settings.head_rate if beside_muon else 1.0)
-        while (measured := self._gradients(packs, rounds, capture)) is None:
+        while (measured := self._gradients(packs, capture, rounds)) is None:
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
         total, norm, alpha_sums, alpha_counts = measured
@@ -218,7 +218,7 @@ class Trainer:
         self.sums = self.sums.after(total, norm, alpha_sums, alpha_counts, lr)
 
     def _gradients(
-        self, packs: list[Pack], rounds: int, capture: CaptureSource
+        self, packs: list[Pack], capture: CaptureSource, rounds: int
     ) -> tuple[float, float, list[float], list[int]] | None:
         """Gradients of all packs, one pack in memory at a time; over all processes loss, norm, and sums and counts of
         alpha by depth. None where hidden states were not finite: their documents are now quarantined, and the step has
