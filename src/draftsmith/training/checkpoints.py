@@ -107,9 +107,11 @@ def restore_best(directory: Path) -> None:
         os.replace(directory / OLD_BEST, directory / BEST)
 
 
-def tidy(directory: Path) -> None:
+def tidy(directory: Path, keep: int) -> None:
     """After a kill: the best weights in their place, and nothing left of what was being written or deleted."""
     restore_best(directory)
+    for old in checkpoint_paths(directory)[:-keep]:
+        discard(old)
     for leftover in (*directory.glob(".old-*"), *directory.glob(".partial-*")):
         shutil.rmtree(leftover)
 

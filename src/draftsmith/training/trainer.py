@@ -424,7 +424,7 @@ class Trainer:
     def _resume(self) -> None:
         """Continue from the newest checkpoint, which must belong to this very run."""
         if self.processes.main:
-            tidy(self.out)
+            tidy(self.out, self.settings.keep_checkpoints)
         paths = checkpoint_paths(self.out)
         if paths:
             state, own = load_state(paths[-1]), self._belongs()
