@@ -16,7 +16,7 @@ from draftsmith.data.templates import ChatFormat
 from draftsmith.data.vocabulary import build_vocabulary
 from draftsmith.targets.base import Capture
 from draftsmith.targets.local import LocalTarget
-from draftsmith.training.checkpoints import load_state
+from draftsmith.training.checkpoints import load_state, tidy
 from draftsmith.training.trainer import Trainer
 
 
@@ -206,3 +206,11 @@ def test_a_run_that_gained_in_its_second_half_has_not_converged():
     assert not converged(rising, patience=4)
     assert converged([1.0, 1.9, 2.1, 2.16, 2.18, 2.18, 2.185, 2.18, 2.18, 2.185], patience=4)
     assert not converged([2.18, 2.18, 2.18], patience=4)  # too few to say
+
+
+def test_what_a_kill_leaves_of_checkpoints_is_swept(tmp_path):
+    for name in ("checkpoint-000001", "checkpoint-000002", ".old-checkpoint-000000", ".partial-000003", ".old-best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text("{}")
+    tidy(tmp_path, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "checkpoint-000002"]
