@@ -54,6 +54,7 @@ def run_ours(layer: dict, documents: int, length: int, steps: int, device: str =
     from draftsmith.drafts.packing import make_pack
     from draftsmith.hardware.presets import peak_flops_s
     from draftsmith.targets.local import LocalTarget
+    from draftsmith.training.metrics import step_flops
     from draftsmith.training.trainer import Trainer
 
     target = LocalTarget.from_model(stub(layer).to(device), name="stub")
@@ -80,7 +81,7 @@ def run_ours(layer: dict, documents: int, length: int, steps: int, device: str =
             started = time.perf_counter()
             trainer._optimiser_step([pack], capture)  # ends with a look at the loss: the GPU has done it by then,
             seconds.append(time.perf_counter() - started)  # but for the optimiser, which the next step waits for
-            flops.append(trainer._flops([pack]))
+            flops.append(step_flops(trainer.draft, trainer.settings, [pack]))
     step_s = statistics.median(seconds[WARM_UP:])
     told = {"tokens_per_s": documents * length / step_s, "flops": flops[-1], "loss": trainer.sums.last_loss}
     if device == "cuda":
