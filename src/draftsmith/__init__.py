@@ -3,7 +3,11 @@
 From Python: `run`, `train`, `evaluate`, `load_draft` and `decode` (runs/api.py); nothing is imported before it is used.
 """
 
-from typing import Any
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # importing anything here takes time in which Ctrl-C is Python's, not ours
+    from typing import Any
 
 __all__ = ["decode", "evaluate", "load_draft", "run", "train"]
 

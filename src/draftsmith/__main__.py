@@ -1,11 +1,12 @@
 """`draftsmith`, `python -m draftsmith`, and what torchrun starts."""
 
+import os
 import sys
 
 try:
     from draftsmith.core import terminal
 except KeyboardInterrupt:
-    sys.exit(130)
+    os._exit(130)
 
 
 def main() -> int:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from models import save_tiny_target, tiny_recipe, write_prompts
@@ -181,16 +180,14 @@ def test_an_error_of_ours_stays_one(world, tmp_path, monkeypatch):
 # --- Ctrl-C -------------------------------------------------------------------------------------------------------
 
 
-def started(command, **options):
-    """A process whose interpreter has got to our first line: before that Python itself would speak."""
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, **options)
-    maps = Path(f"/proc/{process.pid}/status")
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and process.poll() is None:
-        caught = next(line for line in maps.read_text().splitlines() if line.startswith("SigCgt"))
-        if int(caught.split()[1], 16) & 1 << (signal.SIGINT - 1):
-            break
-        time.sleep(0.001)
+BEGUN = "import sys; print('begun', flush=True); from draftsmith.__main__ import main; sys.exit(main())"
+
+
+def started(command):
+    """A process that has got to our first lines: before that Python itself would speak."""
+    command = [sys.executable, "-c", BEGUN, *command[3:]]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"begun\n"
     time.sleep(0.02)
     return process
 

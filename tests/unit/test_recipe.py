@@ -29,6 +29,10 @@ MINIMAL = {"name": "x", "target": {"model": "m"}}
         ({**MINIMAL, "vocab": {"size": 0}}, "vocab.size: 0 given"),
         ({**MINIMAL, "train": {"objective": "mse"}}, "train.objective: 'mse' given"),
         ({**MINIMAL, "draft": {"taps": [5, 2]}}, "draft.taps: [5, 2] must be ascending"),
+        ({**MINIMAL, "server": {"urls": ["http://u:pw@h"]}}, "server.urls.0: 'http://***@h' given; a name or password"),
+        ({**MINIMAL, "server": {"urls": "http://u:pw@h"}}, "server.urls: 'http://***@h' given; input should be"),
+        ({**MINIMAL, "server": {"api_key_env": "sk-pw"}}, "server.api_key_env: is to name an environment variable"),
+        ({**MINIMAL, "serve": {"extra": "--api-key pw"}}, "serve.extra: --api-key: write $NAME"),
         ({**MINIMAL, "target": {"model": "m", "template": {"user": "hi"}}}, "does not contain {content}"),
         ({**MINIMAL, "evaluate": {"shapes": ["3/1/8"]}}, "a chain of 3 steps"),
         (

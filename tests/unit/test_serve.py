@@ -231,3 +231,20 @@ def test_gpus_answer_by_vllm_where_it_is_installed(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert run("sh", "none").tell_engine("regenerate") == "embedded"
     assert "GPUs" not in capsys.readouterr().err
+
+
+def test_addresses_and_secrets_stand_in_commands_as_shells_and_urls_have_them(monkeypatch):
+    for host, wanted in {
+        "::1": "http://[::1]:8000",
+        "[::]": "http://[::1]:8000",
+        "0.0.0.0": "http://127.0.0.1:8000",
+        "node-a": "http://node-a:8000",
+    }.items():
+        started = launched(tiny_recipe("m", "p", serve={"host": host}), "m", "plain")
+        assert started.url == wanted
+        assert started.command[started.command.index("--host") + 1] == host.strip("[]")
+    monkeypatch.setenv("OUR_KEY", "sk-secret")
+    keyed = launched(tiny_recipe("m", "p", serve={"extra": "--api-key $OUR_KEY --hf-token=$OTHER"}), "m", "plain")
+    assert str(keyed).endswith('--api-key "$OUR_KEY" --hf-token="$OTHER"')
+    with pytest.raises(ServeError, match=r"serve\.extra: \$OTHER is not set"), running(keyed, 5):
+        pass

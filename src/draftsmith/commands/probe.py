@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from draftsmith.commands.base import RecipeCommand
 from draftsmith.core.errors import RecipeError
+from draftsmith.core.recipe import ServerUrl
 
 if TYPE_CHECKING:
     from draftsmith.runs.run import Run
@@ -16,9 +17,9 @@ class Probe(RecipeCommand):
     prediction for it is then a roofline over what was measured.
     """
 
-    url: str | None = None
+    url: ServerUrl | None = None
     """Measure a server of the target alone (engine: serve.engine) instead of this machine."""
-    draft_url: str | None = None
+    draft_url: ServerUrl | None = None
     """A second server that drafts serve.shape for the same target; tells what drafting costs there."""
 
     def __call__(self, run: "Run") -> int:
