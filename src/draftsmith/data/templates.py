@@ -5,49 +5,23 @@ chat template, which is what a server does: reasoning of past turns disappears w
 turn ends with the template's own token, whatever ended the generation.
 """
 
-import contextlib
-import ctypes
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from draftsmith.core.errors import DataError
 from draftsmith.core.files import JsonObject
 from draftsmith.core.recipe import Recipe, Template
+from draftsmith.data.rendering import Renderer
 from draftsmith.decoding.generation import Generation
 
 # What ends a model's reasoning; clients send back what follows it. DeepSeek-R1, Qwen3, MiniMax-M2, GLM and others;
 # Mistral's Magistral; gpt-oss' final channel; Seed-OSS.
 REASONING_ENDS = ("</think>", "[/THINK]", "<|channel|>final<|message|>", "</seed:think>")
-RENDER_S = 10.0  # a template that takes longer is broken or hostile
-RENDER_CHARACTERS = 50_000_000
+RENDER_S = 5.0  # a template that takes longer is broken or hostile
+RENDER_CHARACTERS = 1_000_000  # beyond four times what it is given
 
 Message = JsonObject
-
-
-class TemplateTimeout(BaseException):
-    """Raised inside a template that does not come to an end; no `except Exception` of its own can swallow it."""
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raises `TemplateTimeout` in this thread once the time is over; works for Python code in any thread."""
-    thread, guard, over = threading.get_ident(), threading.Lock(), False
-
-    def interrupt() -> None:
-        with guard:
-            if not over:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TemplateTimeout))
-
-    timer = threading.Timer(seconds, interrupt)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        with guard:
-            over = True
-        timer.cancel()
+RENDERER = Renderer()
 
 
 class Rendered(list[int]):
@@ -132,22 +106,31 @@ class ChatFormat:
 
     def _render(self, messages: Sequence[Message], tools: list[Any] | None) -> Rendered:
         try:
-            with time_limit(RENDER_S):
-                text = self.tokenizer.apply_chat_template(
-                    messages, tools=tools, tokenize=False, add_generation_prompt=True, **self.options
-                )
-        except TemplateTimeout:
-            raise DataError(
-                f"target.template: the tokenizer's chat template did not end within {RENDER_S:g} s"
-            ) from None
-        except Exception as error:  # a template is a program from outside: it raises what it likes
-            told = " ".join(str(error).split())[:200]
-            raise DataError(
-                f"target.template: the tokenizer's chat template refuses a conversation: {type(error).__name__}: {told}"
-            ) from None
-        if len(text) > RENDER_CHARACTERS:
-            raise DataError(f"target.template: the chat template makes {len(text):,} characters of one prompt")
+            text = self._text(messages, tools)
+        except DataError as error:
+            raise DataError(f"target.template: the tokenizer's chat template {error}") from None
+        except Exception as error:  # a tokenizer's own code raises what it likes
+            told = f"refuses a conversation: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise DataError(f"target.template: the tokenizer's chat template {told}") from None
         return self._known(self.tokenizer(text, add_special_tokens=False).input_ids, messages, tools)
+
+    def _text(self, messages: Sequence[Message], tools: list[Any] | None) -> str:
+        """What `apply_chat_template` makes of it; by that method itself where a model's own code has another one."""
+        from transformers import PreTrainedTokenizerBase
+
+        if type(self.tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=True, **self.options
+            )
+        request = {
+            **self.tokenizer.special_tokens_map,
+            **self.options,
+            "conversations": [list(messages)],
+            "tools": tools,
+            "chat_template": self.tokenizer.get_chat_template(None, tools),
+            "add_generation_prompt": True,
+        }
+        return RENDERER.render(request, RENDER_S, RENDER_CHARACTERS)
 
     def _known(self, ids: list[int], messages: Sequence[Message], tools: list[Any] | None = None) -> Rendered:
         """Some tokenizers have tokens (images) for which the model has no row: a text that holds one is refused."""

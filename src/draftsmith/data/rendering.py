@@ -1,0 +1,108 @@
+"""Chat templates, rendered in a process of their own.
+
+A template is a program that comes with a model. The library's sandbox keeps it from files and the network, but not from
+`'x' * 10 ** 10` or a loop without an end, which nothing inside a process can stop. Of another process the kernel takes
+time and memory away.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+
+from draftsmith.core.errors import DataError
+from draftsmith.core.files import JsonObject
+
+MEMORY_BYTES = 512 << 20  # beside what the process has before its first template
+
+
+class Renderer:
+    """The process is started when it is first asked, and again after a template has ended it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+
+    def render(self, request: JsonObject, seconds: float, characters: int) -> str:
+        """The text of one conversation; `request` are arguments of the library's own `render_jinja_template`, and the
+        text may be longer than four times them by so many characters.
+
+        Raises `DataError`, in words that go on from the template's name, where it fails or takes more than it may.
+        """
+        asked = json.dumps(request, default=str)
+        line = json.dumps({"request": asked, "seconds": seconds, "characters": characters + 4 * len(asked)})
+        with self._lock:
+            process = self._process or self._start()
+            answer, ended = self._ask(process, line + "\n"), None
+            if not answer:
+                self.close()
+                ended = process.returncode
+        if ended == -signal.SIGALRM:
+            raise DataError(f"did not end within {seconds:g} s")
+        if ended is not None:
+            raise DataError(f"ended the process that rendered it (exit code {ended})")
+        told: JsonObject = json.loads(answer)
+        if "error" in told:
+            raise DataError(told["error"])
+        return str(told["text"])
+
+    def _start(self) -> subprocess.Popen[str]:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", __name__],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the one who asks
+        )
+        atexit.register(self.close)
+        return self._process
+
+    @staticmethod
+    def _ask(process: subprocess.Popen[str], line: str) -> str:
+        assert process.stdin
+        assert process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(line)
+            process.stdin.flush()
+        return process.stdout.readline()
+
+    def close(self) -> None:
+        """The process ends when it cannot be asked any more."""
+        if self._process:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.communicate()
+            self._process = None
+
+
+def serve() -> None:
+    """Answer each line of stdin with one of stdout."""
+    import psutil
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    most = psutil.Process().memory_info().vms + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the alarm ends the process, in the middle of a product, too
+    for line in sys.stdin:
+        asked = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, asked["seconds"])
+        try:
+            text = render_jinja_template(**json.loads(asked["request"]))[0][0]
+            if len(text) > asked["characters"]:
+                answer = {"error": f"makes more than {asked['characters']:,} characters of one prompt"}
+            else:
+                answer = {"text": text}
+        except Exception as error:  # a program from outside raises what it likes
+            told = " ".join(str(error).split())[:200]
+            answer = {"error": f"refuses a conversation: {type(error).__name__}: {told}"}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
