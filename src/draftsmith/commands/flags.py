@@ -8,13 +8,13 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal, NoReturn
 
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from draftsmith.core.errors import RecipeError
 from draftsmith.core.files import JsonObject
+from draftsmith.core.recipe_file import read_yaml
 
 NOTHING = "none"  # as a value: the key without one
 
@@ -62,7 +62,7 @@ def _value(text: str, field: FieldInfo) -> Any:
     if text == NOTHING and type(None) in parts:
         return None
     mapping = any(typing.get_origin(p) is dict or (isinstance(p, type) and issubclass(p, BaseModel)) for p in parts)
-    return yaml.safe_load(text) if mapping and text.lstrip().startswith("{") else text
+    return read_yaml(text, "flags") if mapping and text.lstrip().startswith("{") else text
 
 
 def _shown(annotation: Any) -> str:

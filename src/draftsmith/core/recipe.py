@@ -396,10 +396,16 @@ class CardRecipe(Model):
     """Who stands behind the draft."""
 
 
+def _path_part(name: str) -> str:
+    if name in ("", ".", "..") or "/" in name or not name.isprintable() or len(name.encode()) > 200:
+        raise ValueError(f"{name!r} given; it names a directory: no /, no line break, 1 to 200 bytes, not . or ..")
+    return name
+
+
 class Recipe(Model):
     """One run, from prompts to a proven draft."""
 
-    name: str
+    name: Annotated[str, AfterValidator(_path_part)]
     """Name of the run directory under `runs/`."""
     seed: int = 0
     """Every random choice follows from it."""

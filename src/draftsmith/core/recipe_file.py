@@ -1,9 +1,10 @@
 """Recipes from YAML and flags, and back; what is wrong with one is a line that names the key."""
 
 import difflib
+import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,84 @@ from pydantic import BaseModel, ValidationError
 from draftsmith.core.errors import RecipeError
 from draftsmith.core.files import JsonObject
 from draftsmith.core.recipe import Recipe
+
+LONGEST = 1 << 18  # bytes of a recipe
+LONGEST_NUMBER = 100  # characters
+MOST_VALUES, DEEPEST = 10_000, 50  # of YAML, with every alias written out
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without what makes a short text endless, and without a key whose first value is dropped in silence."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.depth = 0
+        self.sizes: dict[int, int] = {}  # of composed nodes, aliases written out
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if self.depth == DEEPEST or len(self.sizes) == MOST_VALUES:
+            raise yaml.MarkedYAMLError(problem="nested too deep, or too many values", problem_mark=event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if not isinstance(event, yaml.AliasEvent):
+            inner = node.value if isinstance(node, yaml.CollectionNode) else []
+            parts = [part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,))]
+            # one that is not known yet is the node itself, seen from inside
+            self.sizes[id(node)] = 1 + sum(self.sizes.get(id(part), MOST_VALUES) for part in parts)
+            if self.sizes[id(node)] > MOST_VALUES:
+                raise yaml.MarkedYAMLError(problem="too many values in its aliases", problem_mark=event.start_mark)
+        return node
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        node = super().compose_scalar_node(anchor)
+        if len(node.value) > LONGEST_NUMBER and node.tag.endswith((":int", ":float")):
+            raise yaml.MarkedYAMLError(problem="a number without an end", problem_mark=node.start_mark)
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
+
+
+def read_yaml(text: str, origin: str) -> Any:
+    """Plain values; a `RecipeError` of one line that starts with `origin` where there are none."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{origin}{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    except ValueError as error:  # a date or a number that is none
+        raise RecipeError(f"{origin}: not YAML: {error}") from None
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of everything inside."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield path, key
+            yield from _leaves(inner, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _leaves(inner, path)
+    else:
+        yield path, value
+
+
+def _can_be_kept(value: Any) -> bool:
+    """Whether files can hold it: no NUL, no half of a surrogate pair, no number beyond 64 bits, NaN or infinity."""
+    if isinstance(value, str | Path):
+        return "\0" not in str(value) and str(value).encode(errors="replace").decode() == str(value)
+    if isinstance(value, int | float):
+        return math.isfinite(value) and abs(value) < 2**63
+    return True
 
 
 def _submodel(annotation: Any) -> type[BaseModel] | None:
@@ -55,9 +134,13 @@ def parse_recipe(values: Any, origin: str) -> Recipe:
     if not isinstance(values, dict):
         raise RecipeError(f"{origin}: a recipe is a mapping of keys to values, not {type(values).__name__}")
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(f"{origin}: {one_line(error)}") from None
+    for key, value in _leaves(recipe.model_dump()):
+        if not _can_be_kept(value):
+            raise RecipeError(f"{origin}: {key}: {value!r} given; wanted a text without NUL, or a number of 64 bits")
+    return recipe
 
 
 def _merged(values: JsonObject, over: Mapping[str, Any]) -> JsonObject:
@@ -75,15 +158,13 @@ def load_recipe(path: Path, flags: Mapping[str, Any] | None = None) -> Recipe:
     Paths in it are relative to the working directory, as on the command line.
     """
     try:
-        text = path.read_text()
+        with path.open("rb") as file:
+            text = file.read(LONGEST + 1)
+        if len(text) > LONGEST:
+            raise RecipeError(f"{path}: longer than {LONGEST:,} bytes; a recipe is a page of YAML")
+        values = read_yaml(text.decode("utf-8-sig"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot read the recipe: {getattr(error, 'strerror', None) or error}") from None
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{path}{where}: not YAML: {getattr(error, 'problem', error)}") from None
     recipe = parse_recipe(values, str(path))
     return parse_recipe(_merged(values, flags), "flags") if flags else recipe
 
