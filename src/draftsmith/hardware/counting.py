@@ -100,8 +100,9 @@ def _by_model(lm: Any, text: Any, quantisation: Quantisation) -> Counts:
 def _row_by_formula(c: Any) -> float:
     heads = c.num_attention_heads
     head = value_of(c, "head_dim") or c.hidden_size // heads
-    latent = value_of(c, "kv_lora_rank")  # multi-head latent attention caches one row for all heads
-    return latent + c.qk_rope_head_dim if latent else 2 * (value_of(c, "num_key_value_heads") or heads) * head
+    if latent := value_of(c, "kv_lora_rank"):  # multi-head latent attention caches one row for all heads
+        return latent + (value_of(c, "qk_rope_head_dim") or 0)
+    return 2 * (value_of(c, "num_key_value_heads") or heads) * head
 
 
 def _rows(decoder: Any, c: Any) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from draftsmith.core.files import JsonObject
+from draftsmith.targets.parts import on_guard
 
 BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0}
 # Bits by what a scheme's name contains, scales included; the first that fits.
@@ -39,11 +40,15 @@ class Quantisation:
         """Without a scheme all weights are in the dtype."""
         scheme = getattr(config, "quantization_config", None)
         scheme = scheme or getattr(config.get_text_config(), "quantization_config", None) or {}
-        if not isinstance(scheme, dict):
-            scheme = scheme.to_dict()
-        bits = _bits(scheme)
-        patterns = [_pattern(name) for key in EXCLUDED for name in scheme.get(key) or ()] if bits else []
-        return cls(bits / 8 if bits else BYTES[dtype], BYTES[dtype], tuple(patterns))
+        with on_guard("quantization_config of its config.json is not understood"):
+            if not isinstance(scheme, dict):
+                scheme = scheme.to_dict()
+            bits = _bits(scheme)
+            bytes_each = bits / 8 if bits else BYTES[dtype]
+            patterns = [_pattern(name) for key in EXCLUDED for name in scheme.get(key) or ()] if bits else []
+            for pattern in patterns:
+                re.compile(pattern)
+        return cls(bytes_each, BYTES[dtype], tuple(patterns))
 
     def bytes_of(self, name: str) -> float:
         """Bytes per weight of the product named so."""

@@ -1,9 +1,10 @@
 """A target's config.json: where it comes from, and what it says of layers and experts under its many names."""
 
-import json
+import re
 from pathlib import Path
 from typing import Any
 
+from draftsmith.core import files
 from draftsmith.core.errors import TargetError
 from draftsmith.core.files import JsonObject
 
@@ -37,6 +38,11 @@ EXPERTS_PER_TOKEN = (
     "moe_k",
 )
 NO_ROWS = {"linear_attention", "mamba", "conv", "recurrent", "moe", "mlp"}  # layer types that cache nothing per token
+MOST = {  # of what a model is built from one by one, at any depth of its config
+    r"(layers?|blocks|depth)$": 1024,
+    r"(experts|heads)$": 1 << 13,
+    r"(_size|_dim|_rank|d_model|n_embd)$": 1 << 24,
+}
 
 
 def target_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -50,12 +56,41 @@ def target_config(model: str, revision: str | None = None, trust_remote_code: bo
         published = dict(PUBLISHED[model])
         return AutoConfig.for_model(published.pop("model_type"), **published)
     try:
-        config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
+        config = read_config(place, revision, trust_remote_code)
     except Exception as error:  # a model's own code, and transformers' checks of values, raise what they like
         raise TargetError(f"target.model: {_complaint(model, place, revision, trust_remote_code, error)}") from None
     if getattr(config, "quantization_config", None) is None and (found := _modelopt(place, revision)):
         config.quantization_config = found
     return config
+
+
+def read_config(place: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """The library's configuration, of sizes that a model can have; raises whatever the library and odd values raise."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    _check_sizes(PreTrainedConfig.get_config_dict(place, revision=revision)[0])
+    config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
+    _check_text(config.get_text_config())
+    return config
+
+
+def _check_sizes(config: JsonObject) -> None:
+    """Before anything is built of them: a list with an entry for each of 10^9 layers is 8 GB already."""
+    for key, value in config.items():
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, dict):
+                _check_sizes(inner)
+            elif type(inner) is int and any(inner > most and re.search(name, key) for name, most in MOST.items()):
+                raise ValueError(f"{key} is {inner}, more than any model has")
+
+
+def _check_text(config: Any) -> None:
+    for key in ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads"):
+        value = value_of(config, key)
+        if value is None and key == "num_attention_heads":  # Mamba has none
+            continue
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{key} is {value!r}, wanted a whole number above 0")
 
 
 def _complaint(model: str, place: str, revision: str | None, trusted: bool, error: Exception) -> str:
@@ -66,17 +101,17 @@ def _complaint(model: str, place: str, revision: str | None, trusted: bool, erro
 
     try:
         raw, _ = PreTrainedConfig.get_config_dict(place, revision=revision)
-    except (OSError, ValueError):
+    except Exception:  # as above; this is about the first error
         raw = {}
     kind = raw.get("model_type")
     if not raw and not Path(place, "config.json").exists():
         return f"no config.json of {model!r}: {first_line(error)}"
-    if "AutoConfig" in raw.get("auto_map", {}) and not trusted:
+    if "AutoConfig" in str(raw.get("auto_map")) and not trusted:
         return (
             f"{model!r} comes with code of its own ({kind}), which target.trust_remote_code: true "
             "(--target.trust-remote-code) lets run here"
         )
-    if kind is not None and kind not in CONFIG_MAPPING and "auto_map" not in raw:
+    if isinstance(kind, str) and kind not in CONFIG_MAPPING and "auto_map" not in raw:
         return f"{model!r} is of type {kind}, which transformers {__version__} does not know; a newer one may"
     return f"config.json of {model!r} cannot be read: {first_line(error)}"
 
@@ -90,10 +125,10 @@ def _modelopt(place: str, revision: str | None) -> JsonObject | None:
     try:
         if not Path(place).is_dir():
             path = Path(hf_hub_download(place, path.name, revision=revision))
-        told = json.loads(path.read_text())["quantization"]
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ValueError, KeyError):
+        told = files.read_object(path).get("quantization")
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ValueError):
         return None
-    return {"quant_method": "modelopt", **told}
+    return {"quant_method": "modelopt", **told} if isinstance(told, dict) else None
 
 
 def per_layer(config: Any, key: str) -> list[Any] | None:
@@ -106,11 +141,13 @@ def per_layer(config: Any, key: str) -> list[Any] | None:
 
 
 def value_of(config: Any, key: str) -> Any:
-    """A key's value, the largest where layers differ; None where it is missing."""
+    """A key's number, the largest where layers differ; None where it is missing. `TargetError` for what is none."""
     values = per_layer(config, key)
-    if values is None:
-        return getattr(config, key, None)
-    return max((value for value in values if value is not None), default=None)
+    values = [getattr(config, key, None)] if values is None else values
+    numbers = [value for value in values if value is not None]
+    if odd := [value for value in numbers if not isinstance(value, int | float)]:
+        raise TargetError(f"target.model: {key} of its config.json is {odd[0]!r}; wanted a number")
+    return max(numbers, default=None)
 
 
 def first_of(config: Any, keys: tuple[str, ...]) -> int:
@@ -121,6 +158,8 @@ def first_of(config: Any, keys: tuple[str, ...]) -> int:
 def layer_types(config: Any) -> list[str]:
     """Of every layer; `full_attention` where the config tells of no others."""
     types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    if types and not (isinstance(types, list | tuple) and all(isinstance(kind, str) for kind in types)):
+        raise TargetError(f"target.model: layer_types of its config.json is {types!r}; wanted a list of names")
     return list(types) if types else ["full_attention"] * config.num_hidden_layers
 
 

@@ -7,6 +7,7 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,14 +22,18 @@ from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling, sample
 from draftsmith.decoding.stopping import Ends
 from draftsmith.targets.base import Capture, Follow
+from draftsmith.targets.configs import read_config
 from draftsmith.targets.identity import PROBE, weights_hash
 from draftsmith.targets.library import LibraryCache, LibraryForward
 from draftsmith.targets.parts import (
     DTYPES,
     ModelParts,
+    check_amount,
+    empty_model,
     first_line,
     from_auto_class,
     load_tokenizer,
+    on_guard,
     resolve_device,
     resolve_model,
     tell_slow_products,
@@ -78,7 +83,10 @@ class LocalTarget(ModelParts):
         tell_slow_products(self.device, dtype)
         self.tokenizer = load_tokenizer(model, revision, trust_remote_code)
         path = resolve_model(model)
-        try:
+        with on_guard(f"cannot load {model!r}"):
+            if Path(path).is_dir():
+                config = read_config(path, revision, trust_remote_code)
+                check_amount(empty_model(config, dtype, trust_remote_code), Path(path))
             lm, loading = from_auto_class(
                 lambda auto: auto.from_pretrained(
                     path,
@@ -90,15 +98,14 @@ class LocalTarget(ModelParts):
                     device_map={"": self.device},  # shard by shard to the card, never the whole through host memory
                 )
             )
-        except (OSError, ValueError) as error:
-            raise TargetError(f"target.model: cannot load {model!r}: {first_line(error)}") from None
         if missing := sorted(loading["missing_keys"]):  # the library fills them with random numbers
             named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             raise TargetError(f"target.model: {model!r} lacks weights that its config asks for: {named}")
-        self.weights_hash = weights_hash(path, revision)
-        self._adopt(lm, model, revision, dtype, template_options)
         self.batch_size = batch_size
-        self._choose_path()
+        with on_guard(f"cannot use {model!r}"):
+            self.weights_hash = weights_hash(path, revision)
+            self._adopt(lm, model, revision, dtype, template_options)
+            self._choose_path()
 
     @classmethod
     def from_model(cls, lm: Any, tokenizer: Any = None, batch_size: int = 64, name: str = "in-memory") -> "LocalTarget":

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,26 @@ from draftsmith.core.files import JsonObject
 from draftsmith.core.progress import say
 from draftsmith.core.records.run import TargetIdentity
 from draftsmith.targets import embedded
+from draftsmith.targets.configs import read_config, value_of
 from draftsmith.targets.identity import template_hash, tokenizer_hash
 
+LONGEST_JSON = 1 << 28  # bytes; the largest vocabularies have a tenth of it
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
 def resolve_model(model: str) -> str:
-    """Path or hub name to load; an embedded target is converted on first use."""
-    return str(embedded.materialise(model)) if model in embedded.EMBEDDED else model
+    """Path or hub name to load; an embedded target is converted on first use.
+
+    Of a directory nothing is read that has no end: a `TargetError` names pipes, devices and endless configurations.
+    """
+    if model in embedded.EMBEDDED:
+        return str(embedded.materialise(model))
+    for path in (*Path(model).glob("*"), *Path(model).glob("additional_chat_templates/*")):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise TargetError(f"target.model: {path} is no plain file")
+        if path.suffix == ".json" and path.exists() and path.stat().st_size > LONGEST_JSON:
+            raise TargetError(f"target.model: {path} has {path.stat().st_size:,} bytes; no model's is that long")
+    return model
 
 
 def resolve_device(device: str) -> torch.device:
@@ -59,17 +71,31 @@ def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: b
     from transformers import AutoTokenizer
 
     path = resolve_model(model)
-    try:
+    with on_guard(f"no tokenizer in {model!r}"):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise TargetError(f"target.model: no tokenizer in {model!r}: {first_line(error)}") from None
     if model in embedded.EMBEDDED:
         embedded.check_tokenizer(model, tokenizer)
     return tokenizer
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(error: BaseException) -> str:
+    """Of its text, with the next where the first only announces it; Python's own errors have their name before it."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    told = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+    bare = isinstance(error, TypeError | LookupError | AttributeError | ArithmeticError)
+    return f"{type(error).__name__}: {told}" if bare else told
+
+
+@contextlib.contextmanager
+def on_guard(what: str) -> Iterator[None]:
+    """A model's own code, the libraries that read it, and files that are not as they expect raise what they like: all
+    of it is a `TargetError` of one line."""
+    try:
+        yield
+    except TargetError:
+        raise
+    except Exception as error:
+        raise TargetError(f"target.model: {what}: {first_line(error)}") from None
 
 
 def from_auto_class(make: Callable[[Any], Any]) -> Any:
@@ -89,6 +115,26 @@ def from_auto_class(make: Callable[[Any], Any]) -> Any:
         raise (unknown if "Unrecognized configuration class" in str(error) else error) from None
 
 
+def empty_model(config: Any, dtype: str, trust_remote_code: bool) -> Any:
+    """Its class without its numbers."""
+    with torch.device("meta"):
+        return from_auto_class(
+            lambda auto: auto.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+        )
+
+
+def check_amount(lm: Any, directory: Path) -> None:
+    """Before memory is asked for: a config that wants more numbers than its files can hold belongs to another model."""
+    asked = sum(tensor.numel() for tensor in (*lm.parameters(), *lm.buffers()))
+    held = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    if asked > NUMBERS_PER_BYTE * held + UNSTORED:
+        raise TargetError(
+            f"target.model: config.json of {str(directory)!r} asks for {asked:,} numbers, but its .safetensors files "
+            f"have {held:,} bytes; it belongs to another model"
+        )
+
+
+NUMBERS_PER_BYTE, UNSTORED = 8, 1 << 27  # of the tightest quantisation; masks and tables that no file has
 UNBOUNDED = 1 << 30  # positions of a model that counts none (Mamba, ALiBi)
 # What configs call the positions that a model was made for, and classes the last norm
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length", "max_seq_length")
@@ -120,11 +166,20 @@ def end_ids(tokenizer: Any, *configs: Any) -> frozenset[int]:
     return frozenset(found)
 
 
+def rope_of(config: Any) -> JsonObject:
+    """The parameters of RoPE, those of full attention where layers differ."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope) if isinstance(rope, dict) else rope
+    numbers = ("factor", "rope_theta", "original_max_position_embeddings")
+    if not isinstance(rope, dict) or not all(isinstance(rope.get(key) or 0, int | float) for key in numbers):
+        raise TargetError(f"target.model: rope_parameters of its config.json are {rope!r}; wanted numbers by name")
+    return rope
+
+
 def context_of(config: Any) -> int:
     """Positions that a text may have, as engines derive it; stretched RoPE reaches further."""
-    length = next((n for name in LENGTHS if (n := getattr(config, name, None))), UNBOUNDED)
-    rope = getattr(config, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)
+    length = next((n for name in LENGTHS if (n := value_of(config, name))), UNBOUNDED)
+    rope = rope_of(config)
     kind, factor = rope.get("rope_type"), float(rope.get("factor") or 1.0)
     if kind in ("linear", "dynamic"):
         return int(length * factor)
@@ -219,23 +274,16 @@ class WeightsOnlyTarget(ModelParts):
         trust_remote_code: bool = False,
         template_options: Mapping[str, Any] | None = None,
     ):
-        from transformers import AutoConfig, GenerationConfig
+        from transformers import GenerationConfig
 
         self.device = resolve_device(device)
         self.tokenizer = load_tokenizer(model, revision, trust_remote_code)
         path = resolve_model(model)
-        options = {"revision": revision, "trust_remote_code": trust_remote_code}
-        try:
-            config = AutoConfig.from_pretrained(path, **options)
-            with torch.device("meta"):
-                lm = from_auto_class(
-                    lambda auto: auto.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
-                )
-        except (OSError, ValueError) as error:
-            raise TargetError(f"target.model: cannot read {model!r}: {first_line(error)}") from None
-        with contextlib.suppress(OSError):  # a model without one ends by its config
-            lm.generation_config = GenerationConfig.from_pretrained(path, revision=revision or "main")
-        self._adopt(lm, model, revision, dtype, template_options)
+        with on_guard(f"cannot read {model!r}"):
+            lm = empty_model(read_config(path, revision, trust_remote_code), dtype, trust_remote_code)
+            with contextlib.suppress(OSError):  # a model without one ends by its config
+                lm.generation_config = GenerationConfig.from_pretrained(path, revision=revision or "main")
+            self._adopt(lm, model, revision, dtype, template_options)
         self._source = path, revision
 
     def _load(self) -> None:

@@ -14,7 +14,7 @@ from draftsmith.core.recipe import DraftRecipe
 from draftsmith.core.taps import default_taps
 from draftsmith.drafts.eagle3.model import Eagle3Config
 from draftsmith.targets.configs import expert_count, per_layer, value_of
-from draftsmith.targets.parts import UNBOUNDED, context_of
+from draftsmith.targets.parts import UNBOUNDED, context_of, rope_of
 
 WIDTHS = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 WIDE = 1024  # hidden size from which widths are rounded to what kernels like
@@ -33,8 +33,7 @@ def draft_config(recipe: DraftRecipe, target: Any, layers: int, vocabulary: int)
     heads, kv_heads = widths["num_attention_heads"], widths["num_key_value_heads"]
     if heads % kv_heads:
         raise TargetError(f"draft.num_attention_heads: {heads} is no multiple of num_key_value_heads {kv_heads}")
-    rope = getattr(target, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)
+    rope = rope_of(target)
     context = context_of(target)
     return Eagle3Config(
         hidden_size=target.hidden_size,
