@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from draftsmith.core.errors import printable
 
 Points = tuple[Sequence[float], Sequence[float]]
 
@@ -32,12 +35,20 @@ STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
+LABEL_CHARACTERS = 40
+MOST = 40  # rows or lines: a category may be anything, so there may be thousands
 NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
 
 
 def _plain(text: str) -> str:
-    """A label that matplotlib reads neither as a formula nor as hidden."""
-    return text.replace("$", r"\$").lstrip("_") or "-"
+    """A label of one short line that matplotlib reads neither as a formula nor as hidden."""
+    line = printable(text)
+    short = line if len(line) <= LABEL_CHARACTERS else f"{line[: LABEL_CHARACTERS - 1]}…"
+    return short.replace("$", r"\$").lstrip("_") or "-"
+
+
+def _counted(title: str, count: int) -> str:
+    return title if count <= MOST else f"{title} (the first {MOST} of {count:,})"
 
 
 def _svg(title: str, height_in: float, draw: Callable[[Axes], None]) -> Markup:
@@ -52,7 +63,9 @@ def _svg(title: str, height_in: float, draw: Callable[[Axes], None]) -> Markup:
             fitting = max(1, LEGEND_CHARACTERS // (max(len(label) for label in labels) + 5))
             figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), fitting))
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata=NO_METADATA)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # the page's fonts draw the text
+            figure.savefig(buffer, format="svg", metadata=NO_METADATA)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r'<g id="[a-z_A-Z]+\d*">', "<g>", text)  # such names repeat from plot to plot; nothing refers to them
@@ -71,7 +84,7 @@ def line_plot(
     """One line per entry of `series`; `mark` is a vertical line with its meaning; `doubling` a log-2 x axis."""
 
     def draw(axes: Axes) -> None:
-        for name, (x, y) in series.items():
+        for name, (x, y) in list(series.items())[:MOST]:
             axes.plot(x, y, marker="o" if len(x) <= 30 else None, label=_plain(name))
         if doubling:
             axes.set_xscale("log", base=2)
@@ -85,18 +98,18 @@ def line_plot(
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
 
-    return _svg(title, 2.9, draw)
+    return _svg(_counted(title, len(series)), 2.9, draw)
 
 
 def interval_plot(
     title: str, x_label: str, rows: Sequence[str], series: Mapping[str, Sequence[tuple[float, float, float] | None]]
 ) -> Markup:
     """One line of dots per row, one colour per entry of `series`; a dot is (value, low, high)."""
-    slot = 0.64 / max(1, len(series))
+    slot, title, rows = 0.64 / max(1, len(series)), _counted(title, len(rows)), rows[:MOST]
 
     def draw(axes: Axes) -> None:
         for number, (name, values) in enumerate(series.items()):
-            dots = [(row, *value) for row, value in enumerate(values) if value is not None]
+            dots = [(row, *value) for row, value in enumerate(values[:MOST]) if value is not None]
             if not dots:
                 continue
             y = [row + (number + 0.5) * slot - 0.32 for row, *_ in dots]

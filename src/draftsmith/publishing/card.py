@@ -1,17 +1,18 @@
 """The model card: README.md for the hub. Every figure on it is read from the run's own files."""
 
 import re
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from draftsmith.core import files, run_files
-from draftsmith.core.errors import DataError, RecipeError
+from draftsmith.core.errors import CheckpointError, DataError, RecipeError
 from draftsmith.core.history import recipe_that_ran, results_of
 from draftsmith.core.progress import say
 from draftsmith.core.recipe import EngineName, Recipe
@@ -41,6 +42,25 @@ class FinishedRun(Protocol):
     def serving_elsewhere(self, engine: EngineName, model: str, draft: Path) -> Launch: ...
 
 
+class Verbatim(str):
+    """Markdown of our own."""
+
+
+def as_text(value: Any) -> str:
+    """A value of a file or recipe as Markdown that shows it as it is: one line, no markup, no end of a table's cell."""
+    if isinstance(value, Verbatim):
+        return value
+    plain = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    plain = re.sub(r"([\\`*|\[\]#~$]|(?<!\w)_|_(?!\w))", r"\\\1", plain)
+    return re.sub(r"^(\d*)([-+.)])(?=\s)", r"\1\\\2", plain)  # where a list would begin
+
+
+def _fenced(text: str, language: str = "") -> Verbatim:
+    """A block of code that nothing in it can close."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return Verbatim(f"{fence}{language}\n{text.rstrip()}\n{fence}")
+
+
 def base_model(recipe: Recipe) -> str:
     """The target's name on the hub; raises `RecipeError` for a directory that is not named."""
     name = recipe.card.base_model or hub_name(recipe.target.model)
@@ -62,11 +82,11 @@ def _public_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(values, sort_keys=False, width=120)
 
 
-def _losslessness(found: Iterable[tuple[str, Results]]) -> str:
+def _losslessness(found: Iterable[tuple[str, Results]]) -> list[str]:
     words = {"yes": "Lossless", "ties": "Lossless up to ties", "no": "NOT lossless"}
     verdicts = [(engine, lossless_verdict(results.lossless)) for engine, results in found]
     lines = [f"{words[v.state]} on {engine}: {v.detail}." for engine, v in verdicts if v.state != "untested"]
-    return "\n\n".join(lines) or "Losslessness was not measured."
+    return lines or ["Losslessness was not measured."]
 
 
 def _command(run: FinishedRun, engine: ServerEngine) -> dict[str, str]:
@@ -81,13 +101,9 @@ def _command(run: FinishedRun, engine: ServerEngine) -> dict[str, str]:
     if "PYTHONPATH" in environment and engine.models:
         environment["PYTHONPATH"] = f"$DRAFTSMITH/{engine.models.parent.name}/{engine.models.name}"
         note = engine.models_note
-    line = " ".join([*(f"{k}={v}" for k, v in environment.items()), *(_quoted(word) for word in words)])
+    line = " ".join([*(f"{k}={v}" for k, v in environment.items()), *map(shlex.quote, words)])
     title = engine.title if engine.drafts_trees else f"{engine.title} (chains only)"
-    return {"title": title, "line": line.replace(" --", " \\\n    --"), "note": note}
-
-
-def _quoted(word: str) -> str:
-    return f"'{word}'" if any(c in word for c in ' {}"') else word
+    return {"title": title, "line": _fenced(line.replace(" --", " \\\n    --")), "note": Verbatim(note)}
 
 
 def _head(recipe: Recipe, target: str, licence: Licence, found: list[Results]) -> ModelCardData:
@@ -140,21 +156,28 @@ def make_card(run: FinishedRun, prediction: Predictions) -> str:
     if not found:
         raise DataError(f"card: no results in {run.files.root}; run: draftsmith evaluate RECIPE")
     report, prompts = inspect_draft(run.files.draft), _prompts(run)
+    provenance = report.config.get("draftsmith") or {}
+    told = {**provenance, **(provenance.get("target") or {})}
+    lacking = [f"draftsmith.{key} is missing" for key in ("version", "commit", "taps", "num_layers") if key not in told]
+    if problems := report.blocking() or lacking:
+        raise CheckpointError(f"card: {run.files.draft}: {problems[0]}; see: draftsmith inspect {run.files.draft}")
     titled = [(ENGINES[results.settings.engine].title, results) for results in found]
     entries = [entry for results in found for entry in results.acceptance]
     sources = sorted(prompts.by_source.items(), key=lambda item: -item[1])
     method = METHODS[recipe.draft.method]
-    template = Environment(loader=PackageLoader("draftsmith.publishing", "."), undefined=StrictUndefined)
+    template = Environment(
+        loader=PackageLoader("draftsmith.publishing", "."), undefined=StrictUndefined, finalize=as_text
+    )
     return template.get_template("card.md.j2").render(
-        head=_head(recipe, target, licence, found).to_yaml(),
+        head=Verbatim(_head(recipe, target, licence, found).to_yaml()),
         title=(recipe.card.repo or recipe.name).split("/")[-1],
         target=target,
         licence=licence,
         method=method,
         recipe=recipe,
-        recipe_text=_public_recipe(recipe),
+        recipe_text=_fenced(_public_recipe(recipe), "yaml"),
         draft=report.config,
-        provenance=report.config["draftsmith"],
+        provenance=provenance,
         parameters=report.parameters,
         coverage=_coverage(run, report.config["draft_vocab_size"]),
         first=found[0],
