@@ -28,6 +28,7 @@ class Inspect(FreeCommand):
 
 def page(report: "DraftReport") -> str:
     """The report as text for a terminal."""
+    from draftsmith.core.secrets import line
     from draftsmith.core.tables import table
     from draftsmith.drafts.directories import method_in
     from draftsmith.drafts.recognise import architectures
@@ -45,6 +46,6 @@ def page(report: "DraftReport") -> str:
     lines = [table(rows), "", table(tensors[:SHOWN])]
     if len(tensors) > SHOWN:
         lines.append(f"  and {len(tensors) - SHOWN} more")
-    lines += ["", *(p for p in report.problems if p.startswith("note:"))]
-    lines += [f"problem: {problem}" for problem in report.blocking()] or ["no problems found"]
+    lines += ["", *(line(p) for p in report.problems if p.startswith("note:"))]
+    lines += [line(f"problem: {problem}") for problem in report.blocking()] or ["no problems found"]
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import orjson
 
 from draftsmith.core.errors import DataError
 
+LONGEST_OBJECT = 1 << 24  # bytes
+DEEPEST_OBJECT = 100
 JsonObject = dict[str, Any]
 """An object of a file or an answer that others wrote: nothing is known of it before it is looked at."""
 
@@ -45,6 +48,43 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return orjson.loads(path.read_bytes())
+
+
+def refusal(path: Path, inside: Path | None = None) -> str | None:
+    """Why a file that others made is not opened: reading of a pipe or a device has no end, and a link that leads out of
+    the directory (`inside`, where given) leads to anything. A snapshot in the hub's cache links to blobs beside it."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return "is no plain file"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if inside is not None:
+        place = inside.resolve()
+        root = place.parent.parent if place.parent.name == "snapshots" else place
+        if not path.resolve().is_relative_to(root):
+            return "is a link that leaves its directory"
+    return None
+
+
+def read_object(path: Path, inside: Path | None = None) -> JsonObject:
+    """A JSON object that others wrote; a `ValueError` says why there is none. `inside`: see `refusal`."""
+    if why := refusal(path, inside):
+        raise ValueError(why)
+    if (size := path.stat().st_size) > LONGEST_OBJECT:
+        raise ValueError(f"has {size:,} bytes, too many for a configuration")
+    try:
+        value = read_json(path)
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise ValueError(f"cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError("holds no JSON object")
+    level, depth = [value], 0
+    while level:  # deeper ones cannot even be printed
+        level = [v for outer in level for v in (outer.values() if isinstance(outer, dict) else outer)]
+        level, depth = [v for v in level if isinstance(v, dict | list)], depth + 1
+    if depth > DEEPEST_OBJECT:
+        raise ValueError(f"is nested {depth} deep; no configuration is")
+    return value
 
 
 def save_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:

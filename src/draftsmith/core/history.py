@@ -40,7 +40,7 @@ def target_part(recipe: JsonObject) -> JsonObject:
 
 def draft_digest(draft: Path) -> str | None:
     """Content of an exported draft's weights."""
-    return digest(weights(draft)) if weights(draft).exists() else None
+    return digest(weights(draft)) if weights(draft).is_file() else None
 
 
 def results_of(run: RunFiles) -> dict[Decodes, Results]:

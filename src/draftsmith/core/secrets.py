@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 MASK = "***"
 SHORTEST = 4  # letters of a value that is looked for
+LONGEST = 2000  # characters of a line
 _FLAG = r"--(?:(?:[\w-]+[-_])?api[-_]key|(?:(?:hf|auth|access)[-_])?token|[\w-]*password)"
 _VARIABLE = re.compile(r"\$(\w+)|\$\{(\w+)\}")
 _ASSIGNED = re.compile(r"(\w*(?:KEY|TOKEN|PASSWORD|SECRET))=(.+)")
@@ -35,8 +36,12 @@ def masked(text: str) -> str:
 
 
 def line(text: str) -> str:
-    """Masked, and one line: what others answered may hold line ends and worse."""
-    return _CONTROL.sub(" ", masked(text))
+    """Masked, and one line that has an end: what others wrote or answered may hold line ends, what a terminal obeys,
+    and anything that turns its direction."""
+    text = _CONTROL.sub(" ", masked(text))
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # --- what a recipe may hold; a ValueError says what is wrong ------------------------------------------------------

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from draftsmith.core.secrets import line
+
 WIDTH = 400  # lines are never folded: a terminal folds them, a file keeps them
 
 
@@ -14,7 +16,7 @@ def table(rows: Iterable[Sequence[str]], head: Sequence[str] = (), right: Iterab
     """Columns two spaces apart; `right`: numbers of the columns that are aligned there."""
     right = set(right)
     out = Table(box=None, show_header=bool(head), header_style="", padding=(0, 2, 0, 0), pad_edge=False)
-    rows = [list(map(str, row)) for row in rows]
+    rows = [[line(str(cell)) for cell in row] for row in rows]
     for number in range(max((len(row) for row in rows), default=len(head))):
         title = Text(head[number]) if head else ""
         out.add_column(title, justify="right" if number in right else "left", no_wrap=True)
@@ -22,4 +24,4 @@ def table(rows: Iterable[Sequence[str]], head: Sequence[str] = (), right: Iterab
         out.add_row(*map(Text, row))
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
     console.print(out)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+    return "\n".join(row.rstrip() for row in console.file.getvalue().splitlines())  # type: ignore[attr-defined]

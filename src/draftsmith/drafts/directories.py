@@ -1,16 +1,18 @@
 """Draft directories of ours and others': written, inspected, loaded."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
 import torch
 from torch import Tensor
 
+from draftsmith.core import files
 from draftsmith.core.errors import CheckpointError
 from draftsmith.core.files import JsonObject, save_tensors, write_json
 from draftsmith.core.run_files import weights
+from draftsmith.core.taps import Taps
 from draftsmith.decoding.speculate import Drafter
 from draftsmith.drafts import METHODS
 from draftsmith.drafts.method import Draft, DraftReport, Method, Reading
@@ -23,15 +25,21 @@ from draftsmith.targets.parts import DTYPES
 def read_config(directory: Path) -> JsonObject:
     """config.json as the file has it."""
     path = directory / "config.json"
+    if not path.exists():
+        raise CheckpointError(f"{directory}: no config.json; give the directory of a draft")
     try:
-        config = orjson.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{directory}: no config.json; give the directory of a draft") from None
-    except (OSError, orjson.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: holds {str(config)[:60]!r}; wanted an object")
-    return config
+        return files.read_object(path, directory)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def exported_taps(directory: Path) -> Taps:
+    """The taps that a draft of ours was trained with."""
+    made = read_config(directory).get("draftsmith")
+    taps = made.get("taps") if isinstance(made, dict) else None
+    if not isinstance(taps, list) or not all(type(tap) is int for tap in taps):
+        raise CheckpointError(f"{directory}: config.json does not say draftsmith.taps; run: draftsmith export RECIPE")
+    return tuple(taps)
 
 
 def method_in(report: DraftReport) -> Method[Any, Any] | None:
@@ -52,7 +60,7 @@ def inspect_draft(directory: Path) -> DraftReport:
         report.dtypes = {name: dtype for name, (dtype, _) in header.items()}
         read = " and ".join(method.title for method in METHODS.values())
         report.problems = [f"the method is {report.method}; draftsmith reads {read} drafts alone"]
-    report.parameters = sum(torch.Size(s).numel() for n, s in report.shapes.items() if n not in ("d2t", "t2d"))
+    report.parameters = sum(math.prod(s) for n, s in report.shapes.items() if n not in ("d2t", "t2d"))
     return report
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from draftsmith.core import files
 from draftsmith.core.errors import CheckpointError
 
 FLOATS = {"bfloat16", "float16", "float32", "float64"}
@@ -25,23 +26,31 @@ def canonical(name: str) -> str:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
+    found = sorted(directory.glob("*.safetensors"))
+    if not found:
         pickles = [*directory.glob("*.bin"), *directory.glob("*.pt")]
         hint = f" ({pickles[0].name} is pickled, which draftsmith does not load)" if pickles else ""
         raise CheckpointError(f"{directory}: no .safetensors file{hint}")
-    return files
+    for path in found:
+        if why := files.refusal(path, directory):
+            raise CheckpointError(f"{path}: {why}")
+    return found
 
 
 def read_header(directory: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{name: (dtype, shape)} as the files have them; reads no weight."""
+    """{name: (dtype, shape)} as the files have them; reads no weight. Of a weight that is there twice, nobody knows
+    which one an engine takes."""
     header: dict[str, tuple[str, tuple[int, ...]]] = {}
+    seen: set[str] = set()
     for path in _weight_files(directory):
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
                     part = file.get_slice(name)
                     dtype = part.get_dtype()
+                    if canonical(name) in seen:
+                        raise CheckpointError(f"{path}: {name} is stored twice")
+                    seen.add(canonical(name))
                     header[name] = DTYPES.get(dtype, dtype.lower()), tuple(part.get_shape())
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: not a safetensors file: {error}") from None

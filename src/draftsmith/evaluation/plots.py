@@ -11,7 +11,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from draftsmith.core.errors import printable
+from draftsmith.core.secrets import line
 
 Points = tuple[Sequence[float], Sequence[float]]
 
@@ -42,8 +42,8 @@ NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
 
 def _plain(text: str) -> str:
     """A label of one short line that matplotlib reads neither as a formula nor as hidden."""
-    line = printable(text)
-    short = line if len(line) <= LABEL_CHARACTERS else f"{line[: LABEL_CHARACTERS - 1]}…"
+    text = line(text)
+    short = text if len(text) <= LABEL_CHARACTERS else f"{text[: LABEL_CHARACTERS - 1]}…"
     return short.replace("$", r"\$").lstrip("_") or "-"
 
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from draftsmith.core.errors import CheckpointError, DataError, PublishError, RecipeError
+from draftsmith.core.files import refusal
 from draftsmith.drafts.directories import inspect_draft
 
 WANTED = ("README.md", "config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
@@ -25,6 +26,9 @@ def publish(draft: Path, repo: str, really: bool, public: bool = False) -> str:
     if not (draft / "README.md").exists():
         raise DataError(f"publish: {draft / 'README.md'} is missing; run: draftsmith card RECIPE")
     chosen = sorted(path for name in WANTED for path in draft.glob(name))
+    for path in chosen:
+        if why := refusal(path, draft):
+            raise CheckpointError(f"publish: {path}: {why}")
     names = [path.name for path in chosen]
     lines = [f"{path.stat().st_size / 1e6:10.1f} MB  {name}" for path, name in zip(chosen, names, strict=True)]
     if not really:

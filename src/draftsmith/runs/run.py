@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from draftsmith.core import files, run_files
+from draftsmith.core import run_files
 from draftsmith.core.errors import DataError, TargetError
 from draftsmith.core.history import changed, draft_digest, results_of, target_part
 from draftsmith.core.lock import RunLock
@@ -292,12 +292,12 @@ class Run:
     @property
     def draft_engines(self) -> tuple[EngineName, ...]:
         """The engines that can serve the exported draft."""
-        config = self.files.draft / "config.json"
-        if not config.exists():
+        if not (self.files.draft / "config.json").exists():
             return ()
+        from draftsmith.drafts.directories import exported_taps
         from draftsmith.engines import SERVERS
 
-        taps = files.read_json(config)["draftsmith"]["taps"]
+        taps = exported_taps(self.files.draft)
         return tuple(name for name, engine in SERVERS.items() if engine.serves(taps))
 
     def draft_for(self, engine: Decodes) -> Path:

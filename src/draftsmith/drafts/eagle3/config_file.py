@@ -241,15 +241,18 @@ def _misread_own_taps(config: JsonObject) -> list[str]:
     """The taps that each engine would capture against those that draftsmith trained with."""
     trained, (top, nested) = config["draftsmith"]["taps"], layer_ids(config)
     layers = (config["draftsmith"].get("target") or {}).get("num_layers")
-    default = list(engine_default(layers)) if layers else None
+    # of a target that is not told: could they be any one's default?
+    default = list(engine_default(layers or trained[-1] + 3)) if layers or not (top or nested) else None
     reads = (("vLLM", top, IDS, top), ("SGLang", nested, f"eagle_config.{IDS}", list(of_outputs(nested or ()))))
     problems = []
+    if layers and max(trained) >= layers:
+        problems.append(f"trained with taps {trained}, but its target has {layers} layers")
     for engine, ids, place, taps in reads:
-        if ids is None and ((to_outputs(trained) is None and engine == "SGLang") or not (layers or top or nested)):
-            continue  # it cannot serve this draft, or what it would take is not known here
+        if ids is None and to_outputs(trained) is None and engine == "SGLang":
+            continue  # it cannot serve this draft
         taps = default if ids is None else taps
         if taps != trained:
-            told = f"its default {taps or '[2, L//2, L-3]'}" if ids is None else f"{taps}"
+            told = f"its default {taps if layers else '[2, L//2, L-3]'}" if ids is None else f"{taps}"
             problems.append(f"{engine} would capture taps {told} ({place} is {ids}), trained with {trained}")
     return problems
 
