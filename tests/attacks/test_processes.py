@@ -103,7 +103,7 @@ def test_a_process_that_hangs_ends_the_others_in_time_and_in_a_line(world, tmp_p
         end(processes)
     # The command in the line goes on.
     steps = MetricsRow.read_rows(out / "train" / "metrics.jsonl")
-    assert max(row.step for row in steps) >= 5
+    assert max(row.step for row in steps) >= 3
     processes = training(world, out, *flags)
     try:
         told = processes[0].stderr

@@ -8,7 +8,6 @@ import json
 import os
 import resource
 import shutil
-import signal
 import socket
 import ssl
 import subprocess
@@ -450,26 +449,18 @@ PROXIES = [f"{name}_proxy" for name in ("http", "https", "all")]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "[::1]", "::", "0.0.0.0"])
-def test_serve_finds_its_engine_at_once_whatever_proxy_is_set(tmp_path, host):
-    """Proxies that are dead, and one that answers for everybody."""
+def test_an_engine_is_found_at_once_wherever_it_listens_and_whatever_proxy_is_set(tmp_path, monkeypatch, host):
     (tmp_path / "engine.py").write_text(ENGINE)
-    (tmp_path / "r.yaml").write_text("name: x\ntarget: {model: m}\n")
-    port = free_port("::1" if ":" in host else "127.0.0.1")
-    environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
-    environment |= {name: "http://127.0.0.1:9" for proxy in PROXIES for name in (proxy, proxy.upper())}
-    command = [sys.executable, "-m", "draftsmith", "serve", "r.yaml", "--purpose", "plain", "--serve.host", host]
-    command += ["--serve.port", str(port), "--serve.program", f"{sys.executable} engine.py pids"]
-    started = time.monotonic()
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
-    try:
-        ready = next(line for line in process.stderr if "ready at" in line)
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
-    assert time.monotonic() - started < 20
+    program = f"{sys.executable} {tmp_path / 'engine.py'} {tmp_path / 'pids'}"
+    serve = {"program": program, "host": host, "port": free_port("::1" if ":" in host else "127.0.0.1")}
+    for name in PROXIES:
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+        monkeypatch.setenv(name.upper(), "http://127.0.0.1:9")
+    launched = launch(SERVERS["vllm"], tiny_recipe("m", "p", serve=serve), "m", Path("d"), "plain", ())
+    with running(launched, 60):
+        assert time.time() - (tmp_path / "pids").stat().st_mtime < 5  # seconds since it listens
     wanted = {"::": "[::1]", "::1": "[::1]", "0.0.0.0": "127.0.0.1"}.get(host, host)
-    assert f"ready at http://{wanted}:{port};" in ready
-    assert process.returncode == 0
+    assert launched.url == f"http://{wanted}:{serve['port']}"
 
 
 def test_servers_next_door_are_asked_without_a_proxy(model, target, monkeypatch):
