@@ -7,7 +7,7 @@ import yaml
 from models import tiny_draft, tiny_target
 
 from draftsmith.core import run_files
-from draftsmith.core.errors import DataError
+from draftsmith.core.errors import CheckpointError, DataError
 from draftsmith.core.files import read_json, write_json
 from draftsmith.core.recipe_file import parse_recipe
 from draftsmith.core.records.data import CompletionsSummary, Coverage, PromptsSummary
@@ -24,7 +24,7 @@ from draftsmith.core.records.machine import Prediction, Predictions
 from draftsmith.core.records.run import Hardware, Provenance
 from draftsmith.core.records.training import TrainingSummary
 from draftsmith.drafts.directories import write_draft
-from draftsmith.publishing.card import make_card, write_card
+from draftsmith.publishing.card import as_text, make_card, write_card
 from draftsmith.runs.estimates import results_of
 from draftsmith.runs.run import Run
 
@@ -365,6 +365,34 @@ def test_a_draft_of_tap_0_is_for_vllm_alone(make):
     with pytest.raises(DataError, match="SGLang cannot capture all of them, so the draft serves on vLLM"):
         run.draft_for("sglang")
     assert write_card(run, NOTHING) == run.files.root / "export" / "draft" / "README.md"
+
+
+HOSTILE = "a|b <script>x</script> {{ 7 }} `c` [l](u) # h\n---\nlicense: mit"
+
+
+def test_what_others_wrote_stays_text(make):
+    run = make(licence=HOSTILE, author=HOSTILE, data_licences={"ours": HOSTILE})
+    found = results()
+    entry = found.acceptance[0].model_copy(update={"by_category": {HOSTILE: tau(1.5)}})
+    save(run, "embedded", found.model_copy(update={"acceptance": [entry]}))
+    card = make_card(run, NOTHING)
+    assert front_matter(card)["license"] == HOSTILE
+    body = card.split("---\n", 2)[2]
+    assert "<script>" not in body
+    assert body.count(as_text(HOSTILE)) == 5  # the table's head, the limitations, the licence, the author, the data
+    assert as_text("a|b\n<i>") == r"a\|b &lt;i&gt;"
+    assert row(card, "draftsmith", "bf16", "3/1/4", "0").count("|") == 9
+
+
+def test_a_draft_that_says_nothing_of_its_making_gets_no_card(make):
+    run = make()
+    place = run.files.draft / "config.json"
+    config = read_json(place)
+    for made_by in (None, {}, {"taps": config["draftsmith"]["taps"]}, [1]):
+        write_json(place, {**config, "draftsmith": made_by})
+        with pytest.raises(CheckpointError, match="draftsmith") as refused:
+            make_card(run, NOTHING)
+        assert "\n" not in str(refused.value)
 
 
 def test_an_unmeasured_draft_gets_no_card(make):

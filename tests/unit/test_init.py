@@ -1,8 +1,10 @@
 """`init` writes a recipe that holds for the model, says why, and tells what it could not know."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,8 +12,10 @@ from models import save_tiny_target, write_prompts
 from transformers import AutoConfig
 
 from draftsmith import cli
+from draftsmith.core.errors import TargetError
 from draftsmith.core.recipe_file import load_recipe
 from draftsmith.runs.init import init
+from draftsmith.targets.local import LocalTarget
 
 
 def model_of(tmp_path, generation=None, config=None, **tokenizer):
@@ -157,3 +161,41 @@ def test_an_unknown_command_names_the_nearest(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["draftsmith"])
     assert cli.main() == 2
     assert "usage: draftsmith COMMAND RECIPE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, more than any model has"),
+        ({"vision_config": {"depth": 10**9}}, "depth is 1000000000, more than any model has"),
+        ({"hidden_size": 0}, "hidden_size is 0, wanted a whole number above 0"),
+        ({"num_experts": {"a": 1}}, "num_experts of its config.json is {'a': 1}; wanted a number"),
+        ({"quantization_config": {"bits": "x"}}, "quantization_config of its config.json is not understood"),
+        ({"rope_parameters": {"full_attention": 5}}, "rope"),
+        ({"text_config": "x"}, "config.json of "),
+    ],
+)
+def test_an_odd_config_is_one_line(tmp_path, change, told):
+    model = Path(model_of(tmp_path))
+    (model / "config.json").write_text(json.dumps(json.loads((model / "config.json").read_text()) | change))
+    with pytest.raises(TargetError, match=r"^target\.model: ") as refused:
+        made(str(model), tmp_path)
+    assert told in str(refused.value)
+    with pytest.raises(TargetError, match=r"^target\.model: "):
+        LocalTarget(str(model), dtype="fp32", device="cpu")
+
+
+def test_a_config_that_asks_for_more_than_its_files_hold_is_refused(tmp_path):
+    model = Path(model_of(tmp_path))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"hidden_size": 2**14, "intermediate_size": 2**16}))
+    with pytest.raises(TargetError, match=r"numbers, but its \.safetensors files have"):
+        LocalTarget(str(model), dtype="fp32", device="cpu")
+
+
+def test_a_pipe_among_a_models_files_is_refused(tmp_path):
+    model = Path(model_of(tmp_path))
+    (model / "tokenizer.json").unlink()
+    os.mkfifo(model / "tokenizer.json")
+    with pytest.raises(TargetError, match=r"tokenizer\.json is no plain file"):
+        made(str(model), tmp_path)

@@ -1,6 +1,7 @@
 """Drafts that others made: scaled RoPE, other widths, quantised weights, other methods, and odd config files."""
 
 import json
+import os
 import re
 import sys
 
@@ -19,6 +20,7 @@ from draftsmith.core.shape import Shape
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.speculate import Decoder
 from draftsmith.drafts.directories import inspect_draft, load_draft, ready_draft
+from draftsmith.drafts.eagle3.config_file import IDS
 from draftsmith.drafts.eagle3.model import DraftCache
 from draftsmith.evaluation.profile import walks_of
 
@@ -40,7 +42,7 @@ CONFIG = {
     "draft_vocab_size": D,
     "tie_word_embeddings": False,
 }
-TAPS = {"eagle_aux_hidden_state_layer_ids": [1, 3, 4], "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 3]}}
+TAPS = {IDS: [1, 3, 4], "eagle_config": {IDS: [0, 2, 3]}}
 LAYER = {k: v for k, v in CONFIG.items() if k not in ("architectures", "draft_vocab_size")}
 SCALINGS = {
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -470,3 +472,43 @@ def test_odd_maps_are_named(write):
     assert any("d2t has shape (0,)" in p for p in inspect_draft(write(CONFIG, eagle3(**empty))).problems)
     float_t2d = eagle3(t2d=torch.ones(V))
     assert inspect_draft(write(CONFIG, float_t2d)).blocking() == ["t2d does not name the tokens that d2t names"]
+
+
+# --- what is no file of the directory's own; taps that engines would read otherwise ----------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_only_plain_files_of_the_directory_are_read(write, tmp_path, name):
+    path, other = write(CONFIG, eagle3()) / name, tmp_path.with_name(f"{tmp_path.name}-other")
+    path.rename(other)
+    for put, why in ((os.mkfifo, "is no plain file"), (lambda p: p.symlink_to(other), "is a link that leaves its")):
+        put(path)
+        with pytest.raises(CheckpointError, match=rf"{name}: {why}"):
+            inspect_draft(tmp_path)
+        path.unlink()
+
+
+def test_a_weight_that_is_stored_twice_is_refused(write):
+    with pytest.raises(CheckpointError, match=r"midlayer\.hidden_norm\.weight is stored twice"):
+        inspect_draft(write(CONFIG, eagle3(**{"layers.0.hidden_norm.weight": rows(H)})))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({IDS: [7, 8, 9], "eagle_config": {IDS: [6, 7, 8]}}, "vLLM would capture taps [7, 8, 9]"),
+        ({IDS: [1, 3, 4], "eagle_config": {IDS: [6, 7, 8]}}, "SGLang would capture taps [7, 8, 9]"),
+        ({}, "vLLM would capture taps its default"),
+        (TAPS | {"draftsmith": {"taps": [1, 3, 4], "target": {"num_layers": 4}}}, "its target has 4 layers"),
+    ],
+)
+def test_the_taps_that_engines_read_are_those_that_were_trained(write, change, told):
+    problems = inspect_draft(write(CONFIG | {"draftsmith": {"taps": [1, 3, 4]}} | change, eagle3())).blocking()
+    assert any(told in problem and "trained with" in problem for problem in problems)
+    assert inspect_draft(write(CONFIG | TAPS | {"draftsmith": {"taps": [1, 3, 4]}}, eagle3())).blocking() == []
+
+
+def test_names_of_tensors_are_no_commands_to_the_terminal(write):
+    text = describe(inspect_draft(write(CONFIG, eagle3(**{"a\nno problems found\x1b[2J": rows(H)}))))
+    assert "\x1b" not in text
+    assert "no problems found" not in text.splitlines()

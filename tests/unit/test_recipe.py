@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,37 @@ def test_yaml_errors_name_the_line(tmp_path):
         load_recipe(tmp_path / "r.yaml")
     with pytest.raises(RecipeError, match="cannot read the recipe"):
         load_recipe(tmp_path / "none.yaml")
+
+
+LAUGHS = "a: &a [x, x]\n" + "".join(f"{n}: &{n} [{', '.join([f'*{b}'] * 10)}]\n" for b, n in pairwise("abcdefgh"))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (LAUGHS, "too many values in its aliases"),
+        ("a: &a [*a]", "too many values in its aliases"),
+        ("a: " + "[" * 5000, "nested too deep"),
+        ("name: x\ntarget: {model: m}\nname: y", "line 3: not YAML: 'name' is given twice"),
+        ("name: x\nseed: 1" + ":59" * 60_000, "a number without an end"),
+        ("name: x\nseed: 2024-13-45", "not YAML: month must be in 1..12"),
+        ("name: x\ntarget: {model: m}\ntrain: {learning_rate: .inf}", "train.learning_rate: inf given"),
+        ("name: x\ntarget: {model: m}\nseed: 99999999999999999999", "seed: 99999999999999999999 given"),
+        ('name: x\ntarget: {model: "m\\0"}', "target.model: 'm\\x00' given"),
+        ("name: x\ntarget: {model: m}\ndevice: " + "x" * 300_000, "longer than 262,144 bytes"),
+    ],
+)
+def test_yaml_without_an_end_or_a_meaning_is_one_line(tmp_path, text, told):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(tmp_path / "r.yaml")
+    assert told in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\0b", "a\nb", "x" * 300])
+def test_a_name_is_one_part_of_a_path(name):
+    with pytest.raises(RecipeError, match="it names a directory"):
+        parse_recipe(MINIMAL | {"name": name}, "r")
 
 
 def test_the_recipe_imports_nothing_heavy():

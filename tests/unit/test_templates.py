@@ -192,6 +192,19 @@ def test_a_flood_of_text_is_refused(monkeypatch):
         ChatFormat(tiny_tokenizer(chat_template="{{ 'the ' * 999 }}"), None).first_turn("the a")
 
 
+@pytest.mark.parametrize("greedy", ["{{ 'x' * 10 ** 10 }}", "{{ [0] * 10 ** 10 }}", "{{ 'x' | center(10 ** 10) }}"])
+def test_memory_is_not_the_templates_to_take(greedy):
+    with pytest.raises(DataError, match=r"^target\.template: .*takes more than 512 MB of memory"):
+        ChatFormat(tiny_tokenizer(chat_template=greedy), None).first_turn("the a")
+    assert ChatFormat(tiny_tokenizer(), None).first_turn("the a")
+
+
+def test_a_product_that_never_ends_is_ended(monkeypatch):
+    monkeypatch.setattr(templates, "RENDER_S", 0.3)
+    with pytest.raises(DataError, match=r"did not end within 0\.3 s"):
+        ChatFormat(tiny_tokenizer(chat_template="{{ 9 ** 9 ** 9 }}"), None).first_turn("the a")
+
+
 STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + PLAIN
 
 

@@ -17,7 +17,7 @@ from draftsmith.core.recipe import Recipe
 
 LONGEST = 1 << 18  # bytes of a recipe
 LONGEST_NUMBER = 100  # characters
-MOST_VALUES, DEEPEST = 10_000, 50  # of YAML, with every alias written out
+MOST_VALUES, DEEPEST = 2_000, 50  # of YAML, with every alias written out
 
 
 class _Loader(yaml.SafeLoader):

@@ -22,7 +22,7 @@ MEMORY_BYTES = 512 << 20  # beside what the process has before its first templat
 
 
 class Renderer:
-    """The process is started when it is first asked, and again after a template has ended it."""
+    """The process is started when it is first asked, and again after it has ended."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -37,12 +37,16 @@ class Renderer:
         asked = json.dumps(request, default=str)
         line = json.dumps({"request": asked, "seconds": seconds, "characters": characters + 4 * len(asked)})
         with self._lock:
-            process = self._process or self._start()
-            answer, ended = self._ask(process, line + "\n"), None
-            if not answer:
-                self.close()
-                ended = process.returncode
-        if ended == -signal.SIGALRM:
+            process, ended = self._running(), None
+            try:
+                answer = self._ask(process, line + "\n")
+            except BaseException:  # nobody may take the answer that is still to come for another one's
+                process.kill()
+                process.wait()
+                raise
+            if not answer.endswith("\n"):
+                ended = process.wait()
+        if ended == -signal.SIGPROF:
             raise DataError(f"did not end within {seconds:g} s")
         if ended is not None:
             raise DataError(f"ended the process that rendered it (exit code {ended})")
@@ -51,7 +55,10 @@ class Renderer:
             raise DataError(told["error"])
         return str(told["text"])
 
-    def _start(self) -> subprocess.Popen[str]:
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process and self._process.poll() is None:
+            return self._process
+        self.close()
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", __name__],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"},
@@ -87,20 +94,22 @@ def serve() -> None:
 
     most = psutil.Process().memory_info().vms + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the alarm ends the process, in the middle of a product, too
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # it ends the process, in the middle of a product, too
     for line in sys.stdin:
         asked = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, asked["seconds"])
+        signal.setitimer(signal.ITIMER_PROF, asked["seconds"])  # of its own: a busy machine is not its fault
         try:
             text = render_jinja_template(**json.loads(asked["request"]))[0][0]
             if len(text) > asked["characters"]:
                 answer = {"error": f"makes more than {asked['characters']:,} characters of one prompt"}
             else:
                 answer = {"text": text}
+        except MemoryError:
+            answer = {"error": f"takes more than {MEMORY_BYTES >> 20} MB of memory"}
         except Exception as error:  # a program from outside raises what it likes
             told = " ".join(str(error).split())[:200]
             answer = {"error": f"refuses a conversation: {type(error).__name__}: {told}"}
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(answer), flush=True)
 
 

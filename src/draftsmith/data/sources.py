@@ -78,6 +78,8 @@ _TYPED: dict[str, tuple[str, JsonObject]] = {
 _PACKED = {".gz", ".bz2", ".xz", ".zst"}
 _NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # beside a saved data set
 _CHUNK = 1 << 20  # characters of an array read at once
+LONGEST_ROW = 1 << 24  # bytes; four million tokens
+_TOO_LONG = ValueError(f"a row of more than {LONGEST_ROW:,} bytes")
 
 Row = tuple[str, Any]  # where it stands, and the row; a row that is no JSON is the error
 
@@ -172,11 +174,17 @@ def _json_rows(path: Path) -> Iterator[Row]:
             with TextIOWrapper(file, encoding="utf-8-sig") as text:
                 yield from _values(path, text)
             return
-        for number, line in enumerate(file, 1):
+        for number in itertools.count(1):
+            line = file.readline(LONGEST_ROW)
+            if not line:
+                return
+            long = len(line) == LONGEST_ROW
+            while long and line and not line.endswith(b"\n"):
+                line = file.readline(LONGEST_ROW)
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
-            if line.strip():
-                yield f"{path}:{number}", _parsed(line)
+            if long or line.strip():
+                yield f"{path}:{number}", _TOO_LONG if long else _parsed(line)
 
 
 def _parsed(line: bytes) -> Any:
@@ -209,7 +217,8 @@ def _values(path: Path, file: TextIOWrapper) -> Iterator[Row]:
                     raise json.JSONDecodeError("text after the array", text, position)
                 break
             except (json.JSONDecodeError, RecursionError) as error:
-                more = file.read(max(_CHUNK, len(text)))  # growing, so that a broken array costs linear time
+                # growing, so that a broken array costs linear time
+                more = file.read(max(_CHUNK, len(text))) if len(text) - position < LONGEST_ROW else ""
                 if not more:
                     if array or position < len(text):
                         below = text.count("\n", 0, getattr(error, "pos", position))

@@ -17,7 +17,7 @@ from draftsmith.decoding.generation import Generation
 # What ends a model's reasoning; clients send back what follows it. DeepSeek-R1, Qwen3, MiniMax-M2, GLM and others;
 # Mistral's Magistral; gpt-oss' final channel; Seed-OSS.
 REASONING_ENDS = ("</think>", "[/THINK]", "<|channel|>final<|message|>", "</seed:think>")
-RENDER_S = 5.0  # a template that takes longer is broken or hostile
+RENDER_S = 4.0  # of a processor; a template that takes longer is broken or hostile
 RENDER_CHARACTERS = 1_000_000  # beyond four times what it is given
 
 Message = JsonObject
@@ -107,12 +107,13 @@ class ChatFormat:
     def _render(self, messages: Sequence[Message], tools: list[Any] | None) -> Rendered:
         try:
             text = self._text(messages, tools)
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids
         except DataError as error:
             raise DataError(f"target.template: the tokenizer's chat template {error}") from None
-        except Exception as error:  # a tokenizer's own code raises what it likes
+        except Exception as error:  # a tokenizer's own code raises what it likes, and none encodes half a pair
             told = f"refuses a conversation: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise DataError(f"target.template: the tokenizer's chat template {told}") from None
-        return self._known(self.tokenizer(text, add_special_tokens=False).input_ids, messages, tools)
+        return self._known(ids, messages, tools)
 
     def _text(self, messages: Sequence[Message], tools: list[Any] | None) -> str:
         """What `apply_chat_template` makes of it; by that method itself where a model's own code has another one."""

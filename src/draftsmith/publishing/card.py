@@ -50,9 +50,9 @@ def as_text(value: Any) -> str:
     """A value of a file or recipe as Markdown that shows it as it is: one line, no markup, no end of a table's cell."""
     if isinstance(value, Verbatim):
         return value
-    plain = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    plain = re.sub(r"\s+", " ", str(value)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     plain = re.sub(r"([\\`*|\[\]#~$]|(?<!\w)_|_(?!\w))", r"\\\1", plain)
-    return re.sub(r"^(\d*)([-+.)])(?=\s)", r"\1\\\2", plain)  # where a list would begin
+    return re.sub(r"^( ?\d*)([-+.)])(?= )", r"\1\\\2", plain)  # where a list would begin
 
 
 def _fenced(text: str, language: str = "") -> Verbatim:

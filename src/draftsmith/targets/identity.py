@@ -14,6 +14,7 @@ from draftsmith.core.files import digest
 PROBE = "The quick brown fox jumps over the lazy dog, and then it sleeps."
 SAME_LOGPROB = 0.15  # nats a token: engines and machines that run one model differ by rounding only
 SAMPLE_BYTES = 512
+LONGEST_HEADER = 100_000_000  # bytes, as the library has it
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -50,16 +51,16 @@ def _hash_of(files: tuple[tuple[Path, int, int], ...]) -> str:
         try:
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                if length > size:
-                    raise ValueError("its header is longer than itself")
+                if length > min(size, LONGEST_HEADER):
+                    raise ValueError("its header is longer than itself, or than any")
                 header = file.read(length)
                 total.update(header)
                 for name, tensor in json.loads(header).items():
                     if name != "__metadata__":
                         start, end = tensor["data_offsets"]
                         file.seek(8 + length + max(start, (start + end - SAMPLE_BYTES) // 2))
-                        total.update(file.read(min(SAMPLE_BYTES, end - start)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                        total.update(file.read(min(SAMPLE_BYTES, max(0, end - start))))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise TargetError(f"target.model: {path} is no safetensors file ({error}); fetch it again") from None
     return total.hexdigest()[:16]
 

@@ -7,7 +7,6 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,14 +21,12 @@ from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling, sample
 from draftsmith.decoding.stopping import Ends
 from draftsmith.targets.base import Capture, Follow
-from draftsmith.targets.configs import read_config
 from draftsmith.targets.identity import PROBE, weights_hash
 from draftsmith.targets.library import LibraryCache, LibraryForward
 from draftsmith.targets.parts import (
     DTYPES,
     ModelParts,
     check_amount,
-    empty_model,
     first_line,
     from_auto_class,
     load_tokenizer,
@@ -84,9 +81,7 @@ class LocalTarget(ModelParts):
         self.tokenizer = load_tokenizer(model, revision, trust_remote_code)
         path = resolve_model(model)
         with on_guard(f"cannot load {model!r}"):
-            if Path(path).is_dir():
-                config = read_config(path, revision, trust_remote_code)
-                check_amount(empty_model(config, dtype, trust_remote_code), Path(path))
+            check_amount(path, revision, trust_remote_code)
             lm, loading = from_auto_class(
                 lambda auto: auto.from_pretrained(
                     path,

@@ -123,14 +123,18 @@ def empty_model(config: Any, dtype: str, trust_remote_code: bool) -> Any:
         )
 
 
-def check_amount(lm: Any, directory: Path) -> None:
+def check_amount(place: str, revision: str | None, trust_remote_code: bool) -> None:
     """Before memory is asked for: a config that wants more numbers than its files can hold belongs to another model."""
+    config = read_config(place, revision, trust_remote_code)
+    if not Path(place).is_dir():
+        return
+    lm = empty_model(config, "fp32", trust_remote_code)
     asked = sum(tensor.numel() for tensor in (*lm.parameters(), *lm.buffers()))
-    held = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    held = sum(path.stat().st_size for path in Path(place).glob("*.safetensors"))
     if asked > NUMBERS_PER_BYTE * held + UNSTORED:
         raise TargetError(
-            f"target.model: config.json of {str(directory)!r} asks for {asked:,} numbers, but its .safetensors files "
-            f"have {held:,} bytes; it belongs to another model"
+            f"target.model: config.json of {place!r} asks for {asked:,} numbers, but its .safetensors files have "
+            f"{held:,} bytes; it belongs to another model"
         )
 
 
