@@ -12,9 +12,12 @@ from models import tiny_draft, tiny_recipe, tiny_target, write_prompts
 from safetensors.torch import load_file, save_file
 
 from draftsmith.core.files import read_json, write_json
+from draftsmith.core.history import outputs_of
 from draftsmith.core.records.base import write_rows
 from draftsmith.core.records.data import Prompt
 from draftsmith.core.records.evaluation import Results
+from draftsmith.core.records.run import StageState
+from draftsmith.core.run_files import stage_state
 from draftsmith.core.shape import Shape
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.drafts.directories import write_draft
@@ -60,7 +63,7 @@ def trained(request, tmp_path_factory):
             "evaluate.lossless_prompts": 4,
             "serve": {**serve, "extra": EXTRA[engine], "patience_s": 300.0, "shape": SHAPES[engine]},
         }
-        return tiny_recipe(model, prompts, **values, **changes)
+        return tiny_recipe(model, prompts, **(values | changes))
 
     run = Run(recipe("vllm"), out / "run", ["test"])
     for stage in ("prompts", "regenerate", "vocab", "train", "export"):
@@ -68,6 +71,9 @@ def trained(request, tmp_path_factory):
     # Random text cannot be foreseen: judge by texts that the draft learned by heart, so that much is accepted.
     learned = sorted(Prompt.read_rows(run.files.training_prompts), key=lambda prompt: prompt.id)[:12]
     write_rows(run.files.evaluation_prompts, learned)
+    place = run.files.stage("prompts")
+    state = StageState.load(stage_state(place))
+    state.model_copy(update={"outputs": outputs_of(place)}).save(stage_state(place))  # as if it had written them
     return recipe, out / "run"
 
 
