@@ -96,6 +96,19 @@ def test_a_training_whose_lines_nobody_takes_goes_on(world, ready, gone):
         assert b"train: " not in path.read_bytes()
 
 
+def test_a_training_goes_on_when_its_terminal_goes_away(world, ready):
+    master, terminal = pty.openpty()
+    command = words(world, "train", "--out", ready, "--train.epochs", "20")
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=terminal, stdout=terminal, stdin=subprocess.DEVNULL)
+    os.close(terminal)
+    seen = b""
+    while b"steps" not in seen:  # the bar is there
+        seen += os.read(master, 4096)
+    os.close(master)
+    assert process.wait(timeout=120) == 0
+    assert (ready / "train" / "summary.json").exists()
+
+
 @pytest.mark.parametrize("gone", GONE)
 def test_results_that_nobody_takes_are_one_line_or_silence(world, gone):
     for command in (words(world, "run", "--dry-run"), words(world, "card", "--help"), words(world, "--help")[:4]):
