@@ -1,6 +1,7 @@
 """The report's plots: inline SVG whose text stays text, so that the page's own font and zoom apply to it."""
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ Points = tuple[Sequence[float], Sequence[float]]
 
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#666666"]  # Okabe-Ito, darkened yellow
 WIDTH_IN = 5.0
+LEGEND_LINE_IN = 0.2
 LEGEND_CHARACTERS = 44  # in one line of the legend, each entry with its line sample
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -61,6 +63,8 @@ def _svg(title: str, height_in: float, draw: Callable[[Axes], None]) -> Markup:
         handles, labels = axes.get_legend_handles_labels()
         if len(labels) > 1:
             fitting = max(1, LEGEND_CHARACTERS // (max(len(label) for label in labels) + 5))
+            lines = math.ceil(len(labels) / fitting)
+            figure.set_figheight(height_in + LEGEND_LINE_IN * max(0, lines - 2))
             figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), fitting))
         buffer = io.StringIO()
         with warnings.catch_warnings():
