@@ -37,15 +37,15 @@ STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
-LABEL_CHARACTERS = 40
+LABEL_CHARACTERS, TITLE_CHARACTERS = 40, 80
 MOST = 40  # rows or lines: a category may be anything, so there may be thousands
 NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
 
 
-def _plain(text: str) -> str:
+def _plain(text: str, most: int = LABEL_CHARACTERS) -> str:
     """A label of one short line that matplotlib reads neither as a formula nor as hidden."""
     text = line(text)
-    short = text if len(text) <= LABEL_CHARACTERS else f"{text[: LABEL_CHARACTERS - 1]}…"
+    short = text if len(text) <= most else f"{text[: most - 1]}…"
     return short.replace("$", r"\$").lstrip("_") or "-"
 
 
@@ -59,7 +59,7 @@ def _svg(title: str, height_in: float, draw: Callable[[Axes], None]) -> Markup:
         axes = figure.subplots()
         axes.set_prop_cycle(color=COLOURS)
         draw(axes)
-        axes.set_title(_plain(title))
+        axes.set_title(_plain(title, TITLE_CHARACTERS))
         handles, labels = axes.get_legend_handles_labels()
         if len(labels) > 1:
             fitting = max(1, LEGEND_CHARACTERS // (max(len(label) for label in labels) + 5))
@@ -73,7 +73,7 @@ def _svg(title: str, height_in: float, draw: Callable[[Axes], None]) -> Markup:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r'<g id="[a-z_A-Z]+\d*">', "<g>", text)  # such names repeat from plot to plot; nothing refers to them
-    return Markup(text.replace("<svg", f'<svg class="plot" role="img" aria-label="{escape(title)}"', 1))
+    return Markup(text.replace("<svg", f'<svg class="plot" role="img" aria-label="{escape(line(title))}"', 1))
 
 
 def line_plot(
@@ -99,8 +99,8 @@ def line_plot(
             axes.axvline(mark[0], color="#444444", linestyle="--", linewidth=1.2, label=_plain(mark[1]))
         if from_zero:
             axes.set_ylim(bottom=0)
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(labels[1])
+        axes.set_xlabel(_plain(labels[0]))
+        axes.set_ylabel(_plain(labels[1]))
 
     return _svg(_counted(title, len(series)), 2.9, draw)
 
@@ -121,6 +121,6 @@ def interval_plot(
             axes.errorbar([v for _, v, _, _ in dots], y, xerr=error, fmt="o", capsize=3, label=_plain(name))
         axes.set_yticks(range(len(rows)), [_plain(row) for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlabel(x_label)
+        axes.set_xlabel(_plain(x_label))
 
     return _svg(title, 1.3 + len(rows) * max(0.3, 0.17 * len(series)), draw)
