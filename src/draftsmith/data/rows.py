@@ -232,11 +232,11 @@ def _from_json(value: Any) -> Any:
 
 def _tools(value: Any, left_out: set[str]) -> list[JsonObject]:
     value = _from_json(value or [])
-    tools = [_without_nulls(_from_json(tool)) for tool in value] if isinstance(value, list) else [value]
     try:
+        tools = [_without_nulls(_from_json(tool)) for tool in value] if isinstance(value, list) else [value]
         if all(isinstance(tool, dict) for tool in tools):
             return orjson.loads(orjson.dumps(tools))
-    except TypeError:  # numbers beyond 64 bits, broken surrogates
+    except (TypeError, RecursionError):  # numbers beyond 64 bits, broken surrogates, thousands of levels
         pass
     left_out.add("tools that are no list of objects")
     return []

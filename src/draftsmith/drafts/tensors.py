@@ -64,8 +64,11 @@ def read_tensors(directory: Path, names: set[str] | None = None) -> dict[str, Te
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
-                    if names is None or canonical(name) in names:
-                        tensors[canonical(name)] = file.get_tensor(name)
+                    key = canonical(name)
+                    if key in tensors:
+                        raise CheckpointError(f"{path}: {name} is stored twice")
+                    if names is None or key in names:
+                        tensors[key] = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
     return tensors

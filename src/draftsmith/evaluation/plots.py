@@ -37,7 +37,7 @@ STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
-LABEL_CHARACTERS, TITLE_CHARACTERS = 40, 80
+LABEL_CHARACTERS, TITLE_CHARACTERS = 32, 80
 MOST = 40  # rows or lines: a category may be anything, so there may be thousands
 NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
 
@@ -69,6 +69,7 @@ def _svg(title: str, height_in: float, draw: Callable[[Axes], None]) -> Markup:
         buffer = io.StringIO()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # the page's fonts draw the text
+            warnings.filterwarnings("ignore", "constrained_layout")  # names as wide as the plot leave it little room
             figure.savefig(buffer, format="svg", metadata=NO_METADATA)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]

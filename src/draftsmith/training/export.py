@@ -11,6 +11,7 @@ from draftsmith.core.errors import CheckpointError
 from draftsmith.core.files import JsonObject
 from draftsmith.core.progress import say
 from draftsmith.core.records.training import TrainingState
+from draftsmith.core.secrets import line
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.drafts import METHODS
 from draftsmith.drafts.directories import read_config, write_draft
@@ -81,7 +82,7 @@ def damages(directory: Path, checkpoints: Path, vocabulary: DraftVocabulary) -> 
         same = name in tensors and tensor.dtype == tensors[name].dtype and torch.equal(tensor, tensors[name])
         if name in tensors and not same:
             found.append(_difference(name, tensor, tensors, vocabulary))
-    return found
+    return list(map(line, found))
 
 
 def _difference(name: str, held: Tensor, tensors: dict[str, Tensor], vocabulary: DraftVocabulary) -> str:
