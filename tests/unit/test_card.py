@@ -382,7 +382,7 @@ def test_what_others_wrote_stays_text(make):
     assert "<script>" not in body
     assert body.count(as_text(HOSTILE)) == 5  # the table's head, the limitations, the licence, the author, the data
     assert as_text("a|b\n<i>") == r"a\|b &lt;i&gt;"
-    assert row(card, "draftsmith", "bf16", "3/1/4", "0").count("|") == 9
+    assert row(card, "draftsmith", "bf16", "3/1/4", "0").count("|") == 10
 
 
 def test_a_draft_that_says_nothing_of_its_making_gets_no_card(make):
