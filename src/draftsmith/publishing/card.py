@@ -51,7 +51,7 @@ def as_text(value: Any) -> str:
     if isinstance(value, Verbatim):
         return value
     plain = re.sub(r"\s+", " ", str(value)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    plain = re.sub(r"([\\`*|\[\]#~$]|(?<!\w)_|_(?!\w))", r"\\\1", plain)
+    plain = re.sub(r"([\\`*|\[\]#~$]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", plain)
     return re.sub(r"^( ?\d*)([-+.)])(?= )", r"\1\\\2", plain)  # where a list would begin
 
 
