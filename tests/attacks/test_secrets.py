@@ -36,7 +36,7 @@ def world(tmp_path_factory):
 def command(world, *arguments, **environment):
     words = [sys.executable, "-m", "draftsmith", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(words, capture_output=True, text=True, cwd=world, env=environment, timeout=300)
+    return subprocess.run(words, capture_output=True, text=True, cwd=world, env=environment, timeout=600)
 
 
 def assert_nowhere(secret, root, *texts):
