@@ -79,7 +79,6 @@ _PACKED = {".gz", ".bz2", ".xz", ".zst"}
 _NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # beside a saved data set
 _CHUNK = 1 << 20  # characters of an array read at once
 LONGEST_ROW = 1 << 24  # bytes; four million tokens
-_TOO_LONG = ValueError(f"a row of more than {LONGEST_ROW:,} bytes")
 
 Row = tuple[str, Any]  # where it stands, and the row; a row that is no JSON is the error
 
@@ -178,13 +177,15 @@ def _json_rows(path: Path) -> Iterator[Row]:
             line = file.readline(LONGEST_ROW)
             if not line:
                 return
-            long = len(line) == LONGEST_ROW
-            while long and line and not line.endswith(b"\n"):
-                line = file.readline(LONGEST_ROW)
+            if len(line) == LONGEST_ROW:
+                yield f"{path}:{number}", ValueError(f"a row of more than {LONGEST_ROW:,} bytes")
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(LONGEST_ROW)
+                continue
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
-            if long or line.strip():
-                yield f"{path}:{number}", _TOO_LONG if long else _parsed(line)
+            if line.strip():
+                yield f"{path}:{number}", _parsed(line)
 
 
 def _parsed(line: bytes) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from draftsmith.core.errors import TargetError
+from draftsmith.core.errors import TargetError, out_of_memory
 from draftsmith.core.files import JsonObject
 from draftsmith.core.progress import say
 from draftsmith.core.records.run import TargetIdentity
@@ -89,12 +89,14 @@ def first_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def on_guard(what: str) -> Iterator[None]:
     """A model's own code, the libraries that read it, and files that are not as they expect raise what they like: all
-    of it is a `TargetError` of one line."""
+    of it is a `TargetError` of one line, but for a machine that is too small."""
     try:
         yield
     except TargetError:
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise TargetError(f"target.model: {what}: {first_line(error)}") from None
 
 
