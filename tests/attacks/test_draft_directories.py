@@ -284,18 +284,18 @@ def changed(header, body, changes, fitting):
 
 @fuzzed
 @given(changes=st.dictionaries(st.sampled_from(NAMES), changed_tensor, min_size=1, max_size=3), fitting=st.booleans())
-def fuzz_header(place, raw, commands, changes, fitting):
-    (place / "model.safetensors").write_bytes(changed(*split(raw), changes, fitting))
+def fuzz_header(place, original, commands, changes, fitting):
+    (place / "model.safetensors").write_bytes(changed(*split(original.read_bytes()), changes, fitting))
     for work in commands:
         outcome(work)
 
 
-def test_fuzzed_headers(looks, attacks):
+def test_fuzzed_headers(exported, looks, attacks):
     place, commands = looks
     attacks(FUZZED)
-    raw = (place / "model.safetensors").read_bytes()
+    original = exported[0] / "model.safetensors"
     with one_gigabyte():
-        fuzz_header(place, raw, (lambda: inspect_draft(place).problems, commands["check"]))
+        fuzz_header(place, original, (lambda: inspect_draft(place).problems, commands["check"]))
 
 
 # --- the command -------------------------------------------------------------------------------------------------

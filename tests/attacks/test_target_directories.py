@@ -1,5 +1,6 @@
 """Target directories that are odd, broken or hostile: `init`, `plan` and what loads a target tell so."""
 
+import contextlib
 import json
 import sys
 
@@ -94,7 +95,8 @@ def test_what_is_no_plain_file_ends_soon(model, attacks, kind, name):
 def test_files_of_the_wrong_length_end_soon(model, attacks, kind, name):
     put(kind, model / name)
     attacks(3)
-    with one_gigabyte():
+    mapped = kind == "sparse terabyte" and name == "model.safetensors"  # which takes addresses, no memory
+    with contextlib.nullcontext() if mapped else one_gigabyte():
         for work in (planned, loaded, ends):
             outcome(lambda work=work: work(model), 20)
 

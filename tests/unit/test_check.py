@@ -88,6 +88,9 @@ DAMAGES = {
             {"midlayer.self_attn.q_proj.weight": held["midlayer.self_attn.q_proj.weight"][:, :32]}
         )
     ),
+    "norm.weight has shape [1, 32], not [32]": tensors(
+        lambda held, _: held.update({"norm.weight": held["norm.weight"][None]})
+    ),
     "norm.weight is torch.float32, not torch.bfloat16": tensors(
         lambda held, _: held.update({"norm.weight": held["norm.weight"].float()})
     ),

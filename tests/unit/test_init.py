@@ -168,7 +168,7 @@ def test_an_unknown_command_names_the_nearest(monkeypatch, capsys):
     [
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, more than any model has"),
         ({"vision_config": {"depth": 10**9}}, "depth is 1000000000, more than any model has"),
-        ({"hidden_size": 0}, "hidden_size is 0, wanted a whole number above 0"),
+        ({"hidden_size": 0}, "hidden_size is 0, wanted a whole number of 1 or more"),
         ({"num_experts": {"a": 1}}, "num_experts of its config.json is {'a': 1}; wanted a number"),
         ({"quantization_config": {"bits": "x"}}, "quantization_config of its config.json is not understood"),
         ({"rope_parameters": {"full_attention": 5}}, "rope"),

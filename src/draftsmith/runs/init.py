@@ -69,7 +69,7 @@ def _generation_config(model: str, revision: str | None) -> JsonObject:
 
     try:
         return GenerationConfig.from_pretrained(resolve_model(model), revision=revision or "main").to_diff_dict()
-    except (OSError, ValueError, TypeError, AttributeError):  # none, or no object
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # none, or no object
         return {}
 
 

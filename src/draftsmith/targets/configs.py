@@ -43,6 +43,9 @@ MOST = {  # of what a model is built from one by one, at any depth of its config
     r"(experts|heads)$": 1 << 13,
     r"(_size|_dim|_rank|d_model|n_embd)$": 1 << 24,
 }
+NEEDED = ("num_hidden_layers", "hidden_size", "vocab_size")  # Mamba has no heads
+LEAST = {**dict.fromkeys(NEEDED, 1), "num_attention_heads": 1}
+LEAST |= dict.fromkeys(("num_key_value_heads", "head_dim", "intermediate_size"), 0)
 
 
 def target_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -68,7 +71,10 @@ def read_config(place: str, revision: str | None, trust_remote_code: bool) -> An
     """The library's configuration, of sizes that a model can have; raises whatever the library and odd values raise."""
     from transformers import AutoConfig, PreTrainedConfig
 
-    _check_sizes(PreTrainedConfig.get_config_dict(place, revision=revision)[0])
+    raw, _ = PreTrainedConfig.get_config_dict(place, revision=revision)
+    if not isinstance(raw, dict):
+        raise ValueError("it holds no JSON object")
+    _check_sizes(raw)
     config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
     _check_text(config.get_text_config())
     return config
@@ -85,12 +91,12 @@ def _check_sizes(config: JsonObject) -> None:
 
 
 def _check_text(config: Any) -> None:
-    for key in ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads"):
+    for key, least in LEAST.items():
         value = value_of(config, key)
-        if value is None and key == "num_attention_heads":  # Mamba has none
+        if value is None and key not in NEEDED:
             continue
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{key} is {value!r}, wanted a whole number above 0")
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{key} is {value!r}, wanted a whole number of {least} or more")
 
 
 def _complaint(model: str, place: str, revision: str | None, trusted: bool, error: Exception) -> str:
@@ -103,6 +109,7 @@ def _complaint(model: str, place: str, revision: str | None, trusted: bool, erro
         raw, _ = PreTrainedConfig.get_config_dict(place, revision=revision)
     except Exception:  # as above; this is about the first error
         raw = {}
+    raw = raw if isinstance(raw, dict) else {}
     kind = raw.get("model_type")
     if not raw and not Path(place, "config.json").exists():
         return f"no config.json of {model!r}: {first_line(error)}"

@@ -89,7 +89,7 @@ def _difference(name: str, held: Tensor, tensors: dict[str, Tensor], vocabulary:
     """What became of a tensor, in the words of the likeliest mistake."""
     wanted = tensors[name]
     if held.shape != wanted.shape:
-        turned = held.ndim == 2 and held.shape == wanted.T.shape and torch.equal(held, wanted.T)
+        turned = held.ndim == wanted.ndim == 2 and held.shape == wanted.T.shape and torch.equal(held, wanted.T)
         return f"{name} is transposed" if turned else f"{name} has shape {list(held.shape)}, not {list(wanted.shape)}"
     if held.dtype != wanted.dtype:
         return f"{name} is {held.dtype}, not {wanted.dtype}"
