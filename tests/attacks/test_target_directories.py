@@ -12,6 +12,7 @@ from outcomes import FUZZED, ODD, copied, fuzzed, one_gigabyte, outcome, put
 
 from draftsmith import cli
 from draftsmith.core.errors import TargetError
+from draftsmith.engines.server import is_gemma3
 from draftsmith.hardware.presets import preset
 from draftsmith.runs.init import choose, read_facts, render
 from draftsmith.targets.local import LocalTarget
@@ -152,6 +153,12 @@ def test_json_that_is_none_is_one_line(model, attacks, name, text):
     with one_gigabyte():
         for work in (planned, loaded, ends):
             outcome(lambda work=work: work(model), 20)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "null", '{"model_type": ["gemma3"]}', "[" * 100_000])
+def test_what_starts_an_engine_reads_it_on_guard(model, text):
+    (model / "config.json").write_text(text)
+    assert outcome(lambda: is_gemma3(str(model))).startswith(("target.model: ", "False"))
 
 
 def test_init_of_an_odd_model_is_one_line(model, tmp_path, monkeypatch, capsys):

@@ -391,6 +391,9 @@ def test_a_draft_that_says_nothing_of_its_making_gets_no_card(make):
     config = read_json(place)
     for made_by in (None, {}, {"taps": config["draftsmith"]["taps"]}, [1]):
         write_json(place, {**config, "draftsmith": made_by})
+        if not isinstance(made_by, dict) or not made_by:
+            with pytest.raises(CheckpointError, match=r"does not say draftsmith\.taps"):
+                list(run.serve_commands)
         with pytest.raises(CheckpointError, match="draftsmith") as refused:
             make_card(run, NOTHING)
         assert "\n" not in str(refused.value)

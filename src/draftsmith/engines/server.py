@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from draftsmith.core.errors import ServeError
-from draftsmith.core.files import JsonObject, read_json
+from draftsmith.core.errors import ServeError, TargetError
+from draftsmith.core.files import JsonObject, read_object
 from draftsmith.core.progress import say
 from draftsmith.core.recipe import EngineName, Recipe
 from draftsmith.core.shape import Shape
@@ -150,5 +150,8 @@ def is_gemma3(model: str) -> bool:
     """Whether engines need help with its taps (docs/engines.md); a hub name is not looked up."""
     config = Path(model) / "config.json"
     if config.exists():
-        return read_json(config).get("model_type", "").startswith("gemma3")
+        try:
+            return str(read_object(config).get("model_type")).startswith("gemma3")
+        except ValueError as error:
+            raise TargetError(f"target.model: {config}: {error}") from None
     return re.search(r"gemma-?3", model, re.IGNORECASE) is not None
