@@ -11,13 +11,19 @@ except KeyboardInterrupt:
 
 def main() -> int:
     terminal.on_interrupt(terminal.leave_at_once)  # libraries take seconds to import
+    terminal.keep_interrupts()
     results = terminal.last()
     from draftsmith import cli
     from draftsmith.core.progress import say
 
-    code = cli.main()
-    terminal.on_interrupt(terminal.leave_at_once)
+    try:
+        code = cli.main()
+        terminal.on_interrupt(terminal.leave_at_once)
+    except KeyboardInterrupt:  # once more, while the first was being told of
+        terminal.leave_at_once()
     results.flush()
+    if code == terminal.EXIT_INTERRUPTED:  # all is put in order; threads may wait for servers yet
+        os._exit(code)
     if results.lost is None or isinstance(results.lost, BrokenPipeError):  # somebody who has read enough
         return code
     say(f"draftsmith: stdout: {results.lost.strerror}; not all that was to be printed is there", error=True)

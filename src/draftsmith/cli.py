@@ -17,8 +17,9 @@ from draftsmith.core import terminal
 from draftsmith.core.errors import DraftsmithError, RecipeError, out_of_memory, shortage
 from draftsmith.core.progress import say
 
-# Of disks and terminals; nobody names a file where a write fails.
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE}
+# Of disks and terminals; no file is named where a write fails, nor (ENOENT) where none can be made in any temporary
+# directory.
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ENOENT}
 
 
 def overview() -> str:
@@ -107,6 +108,7 @@ def main() -> int:
     except DraftsmithError as error:
         say(f"draftsmith: {error}", error=True)
     except KeyboardInterrupt:
+        terminal.on_interrupt(terminal.leave_at_once)
         say(terminal.INTERRUPTED)
         return terminal.EXIT_INTERRUPTED
     except (RuntimeError, MemoryError) as error:

@@ -131,6 +131,7 @@ def test_a_full_disk_and_control_c_keep_what_is_finished(world, tmp_path, monkey
 
         with monkeypatch.context() as patch:
             patch.setattr(local.LocalTarget, "generate", fail)
+            patch.setattr(cli.terminal, "on_interrupt", lambda act: None)  # Ctrl-C in here is pytest's
             code, err = run(patch, capsys, "run", world / "recipe.yaml", "--out", tmp_path / "run")
         assert code == wanted
         assert message in err.strip().splitlines()[-1]

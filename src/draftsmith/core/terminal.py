@@ -1,10 +1,12 @@
 """What a program owes to its terminal: lines that nobody can read any more end no work, and Ctrl-C ends it at once."""
 
+import _thread
 import contextlib
 import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -56,6 +58,19 @@ def on_interrupt(act: Callable[[int, Any], Any]) -> None:
     """What Ctrl-C does from here on; a program that was told to ignore it goes on to."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, act)
+
+
+def keep_interrupts() -> None:
+    """A Ctrl-C that comes while something is being taken down is printed and lost; have it come once more."""
+    plain = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if unraisable.exc_type is not KeyboardInterrupt:
+            plain(unraisable)
+        else:
+            threading.Timer(0.05, _thread.interrupt_main).start()
+
+    sys.unraisablehook = hook
 
 
 def leave_at_once(*_: object) -> NoReturn:
