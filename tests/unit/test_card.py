@@ -305,7 +305,7 @@ def test_predictions_are_rows_of_their_own_and_called_so(make):
     )
     card = make_card(make(), Predictions(rows=[told]))
     assert row(card, "h100-1", "3/4/8") == "| h100-1 | 3/4/8 | 1.50 | 0.99x | no batch gains |"
-    assert card.index("not measured:") < card.index("| h100-1")
+    assert card.index("not measured (`predict/card.json`):") < card.index("| h100-1")
 
 
 @pytest.mark.parametrize(
@@ -404,3 +404,19 @@ def test_an_unmeasured_draft_gets_no_card(make):
     run.files.results["embedded"].unlink()
     with pytest.raises(DataError, match="run: draftsmith evaluate RECIPE"):
         make_card(run, NOTHING)
+
+
+def test_every_number_names_the_record_that_it_was_read_from(make):
+    run = make()
+    save(run, "vllm", results(settings=SETTINGS.model_copy(update={"engine": "vllm"})))
+    Predictions(rows=[]).save(run.files.prediction("card"))
+    named = re.findall(r"`([\w/-]+/[\w.-]+\.json)`", make_card(run, NOTHING))
+    assert named == [
+        "vocab/coverage.json",
+        "evaluate/results.json",
+        "evaluate-vllm/results.json",
+        "prompts/summary.json",
+        "completions/summary.json",
+        "train/summary.json",
+    ]
+    assert all((run.files.root / name).is_file() for name in named)

@@ -152,7 +152,8 @@ def make_card(run: FinishedRun, prediction: Predictions) -> str:
     recipe = recipe_that_ran(run.files, run.recipe)
     target = base_model(recipe)
     licence = licence_of(target, recipe.card.licence)
-    found = list(results_of(run.files).values())
+    measured = results_of(run.files)
+    found = list(measured.values())
     if not found:
         raise DataError(f"card: no results in {run.files.root}; run: draftsmith evaluate RECIPE")
     report, prompts = inspect_draft(run.files.draft), _prompts(run)
@@ -180,6 +181,7 @@ def make_card(run: FinishedRun, prediction: Predictions) -> str:
         provenance=provenance,
         parameters=report.parameters,
         coverage=_coverage(run, report.config["draft_vocab_size"]),
+        records=_records(run.files, [run.files.results[engine] for engine in measured]),
         first=found[0],
         results=titled,
         categories=sorted({name for entry in entries for name in entry.by_category}),
@@ -195,6 +197,19 @@ def make_card(run: FinishedRun, prediction: Predictions) -> str:
         sampling=_sampling(recipe),
         training=TrainingSummary.load(run_files.summary(run.files.train)),
     )
+
+
+def _records(run: RunFiles, results: list[Path]) -> dict[str, Any]:
+    """The run's files that the card's numbers are read from, as Markdown."""
+    paths = {
+        "prompts": run_files.summary(run.stage("prompts")),
+        "completions": run_files.summary(run.completions),
+        "coverage": run.coverage,
+        "train": run_files.summary(run.train),
+        "prediction": run.prediction("card"),
+    }
+    shown = {name: Verbatim(f"`{path.relative_to(run.root)}`") for name, path in paths.items()}
+    return {**shown, "results": [Verbatim(f"`{path.relative_to(run.root)}`") for path in results]}
 
 
 def _prompts(run: FinishedRun) -> PromptsSummary:
