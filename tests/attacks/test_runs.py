@@ -172,7 +172,9 @@ def test_whatever_file_is_damaged_the_run_ends_with_the_same_draft(finished, tmp
     names = sorted(
         str(path.relative_to(whole))
         for path in whole.rglob("*")
-        if path.is_file() and path.name not in (".lock", "report.html", "recipe.yaml", "manifest.json", "timing.jsonl")
+        if path.is_file()
+        and path.name not in (".lock", "report.html", "recipe.yaml", "manifest.json", "timing.jsonl")
+        and path.parent.name != "parts"  # what an evaluation goes on from; a finished one needs none
     )
     wanted = weights(whole)
     attacks(len(names))
@@ -310,6 +312,7 @@ def test_of_two_commands_at_once_one_writes(finished, tmp_path, attacks):
     recipe, whole = finished
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     rows = list(MetricsRow.read_rows(whole / "train" / "metrics.jsonl"))
+    answered = [row.id for row in read_completions(whole / "completions")]
     attacks(16)
     refused = 0
     for trial in range(16):
@@ -326,6 +329,5 @@ def test_of_two_commands_at_once_one_writes(finished, tmp_path, attacks):
             assert f"is being written by process {writer.pid};" in told[other]
         assert list(MetricsRow.read_rows(out / "train" / "metrics.jsonl")) == rows
         assert weights(out) == weights(whole)
-        answered = [row.id for row in read_completions(out / "completions")]
-        assert len(answered) == len(set(answered)) == 18
+        assert [row.id for row in read_completions(out / "completions")] == answered
     assert refused >= 8

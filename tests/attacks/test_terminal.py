@@ -201,7 +201,13 @@ BEGUN = "import sys; print('begun', flush=True); from draftsmith.__main__ import
 def started(command):
     """A process that has got to our first lines: before that Python itself would speak."""
     command = [sys.executable, "-c", BEGUN, *command[3:]]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # these tests may run in the background
+    )
     assert process.stdout.readline() == b"begun\n"
     time.sleep(0.02)
     return process
