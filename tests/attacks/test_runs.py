@@ -177,6 +177,8 @@ def test_whatever_file_is_damaged_the_run_ends_with_the_same_draft(finished, tmp
         and path.parent.name != "parts"  # what an evaluation goes on from; a finished one needs none
     )
     wanted = weights(whole)
+    # How long it took is not known any more; of checkpoints the newest is what training goes on from.
+    lost = ("completions/timing.json", *(f"train/{c.name}" for c in sorted(whole.glob("train/checkpoint-*"))[:-1]))
     attacks(len(names))
     for name, damage in zip(names, itertools.cycle(WAYS), strict=False):
         directory = tmp_path / "run"
@@ -186,8 +188,7 @@ def test_whatever_file_is_damaged_the_run_ends_with_the_same_draft(finished, tmp
         damage(directory / name)
         again(recipe, directory)
         assert weights(directory) == wanted, f"{name} {damage.__name__}"
-        # how long it took is not known any more
-        assert (directory / name).exists() or name == "completions/timing.json", f"{name} {damage.__name__}"
+        assert (directory / name).exists() or name.startswith(lost), f"{name} {damage.__name__}"
         shutil.rmtree(directory)
 
 
