@@ -80,6 +80,7 @@ def unnamed_taps(world):
 
 
 STAGES = ["prompts", "completions", "vocab", "train", "export", "evaluate"]
+WEIGHTS = "export/draft/model.safetensors"
 COMMANDS = {
     "no results": (without("evaluate"), ["card", "recipe.yaml"], "no results"),
     "no accept length": (without("evaluate"), ["predict", "recipe.yaml", "--hardware", "h100-1"], "no accept length"),
@@ -91,7 +92,7 @@ COMMANDS = {
         ["serve", "recipe.yaml", "--print"],
         "changed since",
     ),
-    "a damaged draft to publish": (flipped("export/draft/model.safetensors"), ["publish", "recipe.yaml"], ""),
+    "a damaged draft to publish": (flipped(WEIGHTS), ["publish", "recipe.yaml"], ""),
     "no taps": (unnamed_taps, ["serve", "recipe.yaml", "--print"], ""),
     "no probe": (without(), ["predict", "recipe.yaml"], "no probe"),
     "no checkpoints": (without("train"), ["export", "recipe.yaml"], ""),
