@@ -35,6 +35,7 @@ from draftsmith.core.records.training import TrainingState
 BEST, OLD_BEST = "best", ".old-best"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 """Of sharded tensors the whole ones: every rank asks, rank 0 is given them."""
+EVERYWHERE = StateDictOptions(full_state_dict=True)
 
 
 def checkpoint_paths(directory: Path) -> list[Path]:
@@ -42,9 +43,9 @@ def checkpoint_paths(directory: Path) -> list[Path]:
     return sorted(directory.glob("checkpoint-[0-9]*"))
 
 
-def whole_weights(draft: nn.Module) -> dict[str, Tensor]:
-    """On the CPU; empty on other ranks than the first, all of which have to ask."""
-    weights: Any = get_model_state_dict(draft, options=WHOLE)
+def whole_weights(draft: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
+    """On the CPU, and empty on other ranks than the first, or where each of them computes. All have to ask."""
+    weights: Any = get_model_state_dict(draft, options=EVERYWHERE if everywhere else WHOLE)
     return weights
 
 

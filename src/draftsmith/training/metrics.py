@@ -1,6 +1,6 @@
 """What training reports about itself: rows that a resumed run goes on with, held-out accept length, the stop rule."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -81,30 +81,35 @@ def chain_walk(pack: Pack, rows: list[Tensor], matches: list[Tensor], length: in
     return accepted, verifications
 
 
-def evaluate_heldout(draft: Draft, packs: Iterable[PackInputs], d2t: Tensor, steps: int) -> HeldOut:
+def evaluate_heldout(
+    draft: Draft, packs: Iterable[PackInputs], d2t: Tensor, steps: int, add: Callable[[Sequence[float]], list[float]]
+) -> HeldOut:
     """Acceptance per depth and chain accept length on completions that training never sees.
 
     A depth is scored as serving would reach it, with the target's own tokens before it; tau is that of greedy
-    verification of the written text.
+    verification of the written text. `add` gives the sums over all processes, each with packs of its own.
     """
-    hits, scored, alphas = [0] * steps, [0] * steps, [0.0] * steps
+    hits, scored, alphas = [0.0] * steps, [0.0] * steps, [0.0] * steps
     lengths = sorted({min(3, steps), steps})
-    accepted, verified = dict.fromkeys(lengths, 0), dict.fromkeys(lengths, 0)
+    accepted, verified = [0.0] * len(lengths), [0.0] * len(lengths)
     for inputs in packs:
         rows, matches, alpha = greedy_matches(draft, inputs, d2t, steps)
         for step in range(steps):
-            hits[step] += int(matches[step].sum())
+            hits[step] += float(matches[step].sum())
             scored[step] += len(matches[step])
             alphas[step] += float(alpha[step].sum())
-        for length in lengths:
+        for at, length in enumerate(lengths):
             a, v = chain_walk(inputs.pack, rows, matches, length)
-            accepted[length] += a
-            verified[length] += v
+            accepted[at] += a
+            verified[at] += v
+    of_all = iter(add([*hits, *scored, *alphas, *accepted, *verified]))
+    hits, scored, alphas = ([next(of_all) for _ in range(steps)] for _ in range(3))
+    accepted, verified = ([next(of_all) for _ in lengths] for _ in range(2))
     return HeldOut(
         match=[h / max(1, n) for h, n in zip(hits, scored, strict=True)],
         alpha=[a / max(1, n) for a, n in zip(alphas, scored, strict=True)],
-        tau={length: 1 + accepted[length] / max(1, verified[length]) for length in lengths},
-        verifications=verified[lengths[0]],
+        tau={length: 1 + a / max(1, v) for length, a, v in zip(lengths, accepted, verified, strict=True)},
+        verifications=round(verified[0]),
     )
 
 

@@ -144,7 +144,8 @@ class Trainer:
 
     def _train(self) -> TrainingSummary:
         self._resume()
-        settings, processes, capture = self.settings, self.processes, self._capture_source()
+        settings, processes, source = self.settings, self.processes, self._capture_source()
+        capture = self._ahead(source, self._packs_to_come())
         tokens = sum(min(len(self.rows[i].ids), settings.max_document_tokens) for p in self.steps for q in p for i in q)
         say(
             f"train: {sum(p.numel() for p in self.draft.parameters()):,} parameters, {len(self.rows):,} completions, "
@@ -172,7 +173,7 @@ class Trainer:
                 if self.step % settings.log_every == 0 or last:
                     self._log()
                 if self.step % settings.evaluate_every == 0 or last:
-                    self._evaluate(capture)
+                    self._evaluate(source)
                 if self.step % settings.checkpoint_every == 0 or last:
                     self._checkpoint()
         best = self.out / BEST
@@ -186,7 +187,7 @@ class Trainer:
             tokens=tokens,
             quarantined=processes.union(self.quarantined),
             status=self.status,
-            tau_held_out=self.taus[-1] if self.taus else None,  # only rank 0 measures
+            tau_held_out=self.taus[-1],
             best=load_state(best).best if best.exists() else None,
             checkpoint=checkpoint_paths(self.out)[-1].name,
         )
@@ -325,50 +326,50 @@ class Trainer:
 
     def _capture_source(self) -> CaptureSource:
         taps = self.draft.config.taps
-        source: CaptureSource
-        ahead = 1
         if self.settings.capture == "offline":
             limit = self.settings.max_document_tokens
             documents = {c.id: c.ids[:limit] for c in (*self.heldout, *self.rows)}
-            source = OfflineCapture(self.out / "hidden_states", self.target, taps, documents, self.processes)
-        elif self.recipe.target.engine == "transformers":
-            source = OnlineCapture(self.target, taps)
-            if self.device.type != "cuda":  # target and draft would only take each other's cores
-                return source
-        else:
-            source, ahead = ServedCapture(self.target, taps), self.recipe.server.packs_ahead
-        return PrefetchedCapture(source, self._packs_to_come(), ahead, self.device)
+            return OfflineCapture(self.out / "hidden_states", self.target, taps, documents, self.processes)
+        return (OnlineCapture if self.recipe.target.engine == "transformers" else ServedCapture)(self.target, taps)
 
-    def _packs_to_come(self) -> Iterator[tuple[list[str], list[list[int]]]]:
+    def _ahead(self, source: CaptureSource, packs: Iterator[Pack]) -> CaptureSource:
+        if isinstance(source, OnlineCapture) and self.device.type != "cuda":
+            return source  # target and draft would only take each other's cores
+        ahead = self.recipe.server.packs_ahead if isinstance(source, ServedCapture) else 1
+        return PrefetchedCapture(source, ((p.names, p.documents) for p in packs), ahead, self.device)
+
+    def _packs_to_come(self) -> Iterator[Pack]:
         for step in self.steps[self.step :]:
             for indices in self.processes.share(step):
-                pack = make_pack([self.rows[i] for i in indices], self.settings.max_document_tokens)
-                yield pack.names, pack.documents
+                yield make_pack([self.rows[i] for i in indices], self.settings.max_document_tokens)
 
-    def _heldout_packs(self, capture: CaptureSource) -> Iterator[PackInputs]:
+    def _heldout_inputs(self, source: CaptureSource) -> Iterator[PackInputs]:
+        """Of this process's share."""
         settings = self.settings
         lengths = [len(c.ids) for c in self.heldout]
-        for step in schedule(lengths, settings.pack_tokens, settings.max_document_tokens, 0, 1, 1):
-            pack = make_pack([self.heldout[i] for i in step[0]], settings.max_document_tokens)
+        steps = schedule(lengths, settings.pack_tokens, settings.max_document_tokens, 0, 1, 1)
+        every = [make_pack([self.heldout[i] for i in p], settings.max_document_tokens) for (p,) in steps]
+        packs = [good for p in self.processes.share(every) if (good := self._without_quarantined(p)) is not None]
+        capture = self._ahead(source, iter(packs))
+        for pack in packs:
             inputs = self._inputs(pack, capture)
             if inputs is not None and self._quarantine(inputs.pack, inputs.finite_T):
                 inputs = self._inputs(pack, capture)
             if inputs is not None:
                 yield inputs
 
-    def _evaluate(self, capture: CaptureSource) -> None:
+    def _evaluate(self, source: CaptureSource) -> None:
         steps = self.settings.ttt_steps
-        masters = whole_weights(self.draft)
-        if not self.processes.main:
-            return
         cast = self.method.build(self.draft.config).to(self.device, self.dtype)
-        cast.load_state_dict(masters)
-        result = evaluate_heldout(cast, self._heldout_packs(capture), self.vocabulary.ids_D, steps)
+        cast.load_state_dict(whole_weights(self.draft, everywhere=True))
+        ids_D, inputs = self.vocabulary.ids_D, self._heldout_inputs(source)
+        result = evaluate_heldout(cast, inputs, ids_D, steps, self.processes.sum)
         self.taus.append(result.tau[min(3, steps)])
         self._write(run_files.metrics, MetricsRow(step=self.step, held_out=result))
         if self.taus[-1] > max(self.taus[:-1], default=0.0):
-            best = Best(step=self.step, tau_held_out=self.taus[-1])
-            save_best(self.out, masters, TrainingState(belongs=self._belongs(), step=self.step, best=best))
+            best, masters = Best(step=self.step, tau_held_out=self.taus[-1]), whole_weights(self.draft)
+            if self.processes.main:
+                save_best(self.out, masters, TrainingState(belongs=self._belongs(), step=self.step, best=best))
 
     def _write(self, place: Callable[[Path], Path], row: MetricsRow | StepTiming) -> None:
         if self.processes.main:
