@@ -2,19 +2,25 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from draftsmith.decoding.sampling import Sampling, blockwise_topk, probabilities, sample
+from draftsmith.decoding.sampling import Sampling, _in_nucleus, blockwise_topk, nucleus, probabilities, sample
 
 DRAWS = 40_000
 
 
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(1.0), Sampling(0.7), Sampling(1.0, top_k=7), Sampling(1.0, top_p=0.6), Sampling(1.3, 0.9, 12)],
+    [
+        Sampling(1.0),
+        Sampling(0.7),
+        Sampling(1.0, top_k=7),
+        Sampling(1.0, top_p=0.6),
+        Sampling(1.0, top_p=0.45),
+        Sampling(1.3, 0.9, 12),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize(("vocab", "nucleus"), [(96, 1024), (1024, 1024), (1024, 2)])
-def test_draws_follow_the_distribution(sampling, vocab, nucleus, monkeypatch):
-    monkeypatch.setattr("draftsmith.decoding.sampling.NUCLEUS", nucleus)  # 2: too few, so the rest has to be sorted
+@pytest.mark.parametrize("vocab", [96, 1024])
+def test_draws_follow_the_distribution(sampling, vocab):
     logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(1)) * 3
     p = probabilities(logits, sampling)[0].double()
     generator = torch.Generator().manual_seed(2)
@@ -27,6 +33,27 @@ def test_draws_follow_the_distribution(sampling, vocab, nucleus, monkeypatch):
     if wanted[-1] < 5:
         observed, wanted = observed[:-1], wanted[:-1]
     assert chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "equal", "sparse"])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.9999])
+def test_the_nucleus_is_that_of_a_sorted_vocabulary(kind, top_p):
+    logits = torch.randn(6, 320, generator=torch.Generator().manual_seed(3)) * 2
+    if kind == "ties":
+        logits = logits.round()
+    elif kind == "equal":
+        logits[:] = 0.0
+    elif kind == "sparse":
+        logits[:, 5:] = -torch.inf
+    probs = torch.softmax(logits, -1)
+    sorted_p, order = probs.sort(dim=-1, descending=True, stable=True)
+    inside = sorted_p.cumsum(-1, dtype=torch.float64) - sorted_p < top_p
+    wanted = torch.zeros_like(inside).scatter_(1, order, inside)
+    for first in (2, 64, 1024):  # too few for all or some of the rows, and enough
+        assert torch.equal(nucleus(probs, top_p, first), wanted)
+    every = torch.arange(320)
+    for row, kept in zip(probs, wanted, strict=True):
+        assert torch.equal(_in_nucleus(row.expand(320, -1), every, top_p), kept)
 
 
 def test_top_p_keeps_the_token_that_crosses_it():

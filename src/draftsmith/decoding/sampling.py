@@ -3,12 +3,13 @@
 Shapes: R rows, V vocabulary.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-NUCLEUS = 1024  # tokens looked at first where top-p alone filters
+NUCLEUS = 1024  # tokens sorted first to find where top-p ends
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,29 @@ def probabilities(logits_RV: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_k and sampling.top_k < probs.shape[-1]:
         kept_p, kept = probs.topk(sampling.top_k, dim=-1)
         probs = torch.zeros_like(probs).scatter_(-1, kept, kept_p)
-    if sampling.top_p < 1.0:
         probs = probs / probs.sum(-1, keepdim=True)
-        sorted_p, order = probs.sort(dim=-1, descending=True)
-        outside = sorted_p.cumsum(-1) - sorted_p >= sampling.top_p  # the token that crosses top_p stays in
-        probs = torch.zeros_like(probs).scatter_(-1, order, sorted_p.masked_fill(outside, 0.0))
+    if sampling.top_p < 1.0:
+        probs = probs.masked_fill(~nucleus(probs, sampling.top_p), 0.0)
     return probs / probs.sum(-1, keepdim=True)
+
+
+def nucleus(probs_RV: Tensor, top_p: float, first: int = NUCLEUS) -> Tensor:
+    """[R, V] bool: the largest entries up to the one with which their sum crosses `top_p`; of equal ones the first.
+
+    The `first` largest are sorted, and the whole vocabulary for the rows that do not reach `top_p` with them.
+    """
+    vocab = probs_RV.shape[-1]
+    largest = probs_RV.topk(min(first, vocab), dim=-1).values
+    sums = largest.cumsum(-1, dtype=torch.float64)
+    inside = sums - largest < top_p  # the token that crosses it stays in
+    least = largest.gather(-1, inside.sum(-1, keepdim=True) - 1)
+    equal = probs_RV == least
+    kept_equal = (inside & (largest == least)).sum(-1, keepdim=True)
+    kept = (probs_RV > least) | (equal & (equal.cumsum(-1) <= kept_equal))
+    short = sums[:, -1] < top_p
+    if first < vocab and bool(short.any()):
+        kept[short] = nucleus(probs_RV[short], top_p, vocab)
+    return kept
 
 
 def blockwise_topk(logits_RV: Tensor, k: int, block: int = 512) -> tuple[Tensor, Tensor]:
@@ -66,17 +84,34 @@ def uniforms(rows: Tensor, generator: torch.Generator) -> Tensor:
     return torch.rand(len(rows), generator=generator, dtype=torch.float64).to(rows.device)
 
 
-def _sample_nucleus(logits_RV: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
-    """Draws for top-p alone: a nucleus is small, so the whole vocabulary is sorted only for rows where it is not."""
-    values, ids = logits_RV.topk(min(NUCLEUS, logits_RV.shape[-1]), dim=-1)
-    total = (logits_RV.float() / sampling.temperature).logsumexp(-1, keepdim=True)
-    probs = (values.float() / sampling.temperature - total).exp()
-    cumulative = probs.cumsum(-1)
-    probs = probs.masked_fill(cumulative - probs >= sampling.top_p, 0.0)
-    drawn = ids.gather(1, invert_cdf(probs, uniform)[:, None]).squeeze(1)
-    wide = cumulative[:, -1] < sampling.top_p
-    if bool(wide.any()):
-        drawn[wide] = invert_cdf(probabilities(logits_RV[wide], sampling), uniform[wide])
+def _draw(weights_RV: Tensor, generator: torch.Generator) -> Tensor:
+    """A block of the vocabulary by its mass, then a token inside it."""
+    rows, vocab = weights_RV.shape
+    block = math.gcd(vocab, 512)
+    blocks = weights_RV.view(rows, vocab // block, block)
+    chosen = invert_cdf(blocks.sum(-1), uniforms(weights_RV, generator))
+    inner = blocks[torch.arange(rows, device=chosen.device), chosen]
+    return chosen * block + invert_cdf(inner, uniforms(weights_RV, generator))
+
+
+def _in_nucleus(probs_RV: Tensor, ids_R: Tensor, top_p: float) -> Tensor:
+    """[R] bool, of one token of every row: nothing has to be sorted for that."""
+    own = probs_RV.gather(1, ids_R[:, None])
+    rows, ids = (probs_RV >= own).nonzero(as_tuple=True)
+    values = probs_RV[rows, ids]
+    first = (values > own[rows, 0]) | (ids < ids_R[rows])
+    before = own.new_zeros(len(own), dtype=torch.float64).index_add_(0, rows, (values * first).double())
+    return before < top_p
+
+
+def _draw_nucleus(probs_RV: Tensor, top_p: float, generator: torch.Generator) -> Tensor:
+    """From everything, and again where the nucleus was missed: it has at least `top_p` of the mass."""
+    drawn = _draw(probs_RV, generator)
+    missed = (~_in_nucleus(probs_RV, drawn, top_p)).nonzero()[:, 0]
+    while len(missed):
+        probs = probs_RV[missed]
+        drawn[missed] = again = _draw(probs, generator)
+        missed = missed[~_in_nucleus(probs, again, top_p)]
     return drawn
 
 
@@ -84,23 +119,14 @@ def sample(logits_RV: Tensor, sampling: Sampling, generator: torch.Generator) ->
     """One draw per row [R]: the distribution of `probabilities`, without building it over the whole vocabulary."""
     if sampling.greedy:
         return logits_RV.argmax(-1)
-    uniform = uniforms(logits_RV, generator)
     if sampling.top_k and sampling.top_k < logits_RV.shape[-1]:
         values, ids = blockwise_topk(logits_RV, sampling.top_k)  # in descending order
         probs = torch.softmax(values.float() / sampling.temperature, dim=-1)
         if sampling.top_p < 1.0:
             probs = probs.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, 0.0)
-        return ids.gather(1, invert_cdf(probs, uniform)[:, None]).squeeze(1)
-    if sampling.top_p < 1.0:
-        return _sample_nucleus(logits_RV, sampling, uniform)
-    # Plain temperature: pick a block of the vocabulary by its mass, then a token inside it.
-    rows, vocab = logits_RV.shape
-    weights = torch.softmax(logits_RV.float() / sampling.temperature, dim=-1)
-    block = 512
-    if vocab % block:
-        return invert_cdf(weights, uniform)
-    blocks = weights.view(rows, vocab // block, block)
-    mass = blocks.sum(-1, dtype=torch.float64)
-    chosen = invert_cdf(mass, uniform)
-    inner = invert_cdf(blocks[torch.arange(rows), chosen], uniforms(logits_RV, generator))
-    return chosen * block + inner
+        return ids.gather(1, invert_cdf(probs, uniforms(probs, generator))[:, None]).squeeze(1)
+    if sampling.top_p < 0.5:  # small enough to be looked up
+        probs = probabilities(logits_RV, sampling)
+        return invert_cdf(probs, uniforms(probs, generator))
+    probs = torch.softmax(logits_RV.float() / sampling.temperature, dim=-1)
+    return _draw(probs, generator) if sampling.top_p == 1.0 else _draw_nucleus(probs, sampling.top_p, generator)

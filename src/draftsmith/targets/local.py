@@ -18,6 +18,7 @@ from draftsmith.core.progress import say
 from draftsmith.decoding.attention import ATTENTION_NAME, MaskedPlan, PackedPlan
 from draftsmith.decoding.cache import StaticCache
 from draftsmith.decoding.generation import Generation
+from draftsmith.decoding.products import pack_weights
 from draftsmith.decoding.sampling import Sampling, sample
 from draftsmith.decoding.stopping import Ends
 from draftsmith.targets.base import Capture, Follow
@@ -36,19 +37,8 @@ from draftsmith.targets.parts import (
     tell_slow_products,
 )
 
-FEW_ROWS = 16
 CACHE_AHEAD = 256  # tokens that the cache has room for beyond the first prompts, before it grows
 LONGEST_CHECK = 1024  # sliding windows up to this are checked with a text that is longer
-
-
-def _quick_for_few_rows(linear: nn.Linear, hidden: Tensor) -> Tensor:
-    """`linear(hidden)`, the other way round where that is nearly twice as fast: an fp32 product of a few rows on a CPU,
-    which is what a verification is. It then costs hardly more than one token."""
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    if not 1 < len(rows) <= FEW_ROWS:
-        return nn.functional.linear(hidden, linear.weight, linear.bias)
-    out = (linear.weight @ rows.T).T.contiguous().view(*hidden.shape[:-1], -1)
-    return out if linear.bias is None else out + linear.bias
 
 
 def _require_equal(got: Tensor, wanted: Tensor) -> None:
@@ -126,10 +116,7 @@ class LocalTarget(ModelParts):
     def _choose_path(self) -> None:
         """The packed forward if it gives the model's own logits, else the library's."""
         self.library: LibraryForward | None = None
-        if self.device.type == "cpu" and self.head.weight.dtype == torch.float32:
-            for module in (self.head, *self.decoder.modules()):
-                if type(module) is nn.Linear:
-                    module.forward = partial(_quick_for_few_rows, module)  # type: ignore[method-assign]
+        pack_weights(self.lm)
         self._tap_outputs: dict[int, Tensor] = {}
         self._taps: tuple[int, ...] = ()
         self._takes = frozenset(inspect.signature(self.decoder.forward).parameters)
