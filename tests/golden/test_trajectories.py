@@ -57,6 +57,17 @@ def test_loss_falls_and_tau_rises(data, tmp_path):
     assert summary.tau_held_out == held_out[-1]
 
 
+def test_lk_losses_see_the_whole_distribution(data, tmp_path):
+    """What is told as accepted is that of the target's own probabilities, and no draft can have the rest."""
+    settings = {"lk": {"train.objective": "lk_lambda"}, "true": {"train.true_probabilities": True}, "part": {}}
+    alphas = {}
+    for name, changes in settings.items():
+        trainer(data, tmp_path / name, **changes, **{"train.max_steps": 1}).train()
+        alphas[name] = next(row.alpha for row in MetricsRow.read_rows(tmp_path / name / "metrics.jsonl") if row.alpha)
+    assert alphas["lk"] == pytest.approx(alphas["true"], rel=1e-4)
+    assert alphas["lk"][0] < 0.99 * alphas["part"][0]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_resumed_run_is_bit_identical(data, tmp_path, optimizer):
     changes = {"train.optimizer": optimizer}

@@ -251,12 +251,14 @@ class TrainRecipe(Model):
     step_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     """Step i weighs step_decay ** i."""
     objective: Literal["soft_ce", "lk_alpha", "lk_lambda"] = "soft_ce"
-    """soft_ce: cross-entropy to the target's distribution; lk_alpha, lk_lambda: arXiv 2602.23881."""
+    """soft_ce: cross-entropy to the target's distribution; lk_alpha, lk_lambda: the acceptance of sampled drafts,
+    alone or mixed with KL (arXiv 2602.23881), at the cost of a product with every head row, and of one more with the
+    draft's for lk_lambda."""
     lk_eta: Annotated[float, Field(gt=0.0)] = 3.0
-    """lk_lambda only: how fast the weight moves from KL to acceptance."""
+    """lk_lambda only: how fast the weight moves from KL to acceptance as the mean acceptance of a depth rises."""
     true_probabilities: bool = False
-    """Compare with the target's full distribution instead of the one renormalised over the draft vocabulary; costs a
-    product with every head row."""
+    """soft_ce only, as lk_* always does: compare with the target's full distribution instead of the one renormalised
+    over the draft vocabulary; costs a product with every head row."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon: Muon for the matrices of the layer and fc, AdamW for the head and the norms."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
@@ -290,6 +292,11 @@ class TrainRecipe(Model):
     patience: Positive = 4
     """Converged where tau - 1 rose by less than 1 % over the second half of the steps; told after more evaluations than
     this."""
+
+    @property
+    def full_teacher(self) -> bool:
+        """Whether the target's probabilities are taken over all its tokens."""
+        return self.true_probabilities or self.objective != "soft_ce"
 
 
 # Keys of `train` that only say what is watched and kept, and where: changing them continues a training.

@@ -2,16 +2,21 @@
 
 Holding [rows, D] logits of every step for a backward would cost gigabytes, and recomputing them a second product with
 the head. Row weights are known beforehand, so each chunk of rows makes its logits, loss and gradients at once and
-drops the logits: three products in all, and never more than one chunk of them in memory.
+drops the logits: three products in all (lk_lambda: four), and never more than one chunk of them in memory.
 
-With target probabilities p and draft probabilities q over the draft vocabulary (p may sum to less than 1):
-    soft_ce    -sum p log q                                            EAGLE-3
-    lk_alpha   -log alpha,  alpha = sum min(p, q)                      LK losses, arXiv 2602.23881
-    lk_lambda  w * KL(p | q) + (1 - w) * (1 - alpha),  w = exp(-eta * alpha) without gradient      the same
+With target probabilities p and draft probabilities q over the draft vocabulary, mass m = sum p:
+    soft_ce    -sum p log q, p renormalised (m = 1) or the target's own                            EAGLE-3
+    lk_alpha   m * -log alpha,  alpha = sum min(p, q)                                LK losses, arXiv 2602.23881
+    lk_lambda  m * (w * KL(p / m | q) + (1 - w) * (1 - alpha)),  w = exp(-eta * mean alpha)             the same
+In the LK losses p is the target's own distribution over all its tokens, so that alpha is what speculative sampling
+accepts, and p / m the renormalised one. The mean is over all rows of one depth of the pack and carries no gradient. The
+authors' code (SpecForge) leaves out rows whose most probable token no draft can guess; here a row counts by its mass,
+the chance that the target writes one that it can.
 
-Shapes: M scored rows of all steps, R teacher rows, H hidden, D draft vocabulary.
+Shapes: M scored rows of all depths, R teacher rows, H hidden, D draft vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +41,19 @@ class Objective:
     name: str = "soft_ce"
     eta: float = 3.0
 
-    def loss_and_gradient(self, logits: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def mixes(self) -> bool:
+        """Whether `loss_and_gradient` needs the weights of the KL term, which follow from every row's alpha."""
+        return self.name == "lk_lambda"
+
+    def kl_weights(self, alphas: Tensor, depths: Sequence[int]) -> Tensor:
+        """[M] from alpha [M], where so many rows are of each depth."""
+        means = torch.stack([part.mean() if len(part) else part.new_zeros(()) for part in alphas.split(list(depths))])
+        return torch.exp(-self.eta * means).repeat_interleave(torch.tensor(depths, device=alphas.device))
+
+    def loss_and_gradient(
+        self, logits: Tensor, p: Tensor, kl_weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Per row: loss [m], d loss / d logits [m, D] and alpha [m], all fp32."""
         q = torch.softmax(logits, dim=-1, dtype=torch.float32)
         mass = p.sum(-1)
@@ -53,11 +70,13 @@ class Objective:
         alpha_gradient = gated - q * gated.sum(-1, keepdim=True)
         if self.name == "lk_alpha":
             safe = alpha.clamp_min(1e-6)
-            return -safe.log(), alpha_gradient.div_(-safe[:, None]), alpha
-        weight = torch.exp(-self.eta * alpha)
-        kl = cross_entropy + torch.special.xlogy(p, p).sum(-1)
-        gradient = weight[:, None] * (q * mass[:, None] - p) - (1 - weight)[:, None] * alpha_gradient
-        return weight * kl + (1 - weight) * (1 - alpha), gradient, alpha
+            return mass * -safe.log(), alpha_gradient.mul_((-mass / safe)[:, None]), alpha
+        assert kl_weights is not None
+        # m * KL(p / m | q) = sum p log(p / m) - sum p log q
+        kl = cross_entropy + torch.special.xlogy(p, p).sum(-1) - torch.special.xlogy(mass, mass)
+        rest = mass * (1 - kl_weights)
+        gradient = q.mul_(mass[:, None]).sub_(p).mul_(kl_weights[:, None]) - alpha_gradient.mul_(rest[:, None])
+        return kl_weights * kl + rest * (1 - alpha), gradient, alpha
 
 
 def teacher_probabilities(
@@ -65,7 +84,7 @@ def teacher_probabilities(
 ) -> Tensor:
     """Target probabilities [R, D] of the draft vocabulary.
 
-    Renormalised over it where `full_head_VH` is None, otherwise true ones: the log-sum-exp then runs over the whole
+    Renormalised over it where `full_head_VH` is None, otherwise the target's own: their log-sum-exp runs over the whole
     vocabulary. Stored in `dtype`; fp16 has eleven bits for numbers in [0, 1], bf16 only eight.
     """
     out = last_RH.new_empty(len(last_RH), len(rows_DH), dtype=dtype)
@@ -89,24 +108,39 @@ def teacher_probabilities(
 
 
 class HeadLoss(torch.autograd.Function):
-    """apply(x [M, H], head [D, H], p [R, D], teacher_rows [M], row_weights [M], objective) -> (loss, alpha [M])
+    """apply(x [M, H], head [D, H], p [R, D], teacher_rows [M], row_weights [M], objective, depths)
+    -> (loss, alpha [M])
 
-    loss = sum of row_weights * per-row loss; alpha carries no gradient.
+    loss = sum of row_weights * per-row loss; alpha carries no gradient. `depths`: how many rows are of each, in order.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, head: Tensor, p: Tensor, teacher_rows: Any, row_weights: Tensor, objective: Objective
+        ctx: Any,
+        x: Tensor,
+        head: Tensor,
+        p: Tensor,
+        teacher_rows: Any,
+        row_weights: Tensor,
+        objective: Objective,
+        depths: Sequence[int],
     ) -> Any:
         grad_x = torch.empty_like(x)
         grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device)
         alphas = torch.empty(len(x), dtype=torch.float32, device=x.device)
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         chunk = chunk_rows(x.device, len(head))
-        for start in range(0, len(x), chunk):
-            rows = slice(start, start + chunk)
+        chunks = [slice(start, start + chunk) for start in range(0, len(x), chunk)]
+        kl_weights: Tensor | None = None
+        if objective.mixes:  # one product more: no row's gradient is known before every row's alpha
+            for rows in chunks:
+                q = torch.softmax(x[rows] @ head.T, dim=-1, dtype=torch.float32)
+                alphas[rows] = torch.minimum(p[teacher_rows[rows]].float(), q).sum(-1)
+            kl_weights = objective.kl_weights(alphas, depths)
+        for rows in chunks:
+            mix = None if kl_weights is None else kl_weights[rows]
             logits = x[rows] @ head.T
-            losses, gradient, alphas[rows] = objective.loss_and_gradient(logits, p[teacher_rows[rows]].float())
+            losses, gradient, alphas[rows] = objective.loss_and_gradient(logits, p[teacher_rows[rows]].float(), mix)
             weights = row_weights[rows]
             loss += torch.dot(losses, weights)
             gradient = gradient.mul_(weights[:, None]).to(x.dtype)
@@ -119,7 +153,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _grad_alphas: Tensor) -> Any:
         grad_x, grad_head = ctx.saved_tensors
-        return grad_x * grad_loss, grad_head * grad_loss, None, None, None, None
+        return grad_x * grad_loss, grad_head * grad_loss, None, None, None, None, None
 
 
 def pack_inputs(

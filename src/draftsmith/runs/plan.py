@@ -250,7 +250,7 @@ class Sizes:
         with them the draft's rows of the head, or all of them a second time."""
         train, target = self.recipe.train, self.target
         ends = target.embedding.parameters + (0.0 if target.tied else target.head.parameters)
-        rows = 2 * (target.head.parameters if train.true_probabilities else self.draft.head)
+        rows = 2 * (target.head.parameters if train.full_teacher else self.draft.head)
         made = 2 * train.pack_tokens * target.active_body / (target.layers * target.hidden)
         return rows + (2 * ends if self.served else target.bytes + made)
 

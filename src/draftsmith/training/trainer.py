@@ -112,7 +112,8 @@ class Trainer:
         self.optimizers = make_optimizers(self.draft, settings, self.dtype)
         self.head_rows = target.head_rows(vocabulary.ids_D).contiguous()
         everything = torch.arange(vocabulary.target_size)
-        self.full_head = target.head_rows(everything) if settings.true_probabilities else None
+        full = settings.full_teacher and rows < vocabulary.target_size  # of a whole vocabulary the two are one
+        self.full_head = target.head_rows(everything) if full else None
         self.step = 0
         self.quarantined: list[str] = []
         self.sums = Sums()

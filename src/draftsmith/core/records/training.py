@@ -13,7 +13,8 @@ class HeldOut(Record):
     match: list[float]
     """Share of first choices that the target wrote."""
     alpha: list[float]
-    """Mean of sum min(p, q)."""
+    """Mean of sum min(p, q), the chance that a sampled draft is accepted; p is the target's own with train.objective lk_* or
+    train.true_probabilities, else it is renormalised over the draft vocabulary and alpha too high."""
     tau: dict[int, float]
     """Of a chain of so many steps along the written text."""
     verifications: int

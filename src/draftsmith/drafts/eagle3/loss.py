@@ -36,10 +36,11 @@ class TTTLoss(nn.Module):
         # The distribution after the root of chain r + i is the one that step i of chain r is judged by.
         teacher_rows = torch.cat([r + step for step, r in enumerate(rows)])
         weights = torch.cat([torch.full((len(r),), w, device=device) for r, w in zip(rows, step_weights, strict=True)])
+        depths = [len(r) for r in rows]
         loss, alphas = HeadLoss.apply(
-            x, self.draft.lm_head.weight, inputs.teacher_RD, teacher_rows, weights, self.objective
+            x, self.draft.lm_head.weight, inputs.teacher_RD, teacher_rows, weights, self.objective, depths
         )
-        return loss, list(alphas.split([len(r) for r in rows]))
+        return loss, list(alphas.split(depths))
 
 
 def ttt_loss(draft: Eagle3Draft, train: TrainRecipe) -> TTTLoss:

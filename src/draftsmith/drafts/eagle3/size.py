@@ -92,7 +92,10 @@ class Eagle3Size(DraftSize):
         # The embedding's half of q, k and v, and step 0's keys and values, are made once per token.
         once = self.fuse + embedding + key_value / 2
         per_loss_token = train.ttt_steps * (self.layer - embedding + self.head) - key_value / 2
-        flops = 6 * (tokens * once + loss_tokens * per_loss_token) + 2 * loss_tokens * self.head
+        if train.objective == "lk_lambda":  # a fourth product with the head
+            per_loss_token += train.ttt_steps * self.head / 3
+        teacher = self.head + (float(c.vocab_size) * c.hidden_size if train.full_teacher else 0.0)
+        flops = 6 * (tokens * once + loss_tokens * per_loss_token) + 2 * loss_tokens * teacher
         if train.optimizer != "muon":
             return flops
         sides = [(min(shape), max(shape)) for shape in (*self._matrices, self._fc)]
