@@ -3,20 +3,23 @@
 Run with the environment of install_peers.sh:
 
     peers.py --peer specforge|speculators --dtype bf16|fp32 --batch 4 --seq 512 --steps 5 \\
-             --data DATA.safetensors --target DIR [--train-tokens M] [--save DIR]
+             --data DATA.safetensors --target DIR
+    peers.py ... --seconds 480 --save DIR   # train for so many CPU seconds (arena.py), with drafts on the way
 
 One step = target forward, the peer's collation, its EAGLE-3 forward and loss, backward, clip and
-AdamW. One more step runs first, untimed. The last line on stdout is one JSON object.
+the optimiser. One more step runs first, untimed. The last line on stdout is one JSON object.
 
 Data file: input_ids int64 [N, S], loss_mask bool or int [N, S], d2t int64 [D] (offsets: target
-id = draft id + d2t), t2d bool [V].
+id = draft id + d2t), t2d bool [V]. With lengths int64 [N] every row is a document of its own,
+padded to S: they come in an order of the seed, as many to a step as --batch times --seq tokens hold,
+for SpecForge --batch of them.
 
 The peers run as shipped, SpecForge's @torch.compile included; what a CPU forced is marked "CPU:".
 """
 
 import argparse
+import itertools
 import json
-import math
 import re
 import resource
 import statistics
@@ -43,16 +46,17 @@ DRAFT_LAYER = dict(
 
 
 class Capture(NamedTuple):
-    """What the peers' data pipelines carry from the target to the trainer."""
+    """What the peers' data pipelines carry of one document from the target to the trainer."""
 
-    input_ids_BT: torch.Tensor
-    loss_mask_BT: torch.Tensor
-    taps_BTK: torch.Tensor  # K = taps * hidden
-    raw_last_BTH: torch.Tensor  # before the final norm: vLLM's, so speculators'
-    last_BTH: torch.Tensor  # after the final norm: SGLang's, so SpecForge's
+    input_ids_T: torch.Tensor
+    loss_mask_T: torch.Tensor
+    taps_TK: torch.Tensor  # K = taps * hidden
+    raw_last_TH: torch.Tensor  # before the final norm: vLLM's, so speculators'
+    last_TH: torch.Tensor  # after the final norm: SGLang's, so SpecForge's
 
 
-Peer = tuple[torch.nn.Module, Callable[[Capture], float]]  # the draft, one training step -> its loss
+Documents = list[tuple[torch.Tensor, torch.Tensor]]  # (input_ids_T, loss_mask_T) of each
+Peer = tuple[torch.nn.Module, Callable[[list[Capture]], float]]  # the draft, one training step -> its loss
 
 
 def draft_config(data: dict[str, torch.Tensor]) -> LlamaConfig:
@@ -65,8 +69,16 @@ def draft_config(data: dict[str, torch.Tensor]) -> LlamaConfig:
     )
 
 
+def capture(target: PreTrainedModel, documents: Documents) -> list[Capture]:
+    """Documents of one length in one forward, any others one by one."""
+    if len({len(ids) for ids, _ in documents}) > 1:
+        return [row for document in documents for row in capture(target, [document])]
+    input_ids_BT, loss_mask_BT = (torch.stack(parts) for parts in zip(*documents, strict=True))
+    return [Capture(*row) for row in zip(*capture_batch(target, input_ids_BT, loss_mask_BT), strict=True)]
+
+
 @torch.no_grad()
-def capture(target: PreTrainedModel, input_ids_BT: torch.Tensor, loss_mask_BT: torch.Tensor) -> Capture:
+def capture_batch(target: PreTrainedModel, input_ids_BT: torch.Tensor, loss_mask_BT: torch.Tensor) -> tuple:
     """Tap t is hidden_states[t], the residual stream entering decoder layer t."""
     body, seen = target.model, {}
     watched = {**{tap: body.layers[tap] for tap in TAPS}, "norm": body.norm}
@@ -78,7 +90,7 @@ def capture(target: PreTrainedModel, input_ids_BT: torch.Tensor, loss_mask_BT: t
     for hook in hooks:
         hook.remove()
     taps_BTK = torch.cat([seen[tap] for tap in TAPS], dim=-1)
-    return Capture(input_ids_BT, loss_mask_BT, taps_BTK, seen["norm"], last_BTH)
+    return input_ids_BT, loss_mask_BT, taps_BTK, seen["norm"], last_BTH
 
 
 def specforge(args: argparse.Namespace, target: PreTrainedModel, data: dict[str, torch.Tensor]) -> Peer:
@@ -115,11 +127,9 @@ def specforge(args: argparse.Namespace, target: PreTrainedModel, data: dict[str,
     optimizer = BF16Optimizer(draft, lr=args.lr or 1e-4, total_steps=args.steps + 1)
     collate = build_server_collator()
 
-    def step(seen: Capture) -> float:
+    def step(seen: list[Capture]) -> float:
         names = ("input_ids", "loss_mask", "aux_hidden_state", "raw", "hidden_state")
-        samples = [
-            normalize_offline_sample(dict(zip(names, row, strict=False)), args.seq) for row in zip(*seen, strict=False)
-        ]
+        samples = [normalize_offline_sample(dict(zip(names, row, strict=True)), args.seq) for row in seen]
         batch = TrainBatch([], "eagle3", collate(samples), {"target_repr": "hidden_state"})
         loss = strategy.forward_loss(batch).loss
         loss.backward()
@@ -157,26 +167,33 @@ def speculators(args: argparse.Namespace, target: PreTrainedModel, data: dict[st
         ttt_steps=TTT_LENGTH,
         ttt_step_loss_decay=1.0,
     )
-    # AdamW is their option; their command line's default is Muon.
-    config = TrainerConfig(lr=args.lr or 1e-3, num_epochs=1, save_path="", optimizer="adamw")
-    optimizer = build_optimizers(draft, config)[0]
-    scheduler = get_linear_schedule_with_warmup(optimizer, (args.steps + 1) // 100, args.steps + 1)
+    # Their command line's defaults; AdamW, which the timed steps have, is their option.
+    rate = args.lr or 1e-3
+    config = TrainerConfig(lr=rate, muon_lr=rate, num_epochs=1, save_path="", optimizer=args.optimizer)
+    optimizers, total = build_optimizers(draft, config), args.steps + 1
+    schedulers = [get_linear_schedule_with_warmup(optimizer, total // 100, total) for optimizer in optimizers]
     # Documents are packed into one row and told apart by their document mask.
     collate = CollateFn(args.batch * args.seq, draft.hidden_size, len(TAPS), dtype, preprocess=shift_batch)
 
-    def step(seen: Capture) -> float:
+    def sample(row: Capture) -> dict[str, torch.Tensor]:
         names = ("input_ids", "loss_mask", "hidden_states", "verifier_last_hidden_states")
-        added = {"lengths": torch.tensor([args.seq]), "position_ids": torch.arange(args.seq)}
-        batch = collate([dict(zip(names, row, strict=False)) | added for row in zip(*seen, strict=False)])
+        length = len(row.input_ids_T)
+        added = {"lengths": torch.tensor([length]), "position_ids": torch.arange(length)}
+        return dict(zip(names, row[:4], strict=True)) | added
+
+    def step(seen: list[Capture]) -> float:
+        batch = collate([sample(row) for row in seen])
         batch = {name: x.to(args.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
         # CPU: their Trainer's step, without the Trainer, which needs an accelerator.
         with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.dtype == "bf16"):
             _, loss, _ = draft(**batch, **call_kwargs)
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
         return loss.item()
 
     return draft, step
@@ -198,11 +215,28 @@ def save_sglang(draft: torch.nn.Module, config: LlamaConfig, directory: Path) ->
     (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
 
 
-def batches(data: dict[str, torch.Tensor], args: argparse.Namespace) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for step in range(args.steps + 1):
-        rows = torch.arange(step * args.batch, (step + 1) * args.batch) % len(data["input_ids"])
-        chosen = data["input_ids"][rows, : args.seq], data["loss_mask"][rows, : args.seq].long()
-        yield tuple(x.to(args.device) for x in chosen)
+def batches(data: dict[str, torch.Tensor], args: argparse.Namespace) -> Iterator[Documents]:
+    """Without an end."""
+    ids_NS, mask_NS = data["input_ids"].to(args.device), data["loss_mask"].long().to(args.device)
+    rows = len(ids_NS)
+    if "lengths" not in data:
+        for start in itertools.count(0, args.batch):
+            chosen = [i % rows for i in range(start, start + args.batch)]
+            yield [(ids_NS[i, : args.seq], mask_NS[i, : args.seq]) for i in chosen]
+    lengths = data["lengths"].clamp(max=args.seq).tolist()
+    order = (i for epoch in itertools.count() for i in torch.randperm(rows, generator=seeded(args, epoch)).tolist())
+    documents: Documents = []
+    for i in order:
+        together = sum(len(ids) for ids, _ in documents) + lengths[i]
+        full = len(documents) == args.batch if args.peer == "specforge" else together > args.batch * args.seq
+        if full:
+            yield documents
+            documents = []
+        documents.append((ids_NS[i, : lengths[i]], mask_NS[i, : lengths[i]]))
+
+
+def seeded(args: argparse.Namespace, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed(1000 * args.seed + epoch)
 
 
 def resident_bytes() -> int:
@@ -218,28 +252,60 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one warm-up step")
-    parser.add_argument("--train-tokens", type=int, help="train on this many tokens instead of --steps")
+    parser.add_argument("--seconds", type=float, help="train for about so many CPU seconds instead of --steps")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[1.0], help="of the steps, after which --save writes"
+    )
+    parser.add_argument("--ttt-steps", type=int, default=TTT_LENGTH)
+    parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="speculators only")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", required=True, help="safetensors file; read from its start again when it ends")
     parser.add_argument("--target", required=True, help="Hugging Face directory of the target")
     parser.add_argument("--lr", type=float, help="default: the peer's own (1e-4 SpecForge, 1e-3 speculators)")
-    parser.add_argument("--save", type=Path, help="write the trained draft here in SGLang's layout")
+    parser.add_argument("--save", type=Path, help="write SHARE/ here, the draft after that share, in SGLang's layout")
     parser.add_argument("--gemma-norm", action="store_true", help="speculators: correct its teacher's final norm")
     args = parser.parse_args()
-    if args.train_tokens:
-        args.steps = math.ceil(args.train_tokens / (args.batch * args.seq)) - 1
     if args.steps < 1:
         parser.error("at least one step is needed after the warm-up step")
     args.target = str(Path(args.target).expanduser())
     return args
 
 
+class Timed(NamedTuple):
+    """One step."""
+
+    tokens: int
+    target_s: float
+    draft_s: float
+    cpu_s: float
+    """Of all threads."""
+
+
+def timed(target: PreTrainedModel, step: Callable[[list[Capture]], float], documents: Documents) -> Timed:
+    start, cpu = time.perf_counter(), time.process_time()
+    seen = capture(target, documents)
+    captured = time.perf_counter()
+    loss = step(seen)
+    end, tokens = time.perf_counter(), sum(len(ids) for ids, _ in documents)
+    print(f"loss {loss:.4f}, {tokens} tokens, {end - start:.2f} s", file=sys.stderr)
+    return Timed(tokens, captured - start, end - captured, time.process_time() - cpu)
+
+
+def affordable(args: argparse.Namespace, target: PreTrainedModel, data: dict[str, torch.Tensor]) -> int:
+    """Steps that --seconds pay for, by a few on a draft that is thrown away."""
+    _, step = PEERS[args.peer](args, target, data)
+    tried = [timed(target, step, documents) for documents in itertools.islice(batches(data, args), 8)]
+    return max(1, round(args.seconds / statistics.mean(one.cpu_s for one in tried[3:])) - 1)
+
+
 def main() -> None:
-    global TAPS
+    global TAPS, TTT_LENGTH
     args = parse_args()
     if args.layer:
         TAPS = tuple(args.layer.pop("taps"))
         DRAFT_LAYER.update(args.layer)
-    torch.manual_seed(0)
+    TTT_LENGTH = args.ttt_steps
+    torch.manual_seed(args.seed)
     data = load_file(args.data)
     if data["input_ids"].shape[1] < args.seq:
         sys.exit(f"--seq {args.seq}: the data file's rows have {data['input_ids'].shape[1]} tokens")
@@ -249,27 +315,29 @@ def main() -> None:
         weight.sum()  # a bf16 checkpoint is mapped, not read: unread pages would not count as resident
     after_target_load = resident_bytes()
 
+    if args.seconds:
+        args.steps = affordable(args, target, data)
+        torch.manual_seed(args.seed)
     draft, step = PEERS[args.peer](args, target, data)
     before_first_step = resident_bytes()
-    target_s, draft_s = [], []
-    for number, (input_ids_BT, loss_mask_BT) in enumerate(batches(data, args)):
-        start = time.perf_counter()
-        seen = capture(target, input_ids_BT, loss_mask_BT)
-        captured = time.perf_counter()
-        loss = step(seen)
-        target_s.append(captured - start)
-        draft_s.append(time.perf_counter() - captured)
-        print(f"step {number} loss {loss:.4f} {target_s[-1] + draft_s[-1]:.2f} s", file=sys.stderr)
+    steps: list[Timed] = []
+    drafts = {max(1, round(share * (args.steps + 1))): share for share in args.shares} if args.save else {}
+    for documents in itertools.islice(batches(data, args), args.steps + 1):
+        steps.append(timed(target, step, documents))
+        if len(steps) in drafts:
+            save_sglang(draft, draft_config(data), args.save / str(drafts[len(steps)]))
 
-    if args.save:
-        save_sglang(draft, draft_config(data), args.save)
-    step_s = [a + b for a, b in zip(target_s[1:], draft_s[1:], strict=False)]
+    after_first = steps[1:]
     result = {name: getattr(args, name) for name in ("peer", "dtype", "batch", "seq", "steps")} | {
         "version": version(args.peer),
         "threads": torch.get_num_threads(),
-        "tokens_per_s": round(args.batch * args.seq / statistics.median(step_s), 2),
-        "target_s": round(statistics.median(target_s[1:]), 4),
-        "draft_s": round(statistics.median(draft_s[1:]), 4),
+        "tokens_per_s": statistics.median(one.tokens / (one.target_s + one.draft_s) for one in after_first),
+        "target_s": round(statistics.median(one.target_s for one in after_first), 4),
+        "draft_s": round(statistics.median(one.draft_s for one in after_first), 4),
+        "drafts": [
+            {"share": share, **{key: sum(getattr(one, key) for one in steps[:end]) for key in Timed._fields}}
+            for end, share in drafts.items()
+        ],
         "rss_after_target_load_bytes": after_target_load,
         "rss_before_first_step_bytes": before_first_step,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -157,7 +157,7 @@ class Trainer:
         with Meter("train", len(self.steps)) as meter:
             meter.resume(self.step)
             while self.step < len(self.steps):
-                started = time.perf_counter()
+                started, cpu = time.perf_counter(), time.process_time()
                 step = self.steps[self.step]
                 packs = [
                     make_pack([self.rows[i] for i in p], settings.max_document_tokens) for p in processes.share(step)
@@ -170,7 +170,9 @@ class Trainer:
                 flops, seconds = flops + step_flops(self.draft, settings, packs), seconds + spent
                 share = f", {flops / seconds / self.peak_flops_s:.0%} MFU" if self.peak_flops_s else ""
                 meter.advance(1, size, f"loss {self.sums.last_loss:.3f}{share}")
-                self._write(run_files.step_timing, StepTiming(step=self.step, tokens=size, seconds=spent))
+                used = time.process_time() - cpu
+                timing = StepTiming(step=self.step, tokens=size, seconds=spent, cpu_seconds=used)
+                self._write(run_files.step_timing, timing)
                 if self.step % settings.log_every == 0 or last:
                     self._log()
                 if self.step % settings.evaluate_every == 0 or last:

@@ -13,8 +13,9 @@ class HeldOut(Record):
     match: list[float]
     """Share of first choices that the target wrote."""
     alpha: list[float]
-    """Mean of sum min(p, q), the chance that a sampled draft is accepted; p is the target's own with train.objective lk_* or
-    train.true_probabilities, else it is renormalised over the draft vocabulary and alpha too high."""
+    """Mean of sum min(p, q), the chance that a sampled draft is accepted. p is the target's own with train.objective
+    lk_* or train.true_probabilities; renormalised over the draft vocabulary, as it is otherwise, it makes alpha too
+    high."""
     tau: dict[int, float]
     """Of a chain of so many steps along the written text."""
     verifications: int
@@ -37,6 +38,8 @@ class StepTiming(Record):
     step: int
     tokens: int
     seconds: float
+    cpu_seconds: float | None = None
+    """Of all threads of the process that writes."""
 
 
 class Best(Record):

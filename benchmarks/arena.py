@@ -1,0 +1,321 @@
+"""Time to accept length beside SpecForge and speculators: one target, one text, so many CPU seconds for everyone.
+
+    bash benchmarks/install_peers.sh .peers-venv
+    python benchmarks/arena.py --peers .peers-venv --seconds 400 --seeds 1 2
+    python benchmarks/arena.py --only draftsmith --seeds 1    # one cell; whatever is done already is kept
+
+SmolLM2-135M-Instruct in fp32 writes the completions of recipes/smollm2-135m-cpu.yaml, once (--work/run, which may be a
+copy of a finished run: its prompts, completions and vocab are taken as they are). Every system trains an EAGLE-3 draft
+of the same shape, taps and draft vocabulary on them, a document at a time, loss on what the target wrote, for the same
+CPU seconds of steps (target forward included; loading, compiling and saving are not), measured by a few steps on a
+draft that is thrown away. At SHARES of the steps the draft is exported as engines read it.
+
+All drafts are judged on the same text: what the target writes to prompts that nobody trained on, half of them unlike
+those (arena_prompts.jsonl: translation, summaries, retrieval), without text after the onset of a loop. A chain's tau is
+walked along that text, which is exactly what decoding accepts (tests/parity/test_profile.py); at T = 1 the text is a
+sample, and a draft is taken greedily (accepted where it is the token drawn) or sampled (accepted with min(1, q / p)).
+The tree 3/4/8 of the last draft is decoded by the embedded engine.
+
+Everything lies in --work, a file per cell, so an interrupted arena goes on. The result: benchmarks/results/arena.json.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from train_throughput import status_bytes
+
+from draftsmith.cli import quiet_libraries
+from draftsmith.core import files, run_files
+from draftsmith.core.files import JsonObject
+from draftsmith.core.recipe import Recipe
+from draftsmith.core.recipe_file import load_recipe
+from draftsmith.core.records.data import Prompt
+from draftsmith.core.records.training import StepTiming
+from draftsmith.core.run_files import RunFiles
+from draftsmith.core.shape import Shape
+from draftsmith.data.regenerate import read_completions
+from draftsmith.data.templates import ChatFormat
+from draftsmith.data.vocabulary import DraftVocabulary
+from draftsmith.decoding.sampling import Sampling
+from draftsmith.decoding.speculate import Decoder
+from draftsmith.decoding.stopping import Ends, loop_onset
+from draftsmith.drafts import METHODS
+from draftsmith.drafts.directories import ready_draft, write_draft
+from draftsmith.drafts.packing import make_pack, trainable
+from draftsmith.evaluation.acceptance import bootstrap_tau, count
+from draftsmith.evaluation.profile import rank_table, walks_of
+from draftsmith.hardware.accept_length import MeasuredProfile, SampledProfile
+from draftsmith.runs.run import commit, hardware
+from draftsmith.targets.embedded import materialise
+from draftsmith.targets.local import LocalTarget
+from draftsmith.training.checkpoints import checkpoint_paths, load_state, load_weights
+from draftsmith.training.trainer import Trainer
+
+HERE = Path(__file__).parent
+RECIPE = HERE.parent / "recipes" / "smollm2-135m-cpu.yaml"
+OUT = HERE / "results" / "arena.json"
+TARGET, DOCUMENT = "smollm2-135m-instruct", 512
+SHARES = (0.125, 0.25, 0.5, 1.0)
+PEERS: dict[str, list[str]] = {
+    "specforge": ["--peer", "specforge"],
+    # their learning rate is meant for a run a thousand times as long, their depth for one served deeper
+    "specforge-tuned": ["--peer", "specforge", "--lr", "1e-3", "--ttt-steps", "3"],
+    "speculators": ["--peer", "speculators", "--optimizer", "muon", "--ttt-steps", "3", "--batch", "2"],
+}
+OURS: dict[str, JsonObject] = {  # the recipe, and one switch of it each
+    "draftsmith": {},
+    "lk_lambda": {"objective": "lk_lambda"},
+    "lk_alpha": {"objective": "lk_alpha"},
+    "true-teacher": {"true_probabilities": True},
+    "adamw": {"optimizer": "adamw", "learning_rate": 1e-3},
+    "ttt-5": {"ttt_steps": 5},
+    "ttt-7": {"ttt_steps": 7},
+}
+USUAL = ("draftsmith", *PEERS)
+CHAIN, TREE, LIKE = Shape.chain(3), Shape(3, 4, 8), ("chat", "code", "math")
+PROMPTS, WRITTEN, DECODED = 8, 96, 48  # of each category; tokens of an answer, of one that a tree decodes
+SHORTEST = 12  # tokens of a text that is judged
+
+
+def flags(seed: int, train: JsonObject) -> JsonObject:
+    return {"seed": seed, "train": {"capture": "online", "epochs": 100, **train}}
+
+
+# --- the frozen text ----------------------------------------------------------------------------------------------
+
+
+def write_completions(run: RunFiles) -> None:
+    for stage in ("prompts", "regenerate", "vocab"):
+        subprocess.run([sys.executable, "-m", "draftsmith", stage, str(RECIPE), "--out", str(run.root)], check=True)
+
+
+def write_peers_data(run: RunFiles, path: Path) -> None:
+    """The completions that training takes, one document a row."""
+    rows = [c for c in read_completions(run.completions) if trainable(c, DOCUMENT)]
+    ids, mask = torch.zeros(len(rows), DOCUMENT, dtype=torch.long), torch.zeros(len(rows), DOCUMENT, dtype=torch.long)
+    for number, row in enumerate(rows):
+        kept = row.ids[:DOCUMENT]
+        ids[number, : len(kept)] = torch.tensor(kept)
+        for start, end in row.spans:
+            mask[number, start:end] = 1
+    lengths = torch.tensor([min(len(row.ids), DOCUMENT) for row in rows])
+    vocabulary = DraftVocabulary.load(run.vocabulary)
+    maps = {"d2t": vocabulary.d2t, "t2d": vocabulary.t2d}
+    save_file({"input_ids": ids, "loss_mask": mask, "lengths": lengths, **maps}, path)
+
+
+def write_texts(recipe: Recipe, run: RunFiles, target: LocalTarget, path: Path) -> None:
+    """What the target writes to the evaluation prompts, greedily and at T = 1."""
+    known = list(Prompt.read_rows(run.evaluation_prompts))
+    prompts = [(p.category, p.users[0]) for c in LIKE for p in [p for p in known if p.category == c][:PROMPTS]]
+    rows = map(json.loads, (HERE / "arena_prompts.jsonl").read_text().splitlines())
+    prompts += [(row["category"], row["prompt"]) for row in rows]
+    chat = ChatFormat.of(recipe, target)
+    asked = [list(chat.first_turn(text)) for _, text in prompts]
+    told: JsonObject = {"prompts": [[category, ids] for (category, _), ids in zip(prompts, asked, strict=True)]}
+    for name, sampling in (("greedy", Sampling()), ("drawn", Sampling(1.0))):
+        answers = dict(target.generate(asked, sampling, WRITTEN, stop_loops=True))
+        told[name] = [answers[i].ids[: loop_onset(answers[i].ids)] for i in range(len(asked))]
+    files.write_json(path, told)
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def train_ours(work: Path, cell: Path, train: JsonObject, seed: int, seconds: float) -> None:
+    """The train stage's own trainer, on the completions of the run; the seed is that of training alone."""
+    run = RunFiles(work / "run")
+    target = LocalTarget(TARGET, dtype="fp32")
+    for parameter in target.lm.parameters():
+        parameter.sum()  # weights are memory-mapped: touch them, so that they count as the target's
+    after_target, vocabulary = status_bytes("VmRSS"), DraftVocabulary.load(run.vocabulary)
+
+    def trainer(out: Path, **more: int) -> Trainer:
+        recipe = load_recipe(RECIPE, flags(seed, {**train, **more}))
+        return Trainer(recipe, target, target.config, run.completions, vocabulary, out)
+
+    trial = trainer(cell / "trial", max_steps=8)
+    capture, spent = trial._capture_source(), []
+    for [indices] in trial.steps:
+        started = time.process_time()
+        trial._optimiser_step([make_pack([trial.rows[i] for i in indices], DOCUMENT)], capture)
+        spent.append(time.process_time() - started)
+    shares = len(SHARES) * 2  # the first of SHARES is one of them
+    every = max(1, round(seconds / statistics.mean(spent[3:]) / shares))
+    del trial
+    steps = every * shares
+    kept = {"checkpoint_every": every, "keep_checkpoints": shares}
+    training = trainer(cell / "train", max_steps=steps, evaluate_every=steps, **kept)
+    training.train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    timings = list(StepTiming.read_rows(run_files.step_timing(cell / "train")))
+    drafts = []
+    for path in checkpoint_paths(cell / "train"):
+        state = load_state(path)
+        share = state.step / (every * shares)
+        if share not in SHARES:
+            continue
+        draft = METHODS[state.belongs.method].build(training.draft.config)
+        load_weights(path, draft)
+        write_draft(cell / "drafts" / str(share), draft, vocabulary.ids_D, target.identity.num_layers, {})
+        done = timings[: state.step]
+        summed = {"tokens": sum(t.tokens for t in done), "wall_s": sum(t.seconds for t in done)}
+        drafts.append({"share": share, **summed, "cpu_s": sum(t.cpu_seconds or 0.0 for t in done)})
+    told = {"version": "this commit", "steps": every * shares, "above_target_bytes": peak - after_target}
+    files.write_json(cell / "train.json", {**told, "drafts": drafts})
+
+
+def train_peer(work: Path, cell: Path, name: str, seed: int, seconds: float, python: Path) -> None:
+    config = json.loads((materialise(TARGET) / "config.json").read_text())
+    same = ["hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"]
+    layer = {key: config[key] for key in (*same, "rms_norm_eps", "max_position_embeddings", "pad_token_id")}
+    layers = config["num_hidden_layers"]
+    layer |= {"rope_theta": config["rope_parameters"]["rope_theta"], "taps": [2, layers // 2, layers - 3]}
+    command = [str(python), str(HERE / "peers.py"), *PEERS[name], "--dtype", "fp32", "--seq", str(DOCUMENT)]
+    command += ["--layer", json.dumps(layer), "--data", str(work / "data.safetensors")]
+    command += ["--target", str(materialise(TARGET))]
+    command += ["--seconds", str(seconds), "--seed", str(seed), "--shares", *map(str, SHARES)]
+    done = subprocess.run([*command, "--save", str(cell / "drafts")], capture_output=True, text=True, env=environment())
+    if done.returncode:
+        sys.exit(f"{name}, seed {seed}: {done.stderr[-2000:]}")
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    drafts = [
+        {"share": d["share"], "tokens": d["tokens"], "wall_s": d["target_s"] + d["draft_s"], "cpu_s": d["cpu_s"]}
+        for d in told["drafts"]
+    ]
+    memory = told["peak_rss_bytes"] - told["rss_after_target_load_bytes"]
+    about = {"version": told["version"], "steps": told["steps"] + 1, "above_target_bytes": memory}
+    files.write_json(cell / "train.json", {**about, "drafts": drafts})
+
+
+def environment() -> dict[str, str]:
+    """For all systems: allocator.py's settings, and threads that wait without spinning, so that CPU seconds are work."""
+    kept = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+        "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1),
+    }
+    return {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count()), "TOKENIZERS_PARALLELISM": "false", **kept}
+
+
+# --- judging ------------------------------------------------------------------------------------------------------
+
+
+def judge(target: LocalTarget, draft: Path, texts: JsonObject, tree: bool) -> JsonObject:
+    """tau of a draft by way of drafting and kind of prompt."""
+    ready, told = ready_draft(target, draft, "auto"), {}
+    groups = {"like": set(LIKE), "unlike": {c for c, _ in texts["prompts"]} - set(LIKE)}
+    groups |= {category: {category} for category, _ in texts["prompts"]}
+    for name, sampling in (("greedy", Sampling()), ("drawn", Sampling(1.0))):
+        chosen = [
+            (category, (asked, written))
+            for (category, asked), written in zip(texts["prompts"], texts[name], strict=True)
+            if len(written) >= SHORTEST
+        ]
+        walks, chances = walks_of(target, ready, [text for _, text in chosen], sampling)
+        for group, categories in {"all": set().union(*groups.values()), **groups}.items():
+            inside = [i for i, (category, _) in enumerate(chosen) if category in categories]
+            ways = told.setdefault(group, {})
+            ways["T=0" if sampling.greedy else "T=1 greedy"] = MeasuredProfile([walks[i] for i in inside]).tau(CHAIN)
+            if chances:
+                ways["T=1 sampled"] = SampledProfile([chances[i] for i in inside]).tau(CHAIN)
+        if sampling.greedy:
+            told["depths"] = [row[0] for row in rank_table(walks)]
+    if tree:
+        decoder, ends, rows = Decoder(target, ready.drafter()), Ends(target.eos_ids), []
+        for category, asked in texts["prompts"]:
+            answer = decoder.generate(asked, Sampling(), DECODED, TREE, ends=ends)
+            rows.append(count("", category, answer, TREE.steps))
+        tau = bootstrap_tau([row.accepted for row in rows], [row.steps for row in rows])
+        told["tree"] = tau.model_dump(mode="json")
+    return told
+
+
+# --- all of it ----------------------------------------------------------------------------------------------------
+
+
+def cells(work: Path, systems: list[str], seeds: list[int], seconds: float) -> Iterator[tuple[str, int, Path]]:
+    for seed in seeds:
+        for name in systems:
+            yield name, seed, work / f"{seconds:g}" / f"{name}-{seed}"
+
+
+def result(work: Path, seconds: float, command: str) -> JsonObject:
+    """Every cell that is there, whoever asked for it."""
+    rows = []
+    for path in sorted((work / f"{seconds:g}").glob("*/judged-*.json")):
+        name, _, seed = path.parent.name.rpartition("-")
+        trained = files.read_json(path.parent / "train.json")
+        share = float(path.stem.removeprefix("judged-"))
+        point = next(d for d in trained["drafts"] if d["share"] == share)
+        about = {"system": name, "seed": int(seed), "version": trained["version"], "steps": trained["steps"]}
+        about["above_target_bytes"] = trained["above_target_bytes"]
+        rows.append({**about, **point, "tau": files.read_json(path)})
+    made = {"commit": commit(), "command": command, "hardware": hardware().model_dump(mode="json")}
+    texts, run = files.read_json(work / "texts.json"), RunFiles(work / "run")
+    data = {
+        "completions": files.digest(*run_files.shards(run.completions)),
+        "completion_tokens": files.read_json(run_files.summary(run.completions))["completion_tokens"],
+        "prompts": len(texts["prompts"]),
+        "judged_tokens": {name: sum(map(len, texts[name])) for name in ("greedy", "drawn")},
+    }
+    return {**made, "seconds": seconds, "data": data, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", type=Path, default=Path(".peers-venv"), help="virtual environment of the peers")
+    parser.add_argument("--seconds", type=float, default=400.0, help="CPU seconds of training for everyone")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--only", nargs="+", choices=[*PEERS, *OURS], default=list(USUAL), metavar="SYSTEM")
+    parser.add_argument("--work", type=Path, default=Path("runs/arena"))
+    parser.add_argument("--ours", type=Path, metavar="CELL", help="train one cell of ours in this process")
+    options = parser.parse_args()
+    quiet_libraries()
+    work = options.work
+    if options.ours:
+        [name], [seed] = options.only, options.seeds
+        train_ours(work, options.ours, OURS[name], seed, options.seconds)
+        return
+    run, recipe = RunFiles(work / "run"), load_recipe(RECIPE, flags(1, {}))
+    if not run.vocabulary.exists():
+        write_completions(run)
+    if not (work / "data.safetensors").exists():
+        write_peers_data(run, work / "data.safetensors")
+    for name, seed, cell in cells(work, options.only, options.seeds, options.seconds):
+        if (cell / "train.json").exists():
+            continue
+        print(f"arena: {name}, seed {seed}, {options.seconds:g} CPU seconds", flush=True)
+        if name in PEERS:
+            train_peer(work, cell, name, seed, options.seconds, options.peers / "bin" / "python")
+        else:
+            command = [sys.executable, __file__, "--work", str(work), "--seconds", str(options.seconds)]
+            command += ["--only", name, "--seeds", str(seed), "--ours", str(cell)]
+            subprocess.run(command, check=True, env=environment())
+    target = LocalTarget(TARGET, dtype="fp32")
+    if not (work / "texts.json").exists():
+        write_texts(recipe, run, target, work / "texts.json")
+    texts = files.read_json(work / "texts.json")
+    for name, seed, cell in cells(work, options.only, options.seeds, options.seconds):
+        for share in SHARES:
+            path = cell / f"judged-{share}.json"
+            if not path.exists():
+                files.write_json(path, judge(target, cell / "drafts" / str(share), texts, tree=share == SHARES[-1]))
+            told = files.read_json(path)["all"]
+            ways = ", ".join(f"{way} {tau:.3f}" for way, tau in told.items())
+            print(f"{name}-{seed} at {share:g}: {ways}", flush=True)
+    files.write_json(OUT, result(work, options.seconds, " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])))
+
+
+if __name__ == "__main__":
+    main()
