@@ -23,6 +23,7 @@ from draftsmith.decoding.sampling import Sampling, sample
 from draftsmith.decoding.stopping import Ends
 from draftsmith.targets.base import Capture, Follow
 from draftsmith.targets.identity import PROBE, weights_hash
+from draftsmith.targets.lean import LeanLayer, lean_layers
 from draftsmith.targets.library import LibraryCache, LibraryForward
 from draftsmith.targets.parts import (
     DTYPES,
@@ -116,16 +117,19 @@ class LocalTarget(ModelParts):
     def _choose_path(self) -> None:
         """The packed forward if it gives the model's own logits, else the library's."""
         self.library: LibraryForward | None = None
-        pack_weights(self.lm)
+        lean = lean_layers(self.layers)
+        pack_weights(self.head if lean else self.lm)
         self._tap_outputs: dict[int, Tensor] = {}
         self._taps: tuple[int, ...] = ()
         self._takes = frozenset(inspect.signature(self.decoder.forward).parameters)
         for index, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(self._record_tap(index), with_kwargs=True)
         own = self.lm.config._attn_implementation
-        why = self._why_not_packed()
+        why = self._why_not_packed(lean or [])
         if why is None:
             return
+        for layer in self.layers if lean else ():
+            del layer.forward
         self.lm.set_attn_implementation(own)
         try:
             with torch.inference_mode():
@@ -152,7 +156,7 @@ class LocalTarget(ModelParts):
         longest = max((w for w in windows if w and w <= LONGEST_CHECK), default=0)
         return [min(longest + 16, self.context), min(7, self.context)]
 
-    def _why_not_packed(self) -> str | None:
+    def _why_not_packed(self, lean: list[LeanLayer]) -> str | None:
         """Drive two documents our way (packed, then prefill and one cached step) and compare with the model's own
         forward; None where the logits agree."""
         rope = getattr(self.config, "rope_parameters", None) or {}
@@ -170,6 +174,8 @@ class LocalTarget(ModelParts):
                     for d in documents
                 ]
                 self.lm.set_attn_implementation(ATTENTION_NAME)
+                for layer, forward in zip(self.layers, lean, strict=False):
+                    layer.forward = forward
                 packed = self.logits(self.capture(documents, (0,)).last_TH)
                 cache = StaticCache(1, len(documents[0]) + 1)
                 self.prefill(cache, [0], [documents[0][:-1]])

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.core.shape import Shape
+from draftsmith.decoding.products import pack_weights
 from draftsmith.decoding.tree import DraftTree, Take, first_choices, grow_tree
 from draftsmith.drafts.eagle3.model import DraftCache, Eagle3Draft
 
@@ -13,6 +14,7 @@ class Eagle3Drafter:
 
     def __init__(self, draft: Eagle3Draft, ids_D: Tensor, embedding_VH: Tensor):
         self.draft = draft.eval()
+        pack_weights(self.draft)
         self.taps = draft.config.taps
         self.embedding_VH = embedding_VH
         self.dtype = draft.fc.weight.dtype
