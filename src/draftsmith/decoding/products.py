@@ -15,7 +15,7 @@ from torch import Tensor, nn
 def pack(*linears: nn.Linear) -> Callable[[Tensor], Tensor] | None:
     """The products of one input with all of them, side by side; None where this CPU has no such product, or fp16 would
     change the weights by more than fp32 rounds."""
-    weights = tuple(linear.weight for linear in linears)
+    weights = [linear.weight for linear in linears]
     if any(weight.device.type != "cpu" or weight.dtype != torch.float32 for weight in weights):
         return None
     if "fbgemm" not in torch.backends.quantized.supported_engines:
@@ -24,7 +24,7 @@ def pack(*linears: nn.Linear) -> Callable[[Tensor], Tensor] | None:
     change = torch.linalg.vector_norm(weight.half() - weight)
     if not change <= torch.finfo(torch.float32).eps * torch.linalg.vector_norm(weight):
         return None
-    biases = [x.weight.new_zeros(x.out_features) if x.bias is None else x.bias for x in linears]
+    biases: list[Tensor] = [x.weight.new_zeros(x.out_features) if x.bias is None else x.bias for x in linears]
     bias = None if all(linear.bias is None for linear in linears) else torch.cat(biases)
     packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
     return partial(torch.ops.quantized.linear_dynamic_fp16.default, W_prepack=packed)

@@ -43,7 +43,8 @@ class LeanLayer:
         norms = layer.input_layernorm, layer.post_attention_layernorm
         self.first, self.second = ((norm.weight, torch.tensor(norm.variance_epsilon)) for norm in norms)
         self.heads = layer.self_attn.q_proj.out_features // layer.self_attn.head_dim
-        self.window = getattr(layer.self_attn, "sliding_window", None)
+        everywhere = getattr(layer.self_attn.config, "sliding_window", None)  # as Mistral has it
+        self.window = getattr(layer.self_attn, "sliding_window", everywhere)
         self.qkv, self.out, self.gate_up, self.down = products
 
     def __call__(

@@ -347,7 +347,7 @@ class LocalTarget(ModelParts):
             free = [i for i, r in enumerate(running) if r is None]
             if max_tokens is not None and finished_tokens + sum(map(len, outputs.values())) >= max_tokens:
                 waiting.clear()
-            if waiting and (len(free) >= max(1, rows // 4) or len(free) == rows):
+            if waiting and (len(free) >= max(1, rows // 16) or len(free) == rows):
                 admitted = free[: len(waiting)]
                 chosen = [waiting.popleft() for _ in admitted]
                 drawn = self._admit(cache, admitted, [asked[c] for c in chosen], sampling, generator)
