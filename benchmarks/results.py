@@ -188,6 +188,37 @@ def throughput() -> list[str]:
     ]
 
 
+def decoding() -> list[str]:
+    """Of benchmarks/decode.py: the embedded engine at batch 1, and where a step goes."""
+    told = read_json(RESULTS / "decode.json")
+    rows = [
+        [
+            r["shape"],
+            f"{r['temperature']:g}",
+            f"{r['tokens_per_s']:.1f}",
+            f"{r['tau']:.2f}",
+            *(f"{r[part]:.1f}" for part in ("step_ms", "target_ms", "draft_ms", "host_ms")),
+            f"{r['host_share']:.0%}",
+        ]
+        for r in told["steps"]
+    ]
+    head = ["shape", "T", "tokens/s", "tau", "step ms", "target ms", "draft ms", "host ms", "host share"]
+    batch, vllm = told["regeneration"], told.get("vllm")
+    beside = f"vLLM {vllm['plain_tokens_per_s']:.1f} tokens/s at batch 1 and " if vllm else ""
+    beside += f"{vllm['regeneration_tokens_per_s']:.0f} regenerating. " if vllm else ""
+    return [
+        "## Where a step of the embedded engine goes",
+        "",
+        "Loops included, as the time of a step does not depend on the text ([decoding.md](decoding.md)).",
+        "",
+        *table(head, rows),
+        "",
+        f"Regeneration at batch {batch['batch']}: {batch['tokens_per_s']:.0f} completion tokens/s. {beside}"
+        f"{provenance(Provenance(**told['created_with']))}",
+        "",
+    ]
+
+
 def predictions() -> list[str]:
     told = read_json(RESULTS / "prediction-validation.json")["summary"]
     plans = read_json(RESULTS / "plan-validation.json")["runs"]
@@ -218,7 +249,7 @@ def document() -> str:
     for name in names:
         if (RESULTS / f"{name}.json").exists():
             parts += section(name, read_json(RESULTS / f"{name}.json"))
-    return "\n".join([*parts, *throughput(), *predictions()]).rstrip() + "\n"
+    return "\n".join([*parts, *throughput(), *decoding(), *predictions()]).rstrip() + "\n"
 
 
 def first_table() -> str:

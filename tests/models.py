@@ -61,12 +61,8 @@ BUILDERS = {
 
 
 def tiny_lm(architecture: str = "llama", seed: int = 0):
-    """Weights are numbers of bf16, as checkpoints have them, so that they are packed (decoding/products.py)."""
     torch.manual_seed(seed)
-    lm = BUILDERS[architecture]().eval()
-    for weight in lm.parameters():
-        weight.data = weight.data.bfloat16().float()
-    return lm
+    return BUILDERS[architecture]().eval()
 
 
 def tiny_target(architecture: str = "llama", seed: int = 0, **options) -> LocalTarget:

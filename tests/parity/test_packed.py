@@ -4,12 +4,12 @@ import pytest
 import torch
 import transformers as tf
 from models import COMMON
+from test_decoding import OracleDrafter
 
 from draftsmith.core.shape import Shape
 from draftsmith.decoding.products import pack
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.speculate import Decoder
-from draftsmith.drafts.eagle3.drafter import Eagle3Drafter
 from draftsmith.targets.lean import LeanLayer
 from draftsmith.targets.local import LocalTarget
 
@@ -54,17 +54,16 @@ def test_lean_layers_are_the_librarys(name):
         assert made[number].ids == Decoder(target).generate(prompt, Sampling(), 10).ids == text[len(prompt) :]
 
 
-@pytest.mark.parametrize("shape", [Shape(3, 1, 4), Shape(3, 4, 8)], ids=str)
-def test_drafted_text_is_plain_text(shape):
-    from models import tiny_draft
-
-    target = LocalTarget.from_model(lm_of("mistral"))
+@pytest.mark.parametrize("mode", ["always", "never", "sometimes"])
+@pytest.mark.parametrize("name", MODELS)
+def test_drafted_text_is_plain_text(name, mode):
+    target = LocalTarget.from_model(lm_of(name))
     target.eos_ids = frozenset()
-    draft, ids = tiny_draft(target)
-    drafter = Eagle3Drafter(draft, ids, target.embedding_rows())
     for prompt in PROMPTS:
-        drafted = Decoder(target, drafter).generate(prompt, Sampling(), 24, shape)
-        assert drafted.ids == Decoder(target).generate(prompt, Sampling(), 24).ids
+        text = Decoder(target).generate(prompt, Sampling(), 24).ids
+        drafted = Decoder(target, OracleDrafter(text, mode)).generate(prompt, Sampling(), 24, Shape(3, 1, 4))
+        assert drafted.ids == text
+        assert any(drafted.verified) == (mode != "never")
 
 
 def test_weights_that_fp16_would_change_stay_as_they_are():

@@ -252,13 +252,19 @@ class Sizes:
         ends = target.embedding.parameters + (0.0 if target.tied else target.head.parameters)
         rows = 2 * (target.head.parameters if train.full_teacher else self.draft.head)
         made = 2 * train.pack_tokens * target.active_body / (target.layers * target.hidden)
-        return rows + (2 * ends if self.served else target.bytes + made)
+        return rows + (2 * ends if self.served else target.bytes + self.packed + made)
 
     @cached_property
     def trainer(self) -> float:
         return self.trainer_state + self.activations + self.ahead + self.target_beside
 
     # --- the target
+
+    @cached_property
+    def packed(self) -> float:
+        """Beside fp32 weights on a CPU: those that it multiplies with (decoding/products.py)."""
+        here = self.recipe.target.dtype == "fp32" and not (self.served or self.gpu)
+        return 2 * (self.target.body.parameters + self.target.head.parameters) if here else 0.0
 
     @cached_property
     def batch(self) -> int:
@@ -286,7 +292,9 @@ class Sizes:
         columns = self.prompt + TEMPLATE_TOKENS + settings.lossless_tokens
         cache = min(settings.lossless_prompts, 64) * columns * self.target.kv_bytes_per_token
         exact = 4 * (self.target.parameters + self.draft.parameters) + cache * 4 / BYTES[self.recipe.target.dtype]
-        return exact if self.gpu else exact + self.target.bytes
+        if self.gpu:
+            return exact
+        return exact + 2 * (self.target.body.parameters + self.target.head.parameters) + self.target.bytes + self.packed
 
 
 def plan(
@@ -335,7 +343,7 @@ def _put_data(out: Plan, s: Sizes) -> None:
 
 def _put_memory(out: Plan, s: Sizes) -> None:
     machine, room, recipe = s.machine, ROOM * s.machine.memory_bytes, s.recipe
-    each = (s.target.bytes + s.cache) / machine.gpus
+    each = (s.target.bytes + s.packed + s.cache) / machine.gpus
     device = f"{size(machine.memory_bytes)} per {'GPU' if s.gpu else 'machine'}"
 
     def fits(needed: float, mend: str) -> str:

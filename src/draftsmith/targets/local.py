@@ -359,10 +359,10 @@ class LocalTarget(ModelParts):
                 cache.select_rows(keep)
                 running = [running[i] for i in keep]
                 lengths, next_ids, rows = lengths[keep], next_ids[keep], len(keep)
-            for row, number in enumerate(running):
+            for row, (number, token) in enumerate(zip(running, next_ids.tolist(), strict=True)):
                 if number is None:
                     continue
-                outputs[number].append(int(next_ids[row]))
+                outputs[number].append(token)
                 if ended := ends.reason(outputs[number], min(max_new_tokens, self.context - len(asked[number]))):
                     running[row], lengths[row] = None, 0
                     finished_tokens += len(outputs[number])
