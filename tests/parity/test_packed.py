@@ -66,6 +66,17 @@ def test_drafted_text_is_plain_text(name, mode):
         assert any(drafted.verified) == (mode != "never")
 
 
+def test_where_lean_layers_are_not_right_the_library_runs_its_own():
+    kind, config = MODELS["llama"]
+    torch.manual_seed(1)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    lm = kind(kind.config_class(**config, rope_parameters=rope)).eval().bfloat16().float()
+    target = LocalTarget.from_model(lm)
+    assert target.library is not None
+    assert not any(isinstance(layer.forward, LeanLayer) for layer in target.layers)
+    assert len(dict(target.generate(PROMPTS[:1], Sampling(), 4))[0].ids) == 4
+
+
 def test_weights_that_fp16_would_change_stay_as_they_are():
     target = LocalTarget.from_model(lm_of("llama", bf16=False))
     assert not any(isinstance(layer.forward, LeanLayer) for layer in target.layers)

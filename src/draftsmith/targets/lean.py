@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from draftsmith.decoding.attention import attend
 from draftsmith.decoding.products import pack
 
-KINDS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
+KINDS = {f"transformers.models.{name.lower()}.modeling_{name.lower()}.{name}DecoderLayer" for name in
+         ("Llama", "Mistral", "Qwen2")}  # fmt: skip
 
 
 class Rotation:
@@ -81,7 +82,7 @@ def lean_layers(layers: nn.ModuleList) -> list[LeanLayer] | None:
     """Of all layers, or of none: None where they are of another kind or cannot be packed."""
     made, rotation = [], Rotation()
     for layer in layers:
-        if type(layer).__name__ not in KINDS:
+        if f"{type(layer).__module__}.{type(layer).__name__}" not in KINDS:
             return None
         attention: Any = layer.self_attn
         mlp: Any = layer.mlp

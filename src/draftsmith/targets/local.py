@@ -118,7 +118,8 @@ class LocalTarget(ModelParts):
         """The packed forward if it gives the model's own logits, else the library's."""
         self.library: LibraryForward | None = None
         lean = lean_layers(self.layers)
-        pack_weights(self.head if lean else self.lm)
+        for module in (self.head,) if lean else (self.head, self.decoder):
+            pack_weights(module)
         self._tap_outputs: dict[int, Tensor] = {}
         self._taps: tuple[int, ...] = ()
         self._takes = frozenset(inspect.signature(self.decoder.forward).parameters)
@@ -128,8 +129,8 @@ class LocalTarget(ModelParts):
         why = self._why_not_packed(lean or [])
         if why is None:
             return
-        for layer in self.layers if lean else ():
-            del layer.forward
+        for layer in self.layers:
+            vars(layer).pop("forward", None)
         self.lm.set_attn_implementation(own)
         try:
             with torch.inference_mode():
@@ -308,9 +309,9 @@ class LocalTarget(ModelParts):
     ) -> Iterator[tuple[int, Generation]]:
         """Continuous batching over `batch_size` cache rows; a pure function of its arguments.
 
-        Free rows are refilled when a quarter of them stand empty, so that prompts are read in packs, until `max_tokens`
-        are written. No text runs past the context; a prompt that fills it is a `TargetError`. `ignore_end`: end tokens
-        do not end a text.
+        Free rows are refilled when a sixteenth of them stands empty, so that prompts are read in packs, until
+        `max_tokens` are written. No text runs past the context; a prompt that fills it is a `TargetError`.
+        `ignore_end`: end tokens do not end a text.
         """
         asked = list(prompts)
         if not asked:
