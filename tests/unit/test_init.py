@@ -40,6 +40,8 @@ def test_the_models_own_sampling_and_template_are_taken(tmp_path):
     recipe, text, unknown = made(model_of(tmp_path, settings), tmp_path)
     sampling = recipe.regenerate
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.6, 20, 0.95)
+    served = recipe.evaluate
+    assert (served.temperatures, served.top_k, served.top_p) == ((0.0, 0.6), 20, 0.95)
     assert "temperature: 0.6 # of its generation_config.json" in text
     assert recipe.target.template is None
     assert recipe.name == "tiny-model-eagle3"

@@ -86,9 +86,9 @@ KINDS = [
     Tuned(
         engine="embedded",
         draft=None,
-        shape=None,
-        chain=Shape(5, 1, 6),
-        tried=[Tried(shape=Shape(5, 1, 6), speedup=0.9, prompts=4)],
+        temperature=1.0,
+        best=None,
+        tried=[Tried(shape=Shape(5, 1, 6), drafts="sampled", speedup=0.9, prompts=4)],
         created_with=MADE_BY,
     ),
     Predictions(sentence="do not", rows=[PREDICTION]),

@@ -15,7 +15,7 @@ from draftsmith import cli
 from draftsmith.core.errors import RecipeError
 from draftsmith.core.recipe_file import dump_recipe
 from draftsmith.core.records.evaluation import Comparison, Results
-from draftsmith.core.records.machine import Predictions, Probe, Tuned
+from draftsmith.core.records.machine import Predictions, Probe, Tried, Tuned
 from draftsmith.core.run_files import RunFiles
 from draftsmith.core.shape import Shape
 from draftsmith.data.licences import data_licences, licence_of
@@ -29,7 +29,8 @@ def world(tmp_path_factory):
     """A finished tiny run, probed."""
     out = tmp_path_factory.mktemp("world")
     model = save_tiny_target(out / "model")
-    recipe = tiny_recipe(model, write_prompts(out / "prompts.jsonl"))
+    reference = {"evaluate.top_p": 0.95, "evaluate.top_k": 40}  # as MiniMax-M2.7 is served
+    recipe = tiny_recipe(model, write_prompts(out / "prompts.jsonl"), **reference)
     (out / "recipe.yaml").write_text(dump_recipe(recipe))
     patch = pytest.MonkeyPatch()
     patch.setattr(probe, "ROUNDS", 2)
@@ -79,23 +80,40 @@ def test_tune_measures_and_serve_takes_it(monkeypatch, capsys, world):
     assert code == 0, told.err
     path = files(world).tuned("embedded")
     result = Tuned.load(path)
-    assert result.tried
-    best = max(tried.speedup for tried in result.tried)
-    assert (result.shape is None) == (best < 1.02) or result.shape in {tried.shape for tried in result.tried}
-    result.model_copy(update={"shape": Shape(5, 4, 16), "chain": Shape(5, 1, 6)}).save(path)
-    _, served = run(monkeypatch, capsys, world, "serve", "--print")
-    assert '"num_speculative_tokens": 5' in served.out
-    _, served = run(monkeypatch, capsys, world, "serve", "--print", "--serve.engine", "sglang")
-    assert "--speculative-num-draft-tokens 16" in served.out
-    _, served = run(monkeypatch, capsys, world, "serve", "--print", "--no-serve.tuned")
-    assert '"num_speculative_tokens": 3' in served.out
-    asked = ("--serve.shape", "2/1/3")
-    _, served = run(monkeypatch, capsys, world, "serve", "--print", *asked)
-    assert '"num_speculative_tokens": 2' in served.out
-    result.model_copy(update={"shape": None, "chain": None}).save(path)
-    _, served = run(monkeypatch, capsys, world, "serve", "--print")
-    assert "nothing beat plain decoding" in served.err
-    assert '"num_speculative_tokens": 3' in served.out
+    assert result.temperature == 1
+    chains = {drafts for tried in result.tried if tried.shape.topk == 1 for drafts in [tried.drafts]}
+    assert chains == {"greedy", "sampled"}, "both ways are measured"
+    assert result.best is None or result.best in result.tried
+    assert "T=1" in told.out or "nothing beats plain decoding" in told.out
+
+    def serve(*flags):
+        code, told = run(monkeypatch, capsys, world, "serve", "--print", *flags)
+        assert code == 0, told.err
+        return told.out + told.err
+
+    tree, greedy, sampled = (
+        Tried(shape=Shape.parse(shape), drafts=drafts, speedup=speedup, prompts=8)
+        for shape, drafts, speedup in (("5/4/16", "greedy", 1.5), ("4/1/5", "greedy", 1.3), ("5/1/6", "sampled", 1.6))
+    )
+    result.model_copy(update={"best": sampled, "tried": [sampled, tree, greedy]}).save(path)
+    drawn = '"num_speculative_tokens": 5, "draft_sample_method": "probabilistic"'
+    assert drawn in serve()
+    assert drawn in serve("--serve.draft-sampling", "sampled")
+    told = serve("--serve.draft-sampling", "greedy")
+    assert '"num_speculative_tokens": 4}' in told
+    told = serve("--serve.engine", "sglang")  # whose draft vocabulary is to be whole
+    assert "--speculative-num-draft-tokens 16" in told
+    assert "rejection" not in told
+    assert '"num_speculative_tokens": 3' in serve("--no-serve.tuned")
+    assert '"num_speculative_tokens": 2' in serve("--serve.shape", "2/1/3")
+    # at temperature 0 the shape alone is measured
+    cold = [tried.model_copy(update={"drafts": "greedy"}) for tried in (sampled, tree, greedy)]
+    result.model_copy(update={"temperature": 0.0, "best": cold[0], "tried": cold}).save(path)
+    assert drawn in serve("--serve.draft-sampling", "sampled")
+    result.model_copy(update={"best": None, "tried": [greedy.model_copy(update={"speedup": 0.9})]}).save(path)
+    told = serve()
+    assert "nothing beat plain decoding" in told
+    assert '"num_speculative_tokens": 3' in told
 
 
 def test_compare_sets_drafts_side_by_side(monkeypatch, capsys, world):
@@ -203,7 +221,7 @@ def test_predict_tells_of_warm_requests(monkeypatch, capsys, world):
     flags = ("predict", "--hardware", "h100-1", "--temperature", "1", "--serve.draft-sampling")
     code, told = run(monkeypatch, capsys, world, *flags, "sampled")
     assert code == 0, told.err
-    assert "at T=1, sampled drafts" in told.out
+    assert "at T=1, top-p 0.95, top-k 40, sampled drafts" in told.out
     rows = Predictions.load(files(world).prediction("h100-1")).rows
     assert {row.shape.topk for row in rows} == {1}
     measured = Results.load(files(world).results["embedded"]).acceptance
@@ -219,7 +237,8 @@ def test_a_tuned_shape_of_another_draft_is_left_out(monkeypatch, capsys, world):
     path = files(world).tuned("embedded")
     kept = Tuned.load(path)
     try:
-        kept.model_copy(update={"chain": Shape(5, 1, 6), "draft": "another"}).save(path)
+        fast = Tried(shape=Shape(5, 1, 6), speedup=2.0, prompts=8)
+        kept.model_copy(update={"tried": [fast], "draft": "another"}).save(path)
         _, served = run(monkeypatch, capsys, world, "serve", "--print")
         assert "of another draft or machine, so left out" in served.err
         assert '"num_speculative_tokens": 3' in served.out

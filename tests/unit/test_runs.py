@@ -103,7 +103,7 @@ def test_torn_records_count_as_no_output(copied, capsys):
     assert why(run, "vocab") == "no output yet"
     again(recipe, directory)
     assert (directory / "vocab.unknown").is_dir(), "nobody knows what made it"
-    assert run.serving_shape("vllm") == recipe.serve.shape
+    assert run.serving_shape("vllm") == (recipe.serve.shape, None)
     said = capsys.readouterr().err
     assert "manifest.json: is no Manifest" in said
     assert "tune-embedded.json: is no Tuned" in said

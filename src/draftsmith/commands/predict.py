@@ -43,7 +43,7 @@ class Predict(RecipeCommand):
         from draftsmith.hardware.cost_model import MeasuredCosts, RooflineCosts
         from draftsmith.hardware.predict import advice, candidate_shapes, heat_map, page, predict_all
         from draftsmith.hardware.presets import PRESETS
-        from draftsmith.runs.estimates import accept_of, costs_of, probed
+        from draftsmith.runs.estimates import accept_of, costs_of, probed, results_of
         from draftsmith.runs.plan import size
 
         costs = costs_of(run, self.hardware, self.correlation)
@@ -77,7 +77,8 @@ class Predict(RecipeCommand):
             )
         sentence = advice(rows, costs, accept)
         if self.temperature and self.tau is None:
-            sentence += f"; at T={self.temperature:g}, {drafts} drafts"
+            measured = results_of(run)
+            sentence += f"; at T={self.temperature:g}{measured.settings.filters if measured else ''}, {drafts} drafts"
         source = Path(self.hardware) if self.hardware else probed(run) or Path("probe")
         out = run.files.prediction(self.hardware if self.hardware in PRESETS else source.stem)
         Predictions(sentence=sentence, rows=[prediction for row in rows for prediction in row]).save(out)

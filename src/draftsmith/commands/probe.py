@@ -30,7 +30,7 @@ class Probe(RecipeCommand):
 
         if self.url is not None:
             engine = run.recipe.serve.engine
-            probe = probe_server(run, engine, self.url, self.draft_url, run.serving_shape(engine))
+            probe = probe_server(run, engine, self.url, self.draft_url, run.serving_shape(engine)[0])
             out = run.files.probe(engine)
         else:
             probe, out = probe_here(run), run.files.probe()

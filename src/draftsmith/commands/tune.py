@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 class Tune(RecipeCommand):
-    """Find the fastest shape by measuring; `serve` takes what is found."""
+    """Find the fastest shape, and the faster way to take drafts, by measuring at the highest of evaluate.temperatures;
+    `serve` takes what is found."""
 
     engine: DecoderName = "auto"
     """What decodes: the embedded engine, or servers started as `serve` does; auto: whatever runs the target."""
@@ -24,17 +25,15 @@ class Tune(RecipeCommand):
         """Measure, print the verdict and write tune-ENGINE.json, which `serve` reads."""
         from draftsmith.core.tables import table
         from draftsmith.hardware.tune import sentence
-        from draftsmith.runs.estimates import accept_of
         from draftsmith.runs.tuning import tune
 
         own, engine = run.recipe.target.engine, self.engine
         if engine == "auto":
             engine = "embedded" if own == "transformers" else own
-        accept_of(run)  # without an evaluation there is nothing to start from
         if engine == "embedded" and own != "transformers":
             raise RecipeError(f"--engine: embedded given; the target runs on servers, so give {own}, or leave it out")
         tuned, out = tune(run, engine, self.budget_s), run.files.tuned(engine)
         tuned.save(out)
-        rows = [(str(tried.shape), f"{tried.speedup:.2f}x", f"{tried.prompts} prompts") for tried in tuned.tried]
+        rows = [(str(tried), f"{tried.speedup:.2f}x", f"{tried.prompts} prompts") for tried in tuned.tried]
         print(f"{table(rows, right=(0, 1))}\n\n{sentence(tuned)}\n\ntune: {out}")
         return 0

@@ -19,22 +19,27 @@ def taking(setup: Setup, drafts: DraftSampling) -> Setup:
     return replace(setup, recipe=setup.recipe.model_copy(update={"serve": serve}))
 
 
+def takings(engine: Engine, setup: Setup, shape: Shape) -> list[DraftSampling]:
+    """How drafts are taken above temperature 0: as serve.draft_sampling says. Where that leaves the choice to what is
+    measured: greedily, and chains sampled, too, where the engine can."""
+    asked = setup.recipe.serve.draft_sampling
+    able = asked != "greedy" and engine.greedy_because(shape, setup.draft) is None
+    if asked == "sampled":
+        return ["sampled" if able else "greedy"]
+    return ["greedy", "sampled"] if able and shape.topk == 1 else ["greedy"]  # no engine samples trees
+
+
 def ways(engine: Engine, setup: Setup, shape: Shape) -> list[Way]:
-    """As serve.draft_sampling says, at every temperature. Where that leaves the choice to what is measured: greedily,
-    and chains sampled, too, above temperature 0, where the engine can. A server started by others drafts in one way."""
+    """At every temperature in the first of the ways, above 0 in the others. A server started by others has one."""
     asked, settings = setup.recipe.serve.draft_sampling, setup.recipe.evaluate
     warm = tuple(t for t in settings.temperatures if t)
     if not warm or settings.url is not None:
         return [("sampled" if asked == "sampled" else "greedy", settings.temperatures)]
-    why = engine.greedy_because(shape, setup.draft) if asked != "greedy" else None
-    if why and asked == "sampled":
+    found = takings(engine, setup, shape)
+    if asked == "sampled" and "greedy" in found:
+        why = engine.greedy_because(shape, setup.draft)
         say(f"evaluate: serve.draft_sampling: sampled given, but {why}; {shape} is measured greedily")
-    if asked == "sampled" and not why:
-        return [("sampled", settings.temperatures)]
-    found: list[Way] = [("greedy", settings.temperatures)]
-    if asked == "auto" and not why and shape.topk == 1:  # no engine samples trees, so nothing hangs on them
-        found.append(("sampled", warm))
-    return found
+    return [(drafts, warm if number else settings.temperatures) for number, drafts in enumerate(found)]
 
 
 def more_accepted(entries: Sequence[Acceptance], shape: Shape) -> DraftSampling | None:

@@ -45,7 +45,7 @@ from draftsmith.engines.base import Engine, Session, Setup
 from draftsmith.evaluation.acceptance import bootstrap_tau, count, oracle_walk, summarise, tau_line
 from draftsmith.evaluation.draft_sampling import taking, ways
 from draftsmith.evaluation.lossless import difference, first_difference, lossless_verdict, together
-from draftsmith.evaluation.profile import accept_profile
+from draftsmith.evaluation.profile import GREEDY, accept_profile
 
 SHORTEST_TIMED = 8  # tokens
 PROFILE_PROMPTS = 48
@@ -110,11 +110,13 @@ def complete(
     return [answers[number] for number in range(len(questions))]
 
 
-def time_group(session: Session, prompts: list[list[int]], length: int, stop: Sequence[str]) -> TimedGroup:
-    """Greedy answers to prompts that are asked at once. Seconds are those of decoding where the session tells them,
-    which leaves out the first token, as it comes from the prompt's own forward."""
+def time_group(
+    session: Session, prompts: list[list[int]], length: int, stop: Sequence[str], sampling: Sampling = GREEDY
+) -> TimedGroup:
+    """Answers to prompts that are asked at once. Seconds are those of decoding where the session tells them, which
+    leaves out the first token, as it comes from the prompt's own forward."""
     started = time.perf_counter()
-    every = session.generate(prompts, Sampling(), length, stop, at_once=len(prompts))
+    every = session.generate(prompts, sampling, length, stop, at_once=len(prompts))
     answers = [answer for _, answer in sorted(every, key=lambda item: item[0])]
     seconds, tokens = time.perf_counter() - started, sum(len(answer.ids) for answer in answers)
     own = [answer.seconds for answer in answers if answer.seconds is not None]

@@ -142,7 +142,16 @@ def _values(facts: Facts, data: Path | None, gpu: bool, revision: str | None, tr
         "vocab": {"size": min(32000 if gpu else 8192, text.vocab_size)},
         "draft": draft,
         "train": train,
-        "evaluate": {} if gpu else {"prompts": 60},
+        "evaluate": {**({} if gpu else {"prompts": 60}), **_served_at(facts.sampling)},
+    }
+
+
+def _served_at(sampling: JsonObject) -> JsonObject:
+    """The sampling settings of `evaluate`: greedy, and as the model is served."""
+    if "temperature" not in sampling:
+        return {}
+    return {"temperatures": sorted({0.0, float(sampling["temperature"])})} | {
+        key: value for key, value in sampling.items() if key != "temperature"
     }
 
 
@@ -186,6 +195,7 @@ def render(values: JsonObject, facts: Facts, needs: Plan, machine: Machine) -> s
         else "yours are better: what your users ask; any file or folder of prompts or conversations",
         "evaluation": "measured on these, never trained on",
         "temperature": "of its generation_config.json" if facts.sampling else "assumed: none in generation_config.json",
+        "temperatures": "greedy, and as it is served",
         "max_new_tokens": "longest answer",
         "max_tokens": "enough for a first draft; more data is the surest way to a longer accept length",
         "size": f"of {text.vocab_size:,} tokens; what is outside can never be drafted (the report has the coverage)",

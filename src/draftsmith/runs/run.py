@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +21,7 @@ from draftsmith.core.progress import say
 from draftsmith.core.recipe import DEFAULT_SHAPE, DecoderName, EngineName, Recipe
 from draftsmith.core.records.base import Decodes
 from draftsmith.core.records.data import IdentityCheck
-from draftsmith.core.records.machine import Tuned
+from draftsmith.core.records.machine import Tried, Tuned
 from draftsmith.core.records.run import Hardware, Provenance, StageState
 from draftsmith.core.run_files import RunFiles
 from draftsmith.core.secrets import masked
@@ -317,14 +317,14 @@ class Run:
         if state is not None and (damage := changed(self.files.draft.parent, state.outputs)):
             raise DataError(f"{damage[0]} changed since `export` wrote it; make it anew: draftsmith run RECIPE")
 
-    def serving_shape(self, engine: EngineName) -> Shape:
-        """The recipe's shape; where it is the default, what `tune` found fastest on that engine, or on the embedded
-        one."""
-        from draftsmith.engines import ENGINES
+    def serving_shape(self, engine: EngineName) -> tuple[Shape, DraftSampling | None]:
+        """The recipe's shape; where it is the default, what `tune` found fastest of all that this engine can, on itself
+        or on the embedded one, and how drafts were taken there (None: nobody tells)."""
+        from draftsmith.hardware.tune import fastest
 
         settings = self.recipe.serve
         if not settings.tuned or settings.shape != DEFAULT_SHAPE:
-            return settings.shape
+            return settings.shape, None
         names: tuple[Decodes, ...] = (engine, "embedded")
         for path in (path for name in names if (path := self.files.tuned(name)).exists()):
             tuned, here = Tuned.readable(path), hardware()
@@ -334,13 +334,23 @@ class Run:
             if tuned.draft != draft_digest(self.files.draft) or (there.cpu, there.gpus) != (here.cpu, here.gpus):
                 say(f"{path}: of another draft or machine, so left out; run: draftsmith tune RECIPE")
                 continue
-            best = tuned.shape if ENGINES[engine].drafts_trees else tuned.chain
+            best = fastest(tuned.tried, partial(self._can_serve, engine, tuned.temperature > 0))
             if best is None:
                 say(f"{path}: nothing beat plain decoding there; the draft is served as the recipe says")
-                return settings.shape
+                return settings.shape, None
             say(f"shape {best}, measured by tune ({path}); --no-serve.tuned keeps {settings.shape}")
-            return best
-        return settings.shape
+            return best.shape, best.drafts if tuned.temperature else None
+        return settings.shape, None
+
+    def _can_serve(self, engine: EngineName, warm: bool, tried: Tried) -> bool:
+        """Whether the engine drafts so, and serve.draft_sampling lets it, which says nothing at temperature 0."""
+        from draftsmith.engines import SERVERS
+
+        chosen, asked = SERVERS[engine], self.recipe.serve.draft_sampling
+        if tried.shape.topk > 1 and not chosen.drafts_trees:
+            return False
+        able = chosen.greedy_because(tried.shape, self.files.draft) is None
+        return not warm or (asked if able else "greedy") in ("auto", tried.drafts)
 
     def better_drafts(self, shape: Shape, engine: Decodes = "embedded") -> DraftSampling:
         """serve.draft_sampling; auto: what is accepted more, as this engine measured it, or else another."""
@@ -385,12 +395,12 @@ class Run:
         if other:
             serve = serve.model_copy(update={"engine": engine, "program": "", "extra": ""})
         if purpose == "draft":
-            shape = self.serving_shape(serve.engine)
+            shape, drafts = self.serving_shape(serve.engine)
             if other and shape.topk > 1 and not SERVERS[serve.engine].drafts_trees:
                 shape = Shape.chain(shape.steps)
             draft = draft or self.draft_for(serve.engine)
             self.require_whole_export()
-            drafts = self.serving_drafts(serve.engine, shape)
+            drafts = drafts or self.serving_drafts(serve.engine, shape)
             serve = serve.model_copy(update={"shape": shape, "draft_sampling": drafts})
         layers = self.captured_layers if purpose == "capture" else ()
         recipe = self.recipe.model_copy(update={"serve": serve})

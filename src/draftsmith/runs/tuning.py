@@ -1,59 +1,96 @@
-"""How `tune` measures a shape: plain and drafted decoding of the same prompts, on whatever engine."""
+"""How `tune` measures: plain and drafted decoding of the same prompts, on whatever engine."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 
-from draftsmith.core.errors import DataError
+from draftsmith.core.errors import DataError, RecipeError
 from draftsmith.core.history import draft_digest
 from draftsmith.core.records.base import Decodes
-from draftsmith.core.records.machine import Tried, Tuned
-from draftsmith.core.shape import Shape
+from draftsmith.core.records.machine import Tuned
+from draftsmith.core.shape import DraftSampling
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.engines import ENGINES
 from draftsmith.engines.base import Session, Setup
+from draftsmith.evaluation.draft_sampling import taking, takings
 from draftsmith.evaluation.evaluate import SHORTEST_TIMED, Evaluation, complete, time_group
+from draftsmith.hardware.accept_length import AcceptLength
 from draftsmith.hardware.cost_model import Costs, MeasuredCosts
 from draftsmith.hardware.predict import candidate_shapes, predict_all
 from draftsmith.hardware.presets import preset
-from draftsmith.hardware.tune import FIRST_PROMPTS, fastest, halve
+from draftsmith.hardware.tune import FIRST_PROMPTS, Way, fastest, halve
 from draftsmith.runs.estimates import accept_of, probed, read_probe, roofline
 from draftsmith.runs.run import Run
 
-SHAPES = 8
-SERVED_SHAPES, SERVED_PROMPTS = 4, 6  # starts cost more than measurements: few shapes, each started once
+CANDIDATES, CHAINS = 8, 2
+SERVED_CANDIDATES, SERVED_PROMPTS = 4, 6  # starts cost more than measurements: few of them, each for all prompts
 
 
-def _seeds(run: Run, engine: Decodes, setup: Setup) -> list[Shape]:
-    """The shapes that `predict` thinks best, two chains among them; without a probe of drafting, those of one GPU."""
-    accept, own = accept_of(run), run.files.probe(engine)
+def _accepted(run: Run, temperature: float) -> dict[DraftSampling, AcceptLength]:
+    """What each way of taking drafts accepts there; what `evaluate` did not measure there is not tried. Where it left
+    the temperature out, as the engine does not draw, greedy texts tell."""
+    ways: tuple[DraftSampling, ...] = ("greedy", "sampled") if temperature else ()
+    found: dict[DraftSampling, AcceptLength] = {}
+    for drafts in ways:
+        with contextlib.suppress(RecipeError):
+            found[drafts] = accept_of(run, temperature=temperature, drafts=drafts)
+    return found or {"greedy": accept_of(run)}
+
+
+def _seeds(run: Run, engine: Decodes, setup: Setup, accepted: dict[DraftSampling, AcceptLength]) -> list[Way]:
+    """What `predict` thinks best, two chains of each way of taking drafts among it; without a probe of drafting, on one
+    GPU."""
+    own = run.files.probe(engine)
     path = own if own.exists() else probed(run)
     costs: Costs = read_probe(run, path) if path else roofline(run, preset("h100-1"))
     if isinstance(costs, MeasuredCosts) and costs.times.draft is None:
         costs = roofline(run, preset("h100-1"))
     trees = ENGINES[engine].drafts_trees and (setup.target is None or setup.target.library is None)
-    shapes = candidate_shapes(accept.deepest, trees)
-    best = [row[0].shape for row in predict_all(costs, accept, shapes, [1], 512)]
-    chains = [shape for shape in best if shape.topk == 1][:2]  # all that some engines draft
-    count = SHAPES if ENGINES[engine].in_process else SERVED_SHAPES
-    return [shape for shape in best if shape not in chains][: count - len(chains)] + chains
+    speedups: dict[Way, float] = {}
+    for drafts, accept in accepted.items():
+        # what sampled trees accept is not told, and at temperature 0 there is one way
+        shapes = candidate_shapes(accept.deepest, trees and drafts == "greedy")
+        able = [s for s in shapes if len(accepted) == 1 or drafts in takings(ENGINES[engine], setup, s)]
+        speedups |= {Way(row[0].shape, drafts): row[0].speedup for row in predict_all(costs, accept, able, [1], 512)}
+    best = sorted(speedups, key=lambda way: math.inf if math.isnan(speedups[way]) else -speedups[way])
+    chains = [way for d in accepted for way in [w for w in best if w.shape.topk == 1 and w.drafts == d][:CHAINS]]
+    count = CANDIDATES if ENGINES[engine].in_process else SERVED_CANDIDATES
+    return [way for way in best if way not in chains][: count - len(chains)] + chains
+
+
+class _Timing:
+    """Times prompts at the recipe's highest temperature, where the engine draws there, else greedily."""
+
+    def __init__(self, evaluation: Evaluation, temperature: float):
+        self.evaluation, self.temperature = evaluation, temperature
+
+    def per_token(self, session: Session, prompt: list[int]) -> float | None:
+        settings, stop = self.evaluation.settings, self.evaluation.chat.stop
+        sampling = self.evaluation.sampling(self.temperature)
+        timed = time_group(session, [prompt], settings.max_new_tokens, stop, sampling)
+        return timed.seconds / timed.tokens if timed.tokens >= SHORTEST_TIMED else None
+
+    def warm(self, session: Session, drafted: bool) -> None:
+        """A plain token costs the same however it is drawn, so what a drafting server cannot is found out late."""
+        questions = self.evaluation.questions(session)[:SERVED_PROMPTS]
+        complete(session, questions, "warm", Sampling(), 1, session.capacity)
+        if drafted and self.temperature and not self.evaluation.draws(session, questions, self.temperature):
+            self.temperature = 0.0
+        self.per_token(session, questions[0].ids)
 
 
 def tune(run: Run, name: Decodes, budget_s: float) -> Tuned:
     """In this process plain and drafted decoding take turns. Servers take the whole machine: the target alone comes
-    first, then one for every shape."""
+    first, then one for every way."""
     started, engine, logs = time.monotonic(), ENGINES[name], run.files.root / f"tune-{name}"
+    temperature = max(run.recipe.evaluate.temperatures, default=0.0)
+    accepted = _accepted(run, temperature)  # without an evaluation there is nothing to start from
     logs.mkdir(parents=True, exist_ok=True)
     setup = run.setup(name, logs)
-    evaluation, seeds = Evaluation(engine, setup, run.files.evaluation_prompts, logs), _seeds(run, name, setup)
-
-    def per_token(session: Session, number: int) -> float | None:
-        timed = time_group(session, [prompts[number]], run.recipe.evaluate.max_new_tokens, evaluation.chat.stop)
-        return timed.seconds / timed.tokens if timed.tokens >= SHORTEST_TIMED else None
-
-    def warm(session: Session) -> None:
-        complete(session, questions, "warm", Sampling(), 1, session.capacity)
-        per_token(session, 0)
+    seeds = _seeds(run, name, setup, accepted)
+    evaluation = Evaluation(engine, setup, run.files.evaluation_prompts, logs)
+    timing = _Timing(evaluation, temperature)
 
     with contextlib.ExitStack() as stack:
         alone = stack.enter_context(engine.open(setup, None))
@@ -61,21 +98,21 @@ def tune(run: Run, name: Decodes, budget_s: float) -> Tuned:
         prompts = [question.ids for question in questions]
         plain: list[float | None] = []
         if not engine.in_process:
-            warm(alone)
-            plain = [per_token(alone, number) for number in range(len(prompts))]
+            timing.warm(alone, drafted=False)
+            plain = [timing.per_token(alone, prompt) for prompt in prompts]
             stack.close()
 
         @contextlib.contextmanager
-        def trial(shape: Shape) -> Iterator[Callable[[int], float | None]]:
-            with engine.open(setup, shape) as drafted:
+        def trial(way: Way) -> Iterator[Callable[[int], float | None]]:
+            with engine.open(taking(setup, way.drafts), way.shape) as drafted:
 
                 def ratio(number: int) -> float | None:
-                    before = plain[number] if plain else per_token(alone, number)
-                    drafting = per_token(drafted, number)
+                    before = plain[number] if plain else timing.per_token(alone, prompts[number])
+                    drafting = timing.per_token(drafted, prompts[number])
                     return before / drafting if before and drafting else None
 
                 if plain:
-                    warm(drafted)
+                    timing.warm(drafted, drafted=True)
                 ratio(0)
                 yield ratio
 
@@ -83,11 +120,13 @@ def tune(run: Run, name: Decodes, budget_s: float) -> Tuned:
         tried = halve(seeds, trial, len(prompts), budget_s - starts_s, len(prompts) if plain else FIRST_PROMPTS)
     if not tried:
         raise DataError("tune: no shape could be measured in the time given; raise --budget-s")
+    if not timing.temperature:
+        tried = [one.model_copy(update={"drafts": "greedy"}) for one in tried]
     return Tuned(
         engine=name,
         draft=draft_digest(run.files.draft),
-        shape=fastest(tried),
-        chain=fastest(tried, chains_only=True),
-        tried=[Tried(shape=t.shape, speedup=t.speedup, prompts=len(t.ratios)) for t in tried],
+        temperature=timing.temperature,
+        best=fastest(tried),
+        tried=tried,
         created_with=run.created_with,
     )

@@ -155,6 +155,12 @@ class EvaluationSettings(Record):
     dtype: str
     threads: int | None = None
 
+    @property
+    def filters(self) -> str:
+        """`, top-p 0.95, top-k 40` of what was drawn; empty where neither was on."""
+        top_p = f", top-p {self.top_p:g}" if self.top_p < 1 else ""
+        return top_p + (f", top-k {self.top_k}" if self.top_k else "")
+
 
 class PlainReference(Record):
     """Of the target alone: what drafted outputs and times are compared with."""

@@ -2,7 +2,7 @@
 
 from draftsmith.core.records.base import Decodes, Number, Points, Record
 from draftsmith.core.records.run import Provenance
-from draftsmith.core.shape import Shape
+from draftsmith.core.shape import DraftSampling, Shape
 
 
 class Link(Record):
@@ -70,9 +70,17 @@ class Probe(Record):
 
 
 class Tried(Record):
+    """A shape with its drafts taken in one way."""
+
     shape: Shape
+    drafts: DraftSampling = "greedy"
     speedup: float
+    """Median over prompts."""
     prompts: int
+
+    def __str__(self) -> str:
+        """`3/1/4, sampled drafts`"""
+        return f"{self.shape}{', sampled drafts' if self.drafts == 'sampled' else ''}"
 
 
 class Tuned(Record):
@@ -81,10 +89,10 @@ class Tuned(Record):
     engine: Decodes
     draft: str | None
     """Digest of its weights."""
-    shape: Shape | None
-    """The fastest; null where plain decoding is faster."""
-    chain: Shape | None
-    """The fastest chain, for engines that draft nothing else."""
+    temperature: float = 0.0
+    """Of the texts, with evaluate.top_p and top_k; at 0 the ways of taking drafts are one."""
+    best: Tried | None
+    """The fastest on this engine; null where plain decoding is faster. Another engine takes the fastest that it can."""
     tried: list[Tried]
     created_with: Provenance
 
