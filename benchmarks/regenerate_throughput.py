@@ -27,8 +27,8 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from draftsmith.core.recipe import Source
     from draftsmith.core.recipe_file import load_recipe
+    from draftsmith.core.sources import Source
     from draftsmith.data.prompts import read_source
     from draftsmith.data.templates import ChatFormat
     from draftsmith.decoding.sampling import Sampling

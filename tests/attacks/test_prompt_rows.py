@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from models import tiny_recipe
 from outcomes import FUZZED, KINDS, ODD, fuzzed, one_gigabyte, outcome, put
 
-from draftsmith.core.recipe import Source
 from draftsmith.core.records.data import Prompt
+from draftsmith.core.sources import Source
 from draftsmith.data.prompts import Tally, gather, prompts_of
 from draftsmith.data.rows import DIALOGUES, IDS, MEDIA, ROLES, TEXTS
 

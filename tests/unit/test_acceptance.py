@@ -5,8 +5,8 @@ from draftsmith.core.records.evaluation import Acceptance, Difference, Lossless,
 from draftsmith.core.shape import Shape
 from draftsmith.decoding.generation import Generation
 from draftsmith.evaluation.acceptance import bootstrap_tau, count, oracle_walk, paired_difference, summarise
+from draftsmith.evaluation.asking import balanced
 from draftsmith.evaluation.draft_sampling import more_accepted
-from draftsmith.evaluation.evaluate import balanced
 from draftsmith.evaluation.lossless import first_difference, lossless_verdict
 from draftsmith.training.metrics import converged
 

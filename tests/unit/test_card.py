@@ -219,7 +219,7 @@ def test_each_setting_has_its_own_figures(make):
     sampled = acceptance("3/1/4", 1.0, 1.9174).model_copy(update={"drafts": "sampled"})
     save(run, "embedded", results(acceptance=[*results().acceptance, sampled]))
     card = make_card(run, NOTHING)
-    chain = "| draftsmith | bf16 | 3/1/4 | 0 | greedy | 2.20 | 2.06 to 2.34 | 1.74 | - | 0.57 / 0.65 / - |"
+    chain = "| draftsmith | bf16 | 3/1/4 | 0 | greedy | 2.20 | 2.06 to 2.34 | 1.74 | - | - | 0.57 / 0.65 / - |"
     assert row(card, "draftsmith", "bf16", "3/1/4", "0") == chain
     assert " 1.66 | 1.53 to 1.81 | 1.20 | - |" in row(card, "draftsmith", "bf16", "3/4/8", "1", "greedy")
     assert " 1.92 | 1.78 to 2.06 | 1.45 | - |" in row(card, "draftsmith", "bf16", "3/1/4", "1", "sampled")
@@ -382,7 +382,7 @@ def test_what_others_wrote_stays_text(make):
     assert "<script>" not in body
     assert body.count(as_text(HOSTILE)) == 5  # the table's head, the limitations, the licence, the author, the data
     assert as_text("a|b\n<i>") == r"a\|b &lt;i&gt;"
-    assert row(card, "draftsmith", "bf16", "3/1/4", "0").count("|") == 10
+    assert row(card, "draftsmith", "bf16", "3/1/4", "0").count("|") == 11
 
 
 def test_a_draft_that_says_nothing_of_its_making_gets_no_card(make):

@@ -12,8 +12,8 @@ from draftsmith.core.records.training import Belongs, TrainingState
 from draftsmith.core.shape import Shape
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.decoding.generation import Generation
+from draftsmith.evaluation.asking import Question
 from draftsmith.evaluation.check import compare_engines
-from draftsmith.evaluation.evaluate import Question
 from draftsmith.training.checkpoints import save_checkpoint
 from draftsmith.training.export import damages, export
 

@@ -13,8 +13,9 @@ import torch
 from models import VOCAB, WORDS, save_tiny_target, tiny_lm, tiny_recipe, tiny_target, tiny_tokenizer, write_prompts
 
 from draftsmith.core.errors import CheckpointError, DataError
-from draftsmith.core.recipe import Source, Template
+from draftsmith.core.recipe import Template
 from draftsmith.core.records.data import Completion, CompletionsSummary, Prompt
+from draftsmith.core.sources import Source
 from draftsmith.data.prompts import gather, read_source
 from draftsmith.data.regenerate import Regeneration, read_completions
 from draftsmith.data.rows import messages_of

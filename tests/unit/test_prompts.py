@@ -12,8 +12,8 @@ import pytest
 from models import tiny_recipe
 
 from draftsmith.core.errors import DataError, RecipeError
-from draftsmith.core.recipe import Source
 from draftsmith.core.records.data import Prompt, PromptsSummary
+from draftsmith.core.sources import Source
 from draftsmith.data.prompts import gather, read_source
 from draftsmith.data.rows import NothingToAsk, map_columns, messages_of, read_row
 from draftsmith.data.sources import data_files, hub_source
@@ -478,7 +478,7 @@ def test_our_own_name_of_a_column_is_checked():
 def test_any_set_on_the_hub_is_a_source(name, asked, monkeypatch):
     calls = []
 
-    def load(path, config, split, streaming):
+    def load(path, config, split, streaming, revision):
         calls.append((path, config, split))
         rows = datasets.Dataset.from_list([{"question": f"{i}?", "category": "math"} for i in range(9)])
         rows = rows.to_iterable_dataset()

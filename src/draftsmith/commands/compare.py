@@ -42,8 +42,9 @@ class Compare(RecipeCommand):
         for directory in directories:  # one that is no draft is told before any is measured
             load_draft(directory, layers=layers, reading=self.taps)
         out = run.files.comparison.parent
+        sets = run.evaluation_sets()
         base = Setup(run.recipe, own, out, run.target if engine.in_process else None, self.taps)
-        drafts = [measure(engine, replace(base, draft=d), layers, prompts, out) for d in directories]
+        drafts = [measure(engine, replace(base, draft=d), layers, prompts, out, sets) for d in directories]
         drafts = pair_up([draft.model_copy(update={"predicted": speeds_of(run, draft)}) for draft in drafts])
         Comparison(created_with=run.created_with, drafts=drafts).save(run.files.comparison)
         picture = run.files.comparison.with_suffix(".svg")

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from draftsmith.commands.base import RecipeCommand
 from draftsmith.core.errors import DataError
-from draftsmith.core.recipe import Positive
+from draftsmith.core.recipe_model import Positive
 
 if TYPE_CHECKING:
     from draftsmith.runs.run import Run

@@ -10,7 +10,8 @@ from draftsmith.commands.base import RecipeCommand
 from draftsmith.core import files
 from draftsmith.core.errors import RecipeError
 from draftsmith.core.progress import say
-from draftsmith.core.recipe import DEFAULT_SHAPE, Positive, Share
+from draftsmith.core.recipe import DEFAULT_SHAPE
+from draftsmith.core.recipe_model import Positive, Share
 from draftsmith.core.shape import Shape
 
 if TYPE_CHECKING:

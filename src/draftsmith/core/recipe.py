@@ -5,27 +5,20 @@ The string under each field is its help text.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from draftsmith.core import secrets
+from draftsmith.core.recipe_model import Count, Model, Positive, Share, path_part
 from draftsmith.core.shape import DraftSampling, Shape
-
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-
+from draftsmith.core.sources import EvaluationSet, Source
 
 ServerUrl = Annotated[str, AfterValidator(secrets.server_url)]
 CommandLine = Annotated[str, AfterValidator(secrets.command_line)]
 
 EngineName = Literal["vllm", "sglang"]
 DecoderName = Literal["auto", "embedded", "vllm", "sglang"]
-
-
-class Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
 
 class Template(Model):
@@ -99,45 +92,6 @@ class ServerRecipe(Model):
     """Environment variable that holds the servers' key, if they want one; `Basic ...` in it goes to them as it is."""
     ca_file: Path | None = None
     """PEM file of the authority that signed the servers' certificates, where they are https and it is your own."""
-
-
-Column = Literal[
-    "prompt",
-    "messages",
-    "conversations",
-    "turns",
-    "instruction",
-    "input",
-    "question",
-    "problem",
-    "system",
-    "tools",
-    "id",
-    "category",
-    "source",
-]
-
-
-class Source(Model):
-    """One source of prompts."""
-
-    name: str
-    """`bundled` (495 prompts), `bundled-train` (6,000), `bundled-dev` (180); ultrachat, opencodeinstruct, codealpaca,
-    gsm8k or hendrycks-math; a path to .json, .jsonl, .csv, .tsv, .parquet, .arrow or .txt, plain or packed (.gz, .bz2,
-    .xz, .zst); a folder of such files; or any data set on the hub as owner/name[:config][:split]."""
-    columns: dict[Column, str] = {}
-    """Where rows have keys that are not known: ours to theirs, such as {prompt: my_question, system: my_persona}.
-    Known without it are prompt, messages, conversations, turns, instruction with input, question and problem, beside
-    them system, tools, id, category and source."""
-    category: str | None = None
-    """Category of rows that carry none."""
-    limit: Positive | None = None
-    """Take at most this many prompts, chosen by the recipe's seed."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_alone(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
 
 
 class PromptsRecipe(Model):
@@ -347,6 +301,16 @@ class EvaluateRecipe(Model):
     """Prompts on which greedy output must equal plain decoding, in fp32."""
     lossless_tokens: Positive = 128
     """Tokens compared per prompt."""
+    sets: tuple[EvaluationSet, ...] = ()
+    """Sets that people quote, measured beside the run's own prompts: mt-bench, humaneval, gsm8k, math500, alpaca (80
+    prompts), spec-bench from the hub or {name, path}; speed-bench and sets of your own by path."""
+
+    @model_validator(mode="after")
+    def _sets_once(self) -> "EvaluateRecipe":
+        names = [chosen.name for chosen in self.sets]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"evaluate.sets: {twice} is given twice; give one of them another name and a path")
+        return self
 
 
 class ServeRecipe(Model):
@@ -403,16 +367,10 @@ class CardRecipe(Model):
     """Who stands behind the draft."""
 
 
-def _path_part(name: str) -> str:
-    if name in ("", ".", "..") or "/" in name or not name.isprintable() or len(name.encode()) > 200:
-        raise ValueError(f"{name!r} given; it names a directory: no /, no line break, 1 to 200 bytes, not . or ..")
-    return name
-
-
 class Recipe(Model):
     """One run, from prompts to a proven draft."""
 
-    name: Annotated[str, AfterValidator(_path_part)]
+    name: Annotated[str, AfterValidator(path_part)]
     """Name of the run directory under `runs/`."""
     seed: int = 0
     """Every random choice follows from it."""

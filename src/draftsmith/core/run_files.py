@@ -8,6 +8,7 @@ RUN/
     train/        checkpoint-NNNNNN/ best/ hidden_states/ metrics.jsonl timing.jsonl summary.json
     export/draft/ what engines load, and the model card
     evaluate/     results.json parts/; evaluate-ENGINE/ beside it where another engine was asked for
+    sets/         NAME-KEY.json: a named evaluation set as it was read
     compare/ predict/ probe.json probe-ENGINE.json tune-ENGINE.json
 """
 
@@ -128,6 +129,10 @@ class RunFiles:
 
     def prediction(self, name: str) -> Path:
         return self.root / "predict" / f"{name}.json"
+
+    @property
+    def sets(self) -> Path:
+        return self.root / "sets"
 
     @property
     def comparison(self) -> Path:

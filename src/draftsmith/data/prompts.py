@@ -17,8 +17,9 @@ from draftsmith.core import run_files
 from draftsmith.core.errors import DataError
 from draftsmith.core.files import digest, replace
 from draftsmith.core.progress import Meter, say
-from draftsmith.core.recipe import Recipe, Source
+from draftsmith.core.recipe import Recipe
 from draftsmith.core.records.data import Prompt, PromptsSummary
+from draftsmith.core.sources import Source
 from draftsmith.data.rows import IDS, NothingToAsk, label, map_columns, read_row
 from draftsmith.data.sources import HUB, hub_source, read_rows
 
@@ -124,6 +125,11 @@ def _words(text: str) -> str:
     return " ".join(re.findall(r"\w+|[^\w\s]", text.casefold()))
 
 
+def opening(prompt: Prompt) -> bytes:
+    """Of the words of the first user turn: prompts with the same are taken for each other's contamination."""
+    return _known_by(_words(prompt.users[0]))
+
+
 def _known_by(*parts: Any) -> bytes:
     return hashlib.blake2b(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS), digest_size=16).digest()
 
@@ -148,7 +154,7 @@ class Held(NamedTuple):
             prompt.id,
             sys.intern(prompt.category),
             sys.intern(prompt.source),
-            _known_by(next(words for role, words in turns if role == "user")),
+            opening(prompt),
             _known_by(turns, prompt.tools or None),
             # copied, because what orjson returns keeps the far larger block that it was written into
             bytes(memoryview(prompt.line())),

@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from io import BufferedReader, TextIOWrapper
@@ -22,7 +22,7 @@ import orjson
 
 from draftsmith.core.errors import DataError
 from draftsmith.core.files import JsonObject
-from draftsmith.core.recipe import Source
+from draftsmith.core.sources import Source
 
 _SETS = Path(str(files("draftsmith.data"))) / "bundled"
 BUNDLED = {  # licences: bundled/LICENCES.md
@@ -41,6 +41,7 @@ class HubSource:
     category: str = "other"
     columns: dict[str, str] = field(default_factory=dict)
     configs: tuple[str | None, ...] = (None,)
+    revision: str | None = None
 
 
 HUB: dict[str, HubSource] = {
@@ -119,8 +120,31 @@ def read_rows(source: Source, seed: int) -> Iterator[Row]:
             f"{', '.join([*sorted(_JSON), *_TYPED])} (packed as {', '.join(sorted(_PACKED))} or not), a folder of such "
             "files, or a data set on the hub as owner/name[:config][:split]"
         )
+    yield from file_rows(paths)
+
+
+def file_rows(paths: Sequence[Path]) -> Iterator[Row]:
     for path in paths:
         yield from _one_line(str(path), _typed_rows if _suffix(path) in _TYPED else _json_rows, path)
+
+
+def remote_rows(place: HubSource | str) -> Iterator[Row]:
+    """In order, of a data set on the hub or of a JSONL file at a URL."""
+    if isinstance(place, str):
+        yield from _one_line(place, _downloaded, place)
+    else:
+        for config in place.configs:
+            yield from _one_line(f"{place.path} from the hub", _streamed, place, config, None)
+
+
+def _downloaded(url: str) -> Iterator[Row]:
+    import httpx2
+
+    answer = httpx2.get(url, timeout=60, follow_redirects=True).raise_for_status()
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / url.rpartition("/")[2]
+        path.write_bytes(answer.content)
+        yield from _json_rows(path)
 
 
 def _suffix(path: Path) -> str:
@@ -271,10 +295,11 @@ def _hub_rows(hub: HubSource, limit: int | None, seed: int) -> Iterator[Row]:
         yield from itertools.islice(_one_line(what, _streamed, hub, config, seed), share)
 
 
-def _streamed(hub: HubSource, config: str | None, seed: int) -> Iterator[Row]:
+def _streamed(hub: HubSource, config: str | None, seed: int | None) -> Iterator[Row]:
+    """In order without a seed."""
     from datasets import load_dataset
 
-    rows = load_dataset(hub.path, config, split=hub.split, streaming=True)
+    rows = load_dataset(hub.path, config, split=hub.split, streaming=True, revision=hub.revision)
     if isinstance(rows, dict):
         name = "train" if "train" in rows else next(iter(rows))
         if name != "train" and len(rows) > 1:
@@ -283,5 +308,5 @@ def _streamed(hub: HubSource, config: str | None, seed: int) -> Iterator[Row]:
                 f"{hub.path}:{config or ''}:{name}"
             )
         rows = rows[name]
-    for number, row in enumerate(rows.shuffle(seed=seed, buffer_size=10_000), 1):
+    for number, row in enumerate(rows if seed is None else rows.shuffle(seed=seed, buffer_size=10_000), 1):
         yield f"{hub.path} row {number}", row

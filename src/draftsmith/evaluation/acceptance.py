@@ -5,8 +5,9 @@ the end of the completion cuts short are left out, and so is text after the onse
 tells no order of its steps: there whole completions that loop are left out, and steps cut short by the end count.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 
 import numpy as np
 
@@ -16,19 +17,21 @@ from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.stopping import loop_onset
 
 RESAMPLES = 1000
+SHORT_CONTEXT = 512  # tokens; contexts up to it are told as one
 INTERVAL_PROMPTS = 10  # a percentile interval called 95 % covers the truth in 48 % of cases at 2 prompts, 85 % at 6
 
 
-def count(name: str, category: str, answer: Generation, depth: int) -> PromptCounts:
-    """What one prompt's verification steps accepted, of `depth` drafted tokens each."""
+def count(name: str, category: str, answer: Generation, depth: int, before: int = 0) -> PromptCounts:
+    """What one answer's verification steps accepted, of `depth` drafted tokens each; `before`: tokens of its prompt."""
     onset, length = loop_onset(answer.ids), len(answer.ids)
     limit = length if onset is None else onset
     if answer.in_order:
         roots = accumulate((accepted + 1 for accepted in answer.verified), initial=0)
         counted = [(root, a) for root, a in zip(roots, answer.verified, strict=False) if root + depth < length]
-        clean = [accepted for root, accepted in counted if root + depth < limit]
+        placed = [(before + root, accepted) for root, accepted in counted if root + depth < limit]
+        clean = [accepted for _, accepted in placed]
     else:
-        counted = [(0, accepted) for accepted in answer.verified]
+        counted, placed = [(0, accepted) for accepted in answer.verified], []
         clean = list(answer.verified) if onset is None else []
     return PromptCounts(
         id=name,
@@ -41,6 +44,43 @@ def count(name: str, category: str, answer: Generation, depth: int) -> PromptCou
         accepted_at=[sum(accepted > d for accepted in clean) for d in range(depth)],
         looping_steps=len(counted) - len(clean),
         looping_accepted=sum(accepted for _, accepted in counted) - sum(clean),
+        context=before + length,
+        by_context=_by_context(placed),
+    )
+
+
+def _by_context(placed: Sequence[tuple[int, int]]) -> dict[int, tuple[int, int]]:
+    """placed: (tokens before the step, what it accepted)."""
+    sums: dict[int, tuple[int, int]] = {}
+    for position, accepted in placed:
+        edge = SHORT_CONTEXT
+        while edge < position:
+            edge *= 2
+        hits, steps = sums.get(edge, (0, 0))
+        sums[edge] = hits + accepted, steps + 1
+    return sums
+
+
+def conversations(rows: Sequence[PromptCounts]) -> list[PromptCounts]:
+    """One row for all turns of a prompt: intervals are over prompts, and turns of one are no two of them."""
+    turns: dict[str, list[PromptCounts]] = defaultdict(list)
+    for row in rows:
+        turns[row.id].append(row)
+    return [turn[0] if len(turn) == 1 else _sum(turn) for turn in turns.values()]
+
+
+def _sum(turns: Sequence[PromptCounts]) -> PromptCounts:
+    def by_depth(name: str) -> list[int]:
+        return [sum(counts) for counts in zip_longest(*(getattr(turn, name) for turn in turns), fillvalue=0)]
+
+    edges = sorted({edge for turn in turns for edge in turn.by_context})
+    each = {edge: [turn.by_context[edge] for turn in turns if edge in turn.by_context] for edge in edges}
+    added = ("tokens", "looping_tokens", "steps", "accepted", "looping_steps", "looping_accepted")
+    return turns[0].model_copy(
+        update={name: sum(getattr(turn, name) for turn in turns) for name in added}
+        | {name: by_depth(name) for name in ("reached", "accepted_at")}
+        | {"context": max(turn.context for turn in turns)}
+        | {"by_context": {edge: (sum(a for a, _ in pairs), sum(n for _, n in pairs)) for edge, pairs in each.items()}}
     )
 
 
@@ -91,12 +131,19 @@ def summarise(
     tokens = sum(row.tokens for row in rows)
     with_loops_steps = sum(row.steps + row.looping_steps for row in rows)
     with_loops_accepted = sum(row.accepted + row.looping_accepted for row in rows)
+    by_category = {name: tau([row for row in rows if row.category == name]) for name in categories}
+    known = [value.tau for value in by_category.values() if value.tau is not None]
+    edges = sorted({edge for row in rows for edge in row.by_context})
+    pairs = {edge: [row.by_context[edge] for row in rows if edge in row.by_context] for edge in edges}
     return Acceptance(
         shape=shape,
         temperature=temperature,
         drafts=drafts,
         all=tau(rows),
-        by_category={name: tau([row for row in rows if row.category == name]) for name in categories},
+        by_category=by_category,
+        macro=sum(known) / len(known) if known else None,
+        by_context={edge: bootstrap_tau([a for a, _ in p], [n for _, n in p]) for edge, p in pairs.items()},
+        longest_context=max((row.context for row in rows), default=0),
         acceptance_by_depth=[h / n if n else None for h, n in zip(hits, reached, strict=True)],
         looping_share=sum(row.looping_tokens for row in rows) / max(1, tokens),
         tau_with_loops=1 + with_loops_accepted / max(1, with_loops_steps),
@@ -127,6 +174,8 @@ def tau_line(entry: Acceptance) -> str:
     """`tau 2.10 [2.02, 2.19] at 3/1/4, T=0 (chat 1.9, code 2.3, math 2.2)`"""
     categories = ", ".join(f"{name} {value.short}" for name, value in entry.by_category.items())
     line = f"tau {entry.all} at {entry.shape}, {entry.how} ({categories})"
+    if len(entry.by_category) > 1 and entry.macro is not None:
+        line += f", mean of the categories {entry.macro:.2f}"
     if entry.oracle is not None and entry.share_of_oracle is not None:
         line += f"; oracle {entry.oracle.short}, share {entry.share_of_oracle:.0%}"
     return line

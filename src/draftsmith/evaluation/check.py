@@ -9,7 +9,7 @@ from draftsmith.core.records.evaluation import Acceptance, PromptCounts
 from draftsmith.core.shape import DraftSampling, Shape
 from draftsmith.decoding.generation import Generation
 from draftsmith.evaluation.acceptance import count, summarise
-from draftsmith.evaluation.evaluate import Question
+from draftsmith.evaluation.asking import Question
 from draftsmith.evaluation.lossless import first_difference
 
 NOISE = 3.0  # standard errors of the paired difference between the two engines

@@ -1,18 +1,21 @@
 """`draftsmith compare`: several drafts of one target on the same prompts, side by side with intervals."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from draftsmith.core import files
 from draftsmith.core.progress import say
+from draftsmith.core.records.data import EvaluationPrompts
 from draftsmith.core.records.evaluation import Acceptance, ComparedDraft, PairedDifference, PlainReference, Profile
 from draftsmith.core.tables import table
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.drafts.directories import inspect_draft, load_draft
 from draftsmith.engines.base import Engine, Setup
 from draftsmith.evaluation.acceptance import paired_difference
-from draftsmith.evaluation.evaluate import PROFILE_PROMPTS, Evaluation, complete
+from draftsmith.evaluation.asking import complete
+from draftsmith.evaluation.evaluate import PROFILE_PROMPTS, Evaluation
 from draftsmith.evaluation.plots import interval_plot
 
 
@@ -22,7 +25,9 @@ def coverage(ids: set[int], answers: Sequence[list[int]]) -> float | None:
     return sum(token in ids for answer in answers for token in answer) / total if total else None
 
 
-def measure(engine: Engine, setup: Setup, layers: int, prompts: Path, out: Path) -> ComparedDraft:
+def measure(
+    engine: Engine, setup: Setup, layers: int, prompts: Path, out: Path, sets: Sequence[EvaluationPrompts] = ()
+) -> ComparedDraft:
     """One draft's row: greedy acceptance at every shape of `evaluate.shapes`, its profile, coverage and size."""
     recipe, directory = setup.recipe, setup.draft
     report = inspect_draft(directory)
@@ -31,21 +36,24 @@ def measure(engine: Engine, setup: Setup, layers: int, prompts: Path, out: Path)
         *sorted(directory.glob("*.safetensors")),
         directory / "config.json",
         prompts,
-        recipe.evaluate.model_dump(mode="json"),
+        recipe.evaluate.model_dump(mode="json", exclude={"sets"}),
         recipe.target.model_dump(mode="json"),
         recipe.seed,
         setup.reading,
     )
-    evaluation = Evaluation(engine, setup, prompts, out / key[:12])
+    evaluation = Evaluation(engine, setup, prompts, out / key[:12], sets)
     say(f"compare: {directory}: reads HF hidden_states {list(draft.config.taps)}")
     for problem in report.serving:
         say(f"compare: {directory}: {problem}; measured all the same")
-    acceptance: list[Acceptance] = []
+    found: dict[str, list[Acceptance]] = defaultdict(list)
     for shape in evaluation.shapes:
         with engine.open(setup, shape) as session:
-            questions = evaluation.questions(session)
-            entry = partial(evaluation.acceptance, session, questions, shape, 0.0)
-            acceptance += filter(None, [evaluation.once(f"tau-{shape}", Acceptance, entry)])
+            asked = evaluation.asked(session)
+            questions = asked[""]
+            for name in asked:
+                entry = partial(evaluation.acceptance, session, asked[name], shape, 0.0)
+                part = evaluation.part(name, asked[name], f"tau-{shape}")
+                found[name] += filter(None, [evaluation.once(part, Acceptance, entry)])
     profile = None
     if engine.in_process:
         profile = evaluation.once("profile", Profile, partial(evaluation.profile, questions))
@@ -63,7 +71,8 @@ def measure(engine: Engine, setup: Setup, layers: int, prompts: Path, out: Path)
         parameters=report.parameters,
         bytes=sum(path.stat().st_size for path in directory.glob("*.safetensors")),
         coverage=coverage(set(ids_D.tolist()), plain.outputs if plain else []),
-        acceptance=acceptance,
+        acceptance=found[""],
+        sets=evaluation.measured_sets(asked, found),
         profile=profile,
         config=draft.config.model_dump(mode="json"),
     )
@@ -71,10 +80,10 @@ def measure(engine: Engine, setup: Setup, layers: int, prompts: Path, out: Path)
 
 def pair_up(drafts: list[ComparedDraft]) -> list[ComparedDraft]:
     """Every entry with its paired difference to the first draft's at the same shape."""
-    first = {entry.shape: entry.prompts for entry in drafts[0].acceptance}
+    first = {(name, entry.shape): entry.prompts for name, entry in drafts[0].entries}
     others = [
         draft.model_copy(
-            update={"against_first": [paired_difference(first[e.shape], e.prompts) for e in draft.acceptance]}
+            update={"against_first": [paired_difference(first[name, e.shape], e.prompts) for name, e in draft.entries]}
         )
         for draft in drafts[1:]
     ]
@@ -85,14 +94,16 @@ def page(drafts: list[ComparedDraft]) -> str:
     """The comparison as text for a terminal."""
     rows, sizes = [], []
     for draft in drafts:
-        paired: list[PairedDifference | None] = [*draft.against_first] or [None] * len(draft.acceptance)
-        for entry, difference in zip(draft.acceptance, paired, strict=True):
+        paired: list[PairedDifference | None] = [*draft.against_first] or [None] * len(draft.entries)
+        for (name, entry), difference in zip(draft.entries, paired, strict=True):
             tau = "too short" if entry.all.tau is None else str(entry.all)
             if difference is not None and difference.difference is not None:
                 tau += f", {difference}"
             depths = "/".join("-" if share is None else f"{share:.2f}" for share in entry.acceptance_by_depth)
-            categories = ", ".join(f"{name} {value.short}" for name, value in entry.by_category.items() if value.tau)
-            rows.append((draft.draft, str(entry.shape), tau, f"depths {depths}", categories))
+            categories = ", ".join(f"{c} {value.short}" for c, value in entry.by_category.items() if value.tau)
+            if entry.macro is not None and len(entry.by_category) > 1:
+                categories += f"; their mean {entry.macro:.2f}"
+            rows.append((draft.draft, name or "own prompts", str(entry.shape), tau, f"depths {depths}", categories))
         covered = "unknown" if draft.coverage is None else f"{draft.coverage:.1%}"
         speeds = ", ".join(f"{gain:.2f}x on {machine}" for machine, gain in draft.predicted.items()) or "nothing"
         sizes.append(

@@ -5,28 +5,27 @@ by side and take turns. What is measured is kept in parts/, so that an interrupt
 """
 
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from draftsmith.core import run_files
 from draftsmith.core.errors import DataError, TargetError
-from draftsmith.core.files import write_atomic
+from draftsmith.core.files import digest
 from draftsmith.core.history import draft_digest
 from draftsmith.core.progress import Meter, say
-from draftsmith.core.records.base import Record
-from draftsmith.core.records.data import Prompt
+from draftsmith.core.records.base import R, measured_once
+from draftsmith.core.records.data import EvaluationPrompts, Prompt
 from draftsmith.core.records.evaluation import (
     Acceptance,
     Difference,
     EvaluationSettings,
     Lossless,
+    MeasuredSet,
     PlainReference,
     Profile,
     Results,
@@ -42,10 +41,11 @@ from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.stopping import Ends, loop_onset
 from draftsmith.drafts.directories import ready_draft
 from draftsmith.engines.base import Engine, Session, Setup
-from draftsmith.evaluation.acceptance import bootstrap_tau, count, oracle_walk, summarise, tau_line
+from draftsmith.evaluation.acceptance import bootstrap_tau, conversations, count, oracle_walk, summarise, tau_line
+from draftsmith.evaluation.asking import Question, balanced, complete, time_group
 from draftsmith.evaluation.draft_sampling import taking, ways
 from draftsmith.evaluation.lossless import difference, first_difference, lossless_verdict, together
-from draftsmith.evaluation.profile import GREEDY, accept_profile
+from draftsmith.evaluation.profile import accept_profile
 
 SHORTEST_TIMED = 8  # tokens
 PROFILE_PROMPTS = 48
@@ -53,88 +53,14 @@ PROFILE_PROMPTS = 48
 SURELY_DRAWS, SURELY_GREEDY = 0.5, 0.8
 SAMPLED_PROMPTS, SAMPLED_TOKENS = 4, 24
 
-R = TypeVar("R", bound=Record)
-
-
-@dataclass(frozen=True)
-class Question:
-    """An evaluation prompt as the target reads it."""
-
-    id: str
-    category: str
-    ids: list[int]
-
-
-def balanced(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
-    """The first prompts of every category in turn, so that a few are as many of each."""
-    queues: dict[str, list[Prompt]] = defaultdict(list)
-    for prompt in prompts:
-        queues[prompt.category].append(prompt)
-    order: list[Prompt] = []
-    while any(queues.values()):
-        order += [queue.pop(0) for queue in queues.values() if queue]
-    return order[:limit]
-
-
-def measured_once(out: Path, name: str, kind: type[R], measure: Callable[[], R | None]) -> R | None:
-    """The measurement, from `parts/` if it was made before; None where there was nothing to measure."""
-    path = out / "parts" / f"{name.replace('/', '-')}.json"
-    if not path.exists():
-        result = measure()
-        if result is None:
-            write_atomic(path, "null")
-        else:
-            result.save(path)
-    return None if path.read_bytes() == b"null" else kind.load(path)
-
-
-def complete(
-    session: Session,
-    questions: Sequence[Question],
-    what: str,
-    sampling: Sampling,
-    length: int,
-    at_once: int | None,
-    stop: Sequence[str] = (),
-    seed: int = 0,
-) -> list[Generation]:
-    """Answers in the questions' order; at most `at_once` of them in flight."""
-    answers: dict[int, Generation] = {}
-    every = session.generate([q.ids for q in questions], sampling, length, stop, seed, at_once=at_once)
-    accepted = steps = 0
-    with Meter(what, len(questions), "prompts") as meter:
-        for number, answer in every:
-            answers[number] = answer
-            accepted, steps = accepted + sum(answer.verified), steps + len(answer.verified)
-            meter.advance(1, len(answer.ids), f"tau {1 + accepted / steps:.2f}" if steps else "")
-    return [answers[number] for number in range(len(questions))]
-
-
-def time_group(
-    session: Session, prompts: list[list[int]], length: int, stop: Sequence[str], sampling: Sampling = GREEDY
-) -> TimedGroup:
-    """Answers to prompts that are asked at once. Seconds are those of decoding where the session tells them, which
-    leaves out the first token, as it comes from the prompt's own forward."""
-    started = time.perf_counter()
-    every = session.generate(prompts, sampling, length, stop, at_once=len(prompts))
-    answers = [answer for _, answer in sorted(every, key=lambda item: item[0])]
-    seconds, tokens = time.perf_counter() - started, sum(len(answer.ids) for answer in answers)
-    own = [answer.seconds for answer in answers if answer.seconds is not None]
-    if len(own) == len(answers):
-        seconds, tokens = sum(own), tokens - len(answers)
-    return TimedGroup(
-        tokens=tokens,
-        seconds=seconds,
-        accepted=sum(sum(answer.verified) for answer in answers),
-        steps=sum(len(answer.verified) for answer in answers),
-        outputs=[answer.ids for answer in answers],
-    )
-
 
 class Evaluation:
     """One draft on one engine. `out`: where results.json, its parts and the engine's logs go."""
 
-    def __init__(self, engine: Engine, setup: Setup, prompts_file: Path, out: Path):
+    def __init__(
+        self, engine: Engine, setup: Setup, prompts_file: Path, out: Path, sets: Sequence[EvaluationPrompts] = ()
+    ):
+        self.sets = {found.name: found for found in sets}
         self.engine, self.setup, self.out = engine, setup, out
         self.recipe, self.settings = setup.recipe, setup.recipe.evaluate
         self.available = list(Prompt.read_rows(prompts_file))
@@ -147,17 +73,49 @@ class Evaluation:
         return measured_once(self.out, name, kind, measure)
 
     def questions(self, session: Session) -> list[Question]:
-        self.chat = ChatFormat.of(self.recipe, session)
-        chosen = balanced(self.available, self.settings.prompts)
+        """The run's own evaluation prompts."""
         longest = longest_prompt(self.recipe.regenerate, session.identity.max_position_embeddings)
-        opened = list(open_conversations(chosen, self.chat, longest, self.recipe.prompts.skip_bad))
+        opened = self._opened(session, self.available, self.settings.prompts, longest, self.recipe.prompts.skip_bad)
         if not opened:
             raise DataError("evaluate: no evaluation prompt is shorter than regenerate.max_prompt_tokens; raise it")
-        return [Question(c.prompt.id, c.prompt.category, c.ids) for c in opened]
+        return opened
+
+    def asked(self, session: Session) -> dict[str, list[Question]]:
+        """The run's own prompts under "", and the named sets as far as they fit into the target's window."""
+        every = {"": self.questions(session)}
+        window = session.identity.max_position_embeddings
+        served = window if self.engine.in_process else min(window, self.recipe.serve.context or window)
+        longest = served - self.settings.max_new_tokens
+        for chosen in self.settings.sets if self.sets else ():
+            prompts, limit = self.sets[chosen.name].prompts, chosen.limit or self.settings.prompts
+            every[chosen.name] = self._opened(session, prompts, limit, longest, True)
+            if lacking := min(len(prompts), limit or len(prompts)) - len(every[chosen.name]):
+                say(f"evaluate: {chosen.name}: {lacking} prompts left out, longer than {longest} tokens or refused")
+        return {name: questions for name, questions in every.items() if questions}
+
+    def _opened(
+        self, session: Session, prompts: Sequence[Prompt], limit: int | None, longest: int, skip_bad: bool
+    ) -> list[Question]:
+        self.chat = ChatFormat.of(self.recipe, session)
+        opened = open_conversations(balanced(prompts, limit), self.chat, longest, skip_bad)
+        return [Question(c.prompt.id, c.prompt.category, c.ids, c.users, longest) for c in opened]
+
+    def measured_sets(self, asked: dict[str, list[Question]], found: dict[str, list[Acceptance]]) -> list[MeasuredSet]:
+        return [
+            MeasuredSet(
+                **told.model_dump(include={"name", "source", "licence", "trained_on"}),
+                digest=digest([prompt.messages for prompt in told.prompts]),
+                prompts=len(asked[name]),
+                prompts_available=len(told.prompts),
+                acceptance=found[name],
+            )
+            for name, told in self.sets.items()
+            if name in asked
+        ]
 
     def run(self, created_with: Provenance) -> Results:
         settings, engine, setup = self.settings, self.engine, self.setup
-        acceptance: list[Acceptance] = []
+        found: dict[str, list[Acceptance]] = defaultdict(list)
         speed: list[Speed] = []
         proofs: list[Lossless] = []
         left_out: set[float] = set()
@@ -166,19 +124,22 @@ class Evaluation:
         for shape in self.shapes:
             for number, (drafts, temperatures) in enumerate(ways(engine, setup, shape)):
                 with engine.open(taking(setup, drafts), shape, settings.url) as drafted:
-                    questions = self.questions(drafted)
+                    asked = self.asked(drafted)
+                    questions = asked[""]
                     for temperature in temperatures:
                         if temperature and not self.draws(drafted, questions, temperature):
                             left_out.add(temperature)
-                        else:
-                            acceptance.append(self._acceptance(drafted, questions, shape, temperature, drafts))
+                            continue
+                        for name in asked:
+                            entry = self._acceptance(drafted, name, asked[name], shape, temperature, drafts)
+                            found[name].append(entry)
                     if number:  # greedy texts do not depend on how drafts are taken
                         continue
                     speed += self._speeds(drafted, questions, shape, plain)
                     if plain is not None:
                         proof = partial(self._identity, drafted, questions, shape, plain.outputs)
                         proofs += filter(None, [self.once(f"lossless-{shape}", Lossless, proof)])
-        if not acceptance:
+        if not found:
             raise DataError("evaluate.temperatures: none that this server draws at; add 0.0")
         profile = sampled_profile = None
         if engine.in_process:
@@ -191,27 +152,32 @@ class Evaluation:
         say(str(lossless_verdict(lossless)))
         results = Results(
             created_with=created_with,
-            settings=EvaluationSettings(
-                engine=engine.name,
-                draft=draft_digest(setup.draft),
-                prompts=len(questions),
-                prompts_available=len(self.available),
-                max_new_tokens=settings.max_new_tokens,
-                top_p=settings.top_p,
-                top_k=settings.top_k,
-                target=self.recipe.target.model,
-                dtype=self.recipe.target.dtype,
-                threads=torch.get_num_threads() if engine.in_process else None,
-            ),
-            acceptance=acceptance,
+            settings=self._told_settings(questions, drafted.identity.max_position_embeddings),
+            acceptance=found[""],
             left_out=sorted(left_out),
             lossless=lossless,
             speed=speed,
             profile=profile,
             sampled_profile=sampled_profile,
+            sets=self.measured_sets(asked, found),
         )
         results.save(run_files.results(self.out))
         return results
+
+    def _told_settings(self, questions: list[Question], window: int) -> EvaluationSettings:
+        return EvaluationSettings(
+            engine=self.engine.name,
+            draft=draft_digest(self.setup.draft),
+            prompts=len(questions),
+            prompts_available=len(self.available),
+            max_new_tokens=self.settings.max_new_tokens,
+            top_p=self.settings.top_p,
+            top_k=self.settings.top_k,
+            target=self.recipe.target.model,
+            dtype=self.recipe.target.dtype,
+            threads=torch.get_num_threads() if self.engine.in_process else None,
+            window=window,
+        )
 
     # --- accept length --------------------------------------------------------------------------------------------
 
@@ -219,14 +185,22 @@ class Evaluation:
         return Sampling(temperature, self.settings.top_p, self.settings.top_k) if temperature else Sampling()
 
     def _acceptance(
-        self, session: Session, questions: list[Question], shape: Shape, temperature: float, drafts: DraftSampling
-    ) -> Acceptance:
+        self, session: Session, name: str, questions: list[Question], shape: Shape, temperature: float,
+        drafts: DraftSampling,
+    ) -> Acceptance:  # fmt: skip
+        """Of a named set, or of the run's own prompts (no name)."""
         sampled = drafts == "sampled" and temperature > 0  # at temperature 0 a draw is the first choice
         measure = partial(self.acceptance, session, questions, shape, temperature, "sampled" if sampled else "greedy")
-        entry = self.once(f"tau-{shape}-T{temperature:g}{'-sampled' if sampled else ''}", Acceptance, measure)
+        part = f"tau-{shape}-T{temperature:g}{'-sampled' if sampled else ''}"
+        entry = self.once(self.part(name, questions, part), Acceptance, measure)
         assert entry is not None, "there are questions"
-        say(tau_line(entry))
+        say(f"{f'{name}: ' if name else ''}{tau_line(entry)}")
         return entry
+
+    @staticmethod
+    def part(name: str, questions: list[Question], part: str) -> str:
+        """Sets come and go in a recipe, and what was measured of others stands."""
+        return f"{name}-{digest([[q.ids, q.users] for q in questions])[:8]}-{part}" if name else part
 
     def acceptance(
         self,
@@ -236,20 +210,36 @@ class Evaluation:
         temperature: float,
         drafts: DraftSampling = "greedy",
     ) -> Acceptance:
+        """All turns of all questions."""
+        asked: list[Question] = []
+        answers: list[Generation] = []
+        turn = questions
+        while turn:
+            told = self._answers(session, turn, f"tau {shape} T={temperature:g}", temperature)
+            self._require_told(told, shape)
+            asked, answers = asked + turn, answers + told
+            following = [q.after(answer, self.chat) for q, answer in zip(turn, told, strict=True)]
+            turn = [question for question in following if question is not None]
+        pairs = zip(asked, answers, strict=True)
+        rows = conversations([count(q.id, q.category, a, shape.steps, len(q.ids)) for q, a in pairs])
+        entry = summarise(rows, shape, temperature, drafts)
+        greedy_chain = shape.topk == 1 and drafts == "greedy"
+        return self._with_oracle(session, entry, asked, answers) if temperature and greedy_chain else entry
+
+    def _answers(self, session: Session, turn: list[Question], what: str, temperature: float) -> list[Generation]:
         length, stop = self.settings.max_new_tokens, self.chat.stop
         # An engine may tell nothing of completions that a stop text ends: there it is looked for afterwards.
         asked_stop = stop if self.engine.tells_of_stopped else ()
-        what = f"tau {shape} T={temperature:g}"
         sampling, seed = self.sampling(temperature), self.recipe.seed
-        answers = complete(session, questions, what, sampling, length, session.capacity, asked_stop, seed)
-        if not self.engine.tells_of_stopped:
-            ends = Ends(frozenset(), session.tokenizer, stop)
-            answers = [replace(a, ids=ends.of_answer(a.ids, a.finish_reason)[0]) for a in answers]
-        self._require_told(answers, shape)
-        rows = [count(q.id, q.category, answer, shape.steps) for q, answer in zip(questions, answers, strict=True)]
-        entry = summarise(rows, shape, temperature, drafts)
-        greedy_chain = shape.topk == 1 and drafts == "greedy"
-        return self._with_oracle(session, entry, questions, answers) if temperature and greedy_chain else entry
+        answers = complete(session, turn, what, sampling, length, session.capacity, asked_stop, seed)
+        if self.engine.tells_of_stopped:
+            return answers
+        ends = Ends(frozenset(), session.tokenizer, stop)
+        cut = [(answer, *ends.of_answer(answer.ids, answer.finish_reason)) for answer in answers]
+        return [
+            answer if len(ids) == len(answer.ids) else replace(answer, ids=ids, finish_reason=reason)
+            for answer, ids, reason in cut
+        ]
 
     def _require_told(self, answers: list[Generation], shape: Shape) -> None:
         """A server that drafts another shape, or none, is an error."""

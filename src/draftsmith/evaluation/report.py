@@ -224,6 +224,7 @@ def write_report(files_of_run: RunFiles, tokenizer: Any, serve: Mapping[EngineNa
     rows = sample_completions(read_completions(run.files.completions), ANSWERS, run.recipe.seed if run.recipe else 0)
     page = environment().from_string((files("draftsmith.evaluation") / "report.html").read_text("utf-8"))
     entries = run.results.acceptance if run.results else []
+    everywhere = run.results.entries if run.results else []
     held_out = [row for row in run.metrics if row.held_out]
     text = page.render(
         run=run,
@@ -240,6 +241,8 @@ def write_report(files_of_run: RunFiles, tokenizer: Any, serve: Mapping[EngineNa
         entries=entries,
         categories=categories_of(entries),
         depth=max((len(entry.acceptance_by_depth) for entry in entries), default=0),
+        everywhere=everywhere,
+        contexts=sorted({edge for _, entry in everywhere for edge in entry.by_context}),
         evaluation_plots=[tau_plot(entries), depth_plot(entries)] if entries else [],
         pairs=trees_and_chains(run.results) if run.results else [],
         engine_categories=categories_of(e for results in run.elsewhere for e in results.acceptance),

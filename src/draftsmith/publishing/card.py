@@ -77,6 +77,8 @@ def _public_recipe(recipe: Recipe) -> str:
     values = recipe.model_dump(mode="json", exclude={"server", "serve", "device", "card"})
     values["evaluate"] = {k: v for k, v in values["evaluate"].items() if k not in ("engine", "url", "plain_url")}
     values["target"]["model"] = base_model(recipe)
+    for chosen in values["evaluate"]["sets"]:
+        chosen["path"] = chosen["path"] and Path(chosen["path"]).name
     for source in (*values["prompts"]["sources"], *values["prompts"]["evaluation"]):
         source["name"] = Path(source["name"]).name
     return yaml.safe_dump(values, sort_keys=False, width=120)
@@ -112,13 +114,13 @@ def _head(recipe: Recipe, target: str, licence: Licence, found: list[Results]) -
         EvalResult(
             task_type="text-generation",
             dataset_type="prompts",
-            dataset_name=f"{results.settings.prompts} prompts held out of training",
+            dataset_name=name or f"{results.settings.prompts} prompts held out of training",
             metric_type="accept_length",
             metric_name=f"tau at {entry.shape}, {entry.how}, on {ENGINES[results.settings.engine].title}",
             metric_value=round(entry.all.tau, 3),
         )
         for results in found
-        for entry in results.acceptance
+        for name, entry in results.entries
         if entry.all.tau is not None
     ]
     return ModelCardData(
@@ -185,6 +187,10 @@ def make_card(run: FinishedRun, prediction: Predictions) -> str:
         first=found[0],
         results=titled,
         categories=sorted({name for entry in entries for name in entry.by_category}),
+        sets=[(title, measured) for title, results in titled for measured in results.sets],
+        contexts=_contexts(found),
+        longest=max(entry.longest_context for results in found for _, entry in results.entries),
+        window=found[0].settings.window,
         hottest=max((entry.temperature for entry in entries), default=0.0),
         losslessness=_losslessness(titled),
         hardware="; ".join(dict.fromkeys(str(r.created_with.hardware) for r in found if r.speed)),
@@ -197,6 +203,12 @@ def make_card(run: FinishedRun, prediction: Predictions) -> str:
         sampling=_sampling(recipe),
         training=TrainingSummary.load(run_files.summary(run.files.train)),
     )
+
+
+def _contexts(found: list[Results]) -> list[int]:
+    """Where tau is told by context: not where all of it is short."""
+    edges = sorted({edge for results in found for _, entry in results.entries for edge in entry.by_context})
+    return edges if len(edges) > 1 else []
 
 
 def _records(run: RunFiles, results: list[Path]) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from draftsmith.drafts.directories import ReadyDraft
 from draftsmith.engines import ENGINES
 from draftsmith.engines.base import Setup
 from draftsmith.engines.embedded import EmbeddedSession
+from draftsmith.evaluation.asking import complete
 from draftsmith.evaluation.check import Agreement, compare_engines
 from draftsmith.evaluation.draft_sampling import taking
-from draftsmith.evaluation.evaluate import Evaluation, complete
+from draftsmith.evaluation.evaluate import Evaluation
 from draftsmith.runs.run import Run
 from draftsmith.training.export import damages, trained_draft
 

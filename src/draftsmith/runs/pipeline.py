@@ -26,6 +26,7 @@ from draftsmith.core.recipe import BOOKKEEPING
 from draftsmith.core.recipe_file import dump_recipe
 from draftsmith.core.records.run import Manifest, StageRun, StageState
 from draftsmith.core.secrets import masked
+from draftsmith.core.sources import Source
 from draftsmith.runs.run import Run, commit
 
 FORMAT = 3  # raise when a stage's output changes meaning
@@ -106,6 +107,7 @@ def _evaluate(run: Run, out: Path) -> None:
     from draftsmith.engines import ENGINES, SERVERS
     from draftsmith.evaluation.evaluate import Evaluation
 
+    sets = run.evaluation_sets()  # first, as nothing may be lost to a set that cannot be read
     run.tell_engine("evaluate")
     name = run.evaluation_engine
     stuck = name == "embedded" and run.target.library is not None and not run.target.library.can_cut_back
@@ -115,7 +117,7 @@ def _evaluate(run: Run, out: Path) -> None:
     if name in SERVERS and run.recipe.evaluate.url is None:
         run.release_target()
     setup = run.setup(name, out)
-    Evaluation(ENGINES[name], setup, run.files.evaluation_prompts, out).run(run.created_with)
+    Evaluation(ENGINES[name], setup, run.files.evaluation_prompts, out, sets).run(run.created_with)
 
 
 def _report(run: Run, out: Path) -> None:
@@ -136,6 +138,20 @@ def _part(*names: str) -> Callable[[Run], Any]:
         return {name: target_part(recipe) if name == "target" else recipe[name] for name in names}
 
     return key
+
+
+def _evaluation_key(run: Run, *without: str) -> list[Any]:
+    from draftsmith.data.sources import data_files
+
+    serve = {"draft_sampling"} if run.evaluation_engine == "embedded" else SERVED
+    local = [Source(name=str(chosen.path)) for chosen in run.recipe.evaluate.sets if chosen.path and not without]
+    return [
+        [files.digest(*data_files(source)) for source in local],
+        _part("target", "seed")(run),
+        run.recipe.evaluate.model_dump(mode="json", exclude=set(without)),
+        run.recipe.regenerate.max_prompt_tokens,
+        run.recipe.serve.model_dump(mode="json", include=serve),
+    ]
 
 
 # of `serve`, what an evaluation depends on
@@ -188,15 +204,11 @@ STAGES = (
     Stage(
         "evaluate",
         "measure accept length, speed and losslessness",
-        lambda run: [
-            _part("target", "evaluate", "seed")(run),
-            run.recipe.regenerate.max_prompt_tokens,
-            run.recipe.serve.model_dump(
-                mode="json", include={"draft_sampling"} if run.evaluation_engine == "embedded" else SERVED
-            ),
-        ],
+        _evaluation_key,
         lambda run: [run_files.weights(run.files.draft), run.files.evaluation_prompts],
         _evaluate,
+        # Sets are measured one by one, so another one continues it.
+        lambda run: _evaluation_key(run, "sets"),
         memory=("evaluate.lossless_prompts", "regenerate.batch_size"),
     ),
     Stage(

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from draftsmith.core import run_files
 from draftsmith.core.errors import RecipeError
-from draftsmith.core.recipe import Recipe, Source
+from draftsmith.core.recipe import Recipe
 from draftsmith.core.records.data import CompletionsSummary, Timing
 from draftsmith.core.records.run import Manifest
 from draftsmith.core.records.training import StepTiming, TrainingSummary
 from draftsmith.core.run_files import RunFiles
+from draftsmith.core.sources import Source
 from draftsmith.core.tables import table
 from draftsmith.data.prompts import Tally, prompts_of
 from draftsmith.data.sources import hub_source

@@ -21,7 +21,7 @@ from draftsmith.drafts import METHODS
 from draftsmith.drafts.directories import ReadyDraft, ready_draft
 from draftsmith.engines import SERVERS
 from draftsmith.engines.base import Setup
-from draftsmith.evaluation.evaluate import balanced
+from draftsmith.evaluation.asking import balanced
 from draftsmith.hardware import probe as probing
 from draftsmith.runs.run import Run
 from draftsmith.targets.parts import DTYPES, resolve_device

@@ -20,7 +20,7 @@ from draftsmith.core.lock import RunLock
 from draftsmith.core.progress import say
 from draftsmith.core.recipe import DEFAULT_SHAPE, DecoderName, EngineName, Recipe
 from draftsmith.core.records.base import Decodes
-from draftsmith.core.records.data import IdentityCheck
+from draftsmith.core.records.data import EvaluationPrompts, IdentityCheck
 from draftsmith.core.records.machine import Tried, Tuned
 from draftsmith.core.records.run import Hardware, Provenance, StageState
 from draftsmith.core.run_files import RunFiles
@@ -186,6 +186,13 @@ class Run:
         if self.recipe.evaluate.url is not None and here:
             raise TargetError("evaluate.url: given, but the embedded engine decodes; give --evaluate.engine too")
         return self.engine_of("evaluate")
+
+    def evaluation_sets(self) -> list[EvaluationPrompts]:
+        """Those of evaluate.sets, read where they were not before."""
+        from draftsmith.data.sets import read_set
+
+        training, skip_bad = self.files.training_prompts, self.recipe.prompts.skip_bad
+        return [read_set(chosen, training, self.files.sets, skip_bad) for chosen in self.recipe.evaluate.sets]
 
     def engine_of(self, stage: Literal["regenerate", "evaluate"]) -> Decodes:
         """What decodes in a stage: servers where the target runs on them; else what is asked for, and for `auto` vLLM

@@ -13,8 +13,9 @@ from draftsmith.core.shape import DraftSampling
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.engines import ENGINES
 from draftsmith.engines.base import Session, Setup
+from draftsmith.evaluation.asking import complete, time_group
 from draftsmith.evaluation.draft_sampling import taking, takings
-from draftsmith.evaluation.evaluate import SHORTEST_TIMED, Evaluation, complete, time_group
+from draftsmith.evaluation.evaluate import SHORTEST_TIMED, Evaluation
 from draftsmith.hardware.accept_length import AcceptLength
 from draftsmith.hardware.cost_model import Costs, MeasuredCosts
 from draftsmith.hardware.predict import candidate_shapes, predict_all

@@ -43,6 +43,20 @@ class PromptsSummary(Record):
     by_source: dict[str, int]
 
 
+class EvaluationPrompts(Record):
+    """sets/NAME-KEY.json: a named evaluation set as it was read, once for all engines."""
+
+    name: str
+    source: str
+    """Data set, revision and split, or the file."""
+    licence: str
+    prompts: list[Prompt]
+    trained_on: int
+    """Prompts left out because training prompts begin alike."""
+    left_out: dict[str, int]
+    """Rows that lost something, or all, by reason."""
+
+
 class Completion(Record):
     """A row of completions/NNNNN.jsonl: a conversation as token ids.
 

@@ -47,6 +47,11 @@ class PromptCounts(Record):
     accepted_at: list[int] = []
     looping_steps: int = 0
     looping_accepted: int = 0
+    context: int = 0
+    """Tokens of prompt and answer together, in the longest turn."""
+    by_context: dict[int, tuple[int, int]] = {}
+    """(accepted, steps) of the steps with at most so many tokens before them and more than half as many; 512 has all
+    shorter ones. Empty where the engine tells no order."""
 
 
 class Acceptance(Record):
@@ -57,6 +62,12 @@ class Acceptance(Record):
     drafts: DraftSampling = "greedy"
     all: Tau
     by_category: dict[str, Tau]
+    macro: float | None = None
+    """Mean of the categories' tau, each as heavy as any other."""
+    by_context: dict[int, Tau] = {}
+    """By tokens before the step, as in `prompts`."""
+    longest_context: int = 0
+    """Tokens of the longest prompt with its answer: nothing is known beyond."""
     acceptance_by_depth: list[float | None]
     """Share accepted of the steps that reached the depth."""
     looping_share: float
@@ -154,6 +165,8 @@ class EvaluationSettings(Record):
     target: str
     dtype: str
     threads: int | None = None
+    window: int | None = None
+    """Tokens that the target can read at once."""
 
     @property
     def filters(self) -> str:
@@ -170,12 +183,39 @@ class PlainReference(Record):
     """By requests at once."""
 
 
-class Results(Record):
+class MeasuredSet(Record):
+    """A named evaluation set."""
+
+    name: str
+    source: str
+    licence: str
+    digest: str
+    """Of its prompts: the same for the same ones."""
+    prompts: int
+    prompts_available: int
+    """Without those that were trained on."""
+    trained_on: int
+    """Prompts left out because training prompts begin alike."""
+    acceptance: list[Acceptance]
+
+
+class Measured(Record):
+    """Accept lengths on the run's own evaluation prompts and on named sets."""
+
+    acceptance: list[Acceptance]
+    sets: list[MeasuredSet] = []
+
+    @property
+    def entries(self) -> list[tuple[str, Acceptance]]:
+        """(name of the set, "" for the run's own prompts; what was accepted)"""
+        return [("", e) for e in self.acceptance] + [(s.name, e) for s in self.sets for e in s.acceptance]
+
+
+class Results(Measured):
     """evaluate/results.json, evaluate-ENGINE/results.json"""
 
     created_with: Provenance
     settings: EvaluationSettings
-    acceptance: list[Acceptance]
     left_out: list[float] = []
     """Temperatures at which the engine does not draw, so that nothing was measured."""
     lossless: Lossless | None = None
@@ -205,15 +245,14 @@ class PairedDifference(Record):
         return f"{self.difference:+.2f}{interval} against the first on {self.prompts} prompts"
 
 
-class ComparedDraft(Record):
+class ComparedDraft(Measured):
     draft: str
     parameters: int
     bytes: int
     coverage: float | None
     """Share of the target's own tokens that the draft can propose."""
-    acceptance: list[Acceptance]
     against_first: list[PairedDifference] = []
-    """For every entry of `acceptance`; none for the first draft."""
+    """For every entry of `acceptance`, then of the sets; none for the first draft."""
     profile: Profile | None
     config: JsonObject
     """The method's own configuration."""

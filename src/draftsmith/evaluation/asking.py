@@ -1,0 +1,95 @@
+"""How prompts are asked: as the target reads them, turn by turn, and timed."""
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from draftsmith.core.errors import DataError
+from draftsmith.core.progress import Meter
+from draftsmith.core.records.data import Prompt
+from draftsmith.core.records.evaluation import TimedGroup
+from draftsmith.data.templates import ChatFormat, Rendered
+from draftsmith.decoding.generation import Generation
+from draftsmith.decoding.sampling import Sampling
+from draftsmith.engines.base import Session
+from draftsmith.evaluation.profile import GREEDY
+
+
+@dataclass(frozen=True)
+class Question:
+    """An evaluation prompt as the target reads it."""
+
+    id: str
+    category: str
+    ids: list[int]
+    users: list[str] = field(default_factory=list)
+    """The user's turns after the next answer."""
+    longest: int = 0
+    """Tokens that may stand before an answer."""
+
+    def after(self, answer: Generation, chat: ChatFormat) -> "Question | None":
+        """The next turn, the answer before it as a server's client would send it back; None where there is none, where
+        it would be too long, or where the template refuses it."""
+        if not self.users or not answer.ids:
+            return None
+        assert isinstance(self.ids, Rendered)
+        try:
+            ids = chat.next_turn(self.ids, answer, self.users[0])
+        except DataError:
+            return None
+        return replace(self, ids=ids, users=self.users[1:]) if len(ids) <= self.longest else None
+
+
+def balanced(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
+    """The first prompts of every category in turn, so that a few are as many of each."""
+    queues: dict[str, list[Prompt]] = defaultdict(list)
+    for prompt in prompts:
+        queues[prompt.category].append(prompt)
+    order: list[Prompt] = []
+    while any(queues.values()):
+        order += [queue.pop(0) for queue in queues.values() if queue]
+    return order[:limit]
+
+
+def complete(
+    session: Session,
+    questions: Sequence[Question],
+    what: str,
+    sampling: Sampling,
+    length: int,
+    at_once: int | None,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+) -> list[Generation]:
+    """Answers in the questions' order; at most `at_once` of them in flight."""
+    answers: dict[int, Generation] = {}
+    every = session.generate([q.ids for q in questions], sampling, length, stop, seed, at_once=at_once)
+    accepted = steps = 0
+    with Meter(what, len(questions), "prompts") as meter:
+        for number, answer in every:
+            answers[number] = answer
+            accepted, steps = accepted + sum(answer.verified), steps + len(answer.verified)
+            meter.advance(1, len(answer.ids), f"tau {1 + accepted / steps:.2f}" if steps else "")
+    return [answers[number] for number in range(len(questions))]
+
+
+def time_group(
+    session: Session, prompts: list[list[int]], length: int, stop: Sequence[str], sampling: Sampling = GREEDY
+) -> TimedGroup:
+    """Answers to prompts that are asked at once. Seconds are those of decoding where the session tells them, which
+    leaves out the first token, as it comes from the prompt's own forward."""
+    started = time.perf_counter()
+    every = session.generate(prompts, sampling, length, stop, at_once=len(prompts))
+    answers = [answer for _, answer in sorted(every, key=lambda item: item[0])]
+    seconds, tokens = time.perf_counter() - started, sum(len(answer.ids) for answer in answers)
+    own = [answer.seconds for answer in answers if answer.seconds is not None]
+    if len(own) == len(answers):
+        seconds, tokens = sum(own), tokens - len(answers)
+    return TimedGroup(
+        tokens=tokens,
+        seconds=seconds,
+        accepted=sum(sum(answer.verified) for answer in answers),
+        steps=sum(len(answer.verified) for answer in answers),
+        outputs=[answer.ids for answer in answers],
+    )
