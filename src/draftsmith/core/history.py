@@ -20,7 +20,7 @@ PARTS = {  # of the recipe, that a stage decides
     "evaluate": ("evaluate",),
 }
 # What others add later, what may be thrown away, and what goes on growing.
-NOT_OUTPUT = {"stage.json", "README.md", "parts", "hidden_states"}
+NOT_OUTPUT = {"stage.json", "README.md", "parts", "hidden_states", "tracking"}
 
 
 def recipe_that_ran(run: RunFiles, recipe: Recipe) -> Recipe:

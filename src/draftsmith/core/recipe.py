@@ -243,6 +243,9 @@ class TrainRecipe(Model):
     """Steps between checkpoints."""
     keep_checkpoints: Positive = 2
     """Checkpoints kept on disk."""
+    track: Literal["wandb", "trackio", "tensorboard"] | None = None
+    """Send the rows of metrics.jsonl there, too (pip install "draftsmith[wandb]" and so on). Without a network:
+    WANDB_MODE=offline, then `wandb sync`; trackio keeps its rows on this machine, tensorboard in train/tracking."""
     patience: Positive = 4
     """Converged where tau - 1 rose by less than 1 % over the second half of the steps; told after more evaluations than
     this."""
@@ -260,6 +263,7 @@ BOOKKEEPING = {
     "checkpoint_every",
     "keep_checkpoints",
     "patience",
+    "track",
     "shard",
     "timeout_min",
 }

@@ -5,7 +5,7 @@ RUN/
     prompts/      prompts.jsonl evaluation.jsonl summary.json
     completions/  00000.jsonl ... summary.json timing.json identity.json
     vocab/        vocab.safetensors coverage.json
-    train/        checkpoint-NNNNNN/ best/ hidden_states/ metrics.jsonl timing.jsonl summary.json
+    train/        checkpoint-NNNNNN/ best/ hidden_states/ tracking/ metrics.jsonl timing.jsonl summary.json
     export/draft/ what engines load, and the model card
     evaluate/     results.json parts/; evaluate-ENGINE/ beside it where another engine was asked for
     sets/         NAME-KEY.json: a named evaluation set as it was read

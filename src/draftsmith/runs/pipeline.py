@@ -365,6 +365,10 @@ def run_pipeline(run: Run, only: str | None = None, redo: str | None = None) -> 
     Under torchrun the first process does everything and the others join it in training.
     """
     chosen = [stage for stage in STAGES if only in (None, stage.name)]
+    if only in (None, "train"):
+        from draftsmith.training.tracking import require_tracker
+
+        require_tracker(run.recipe.train.track)
     if redo is not None and redo not in [stage.name for stage in chosen]:
         raise RecipeError(f"--redo: {redo} given, but only {only} runs here; redo a stage with: draftsmith run RECIPE")
     if not run.processes.main:

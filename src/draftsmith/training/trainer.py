@@ -48,6 +48,7 @@ from draftsmith.training.checkpoints import (
 from draftsmith.training.metrics import append_row, converged, evaluate_heldout, step_flops, truncate_rows
 from draftsmith.training.optimizers import make_optimizers
 from draftsmith.training.processes import ProcessGroup
+from draftsmith.training.tracking import tracked
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,8 @@ class Trainer:
             + (f", {processes.size} processes" if processes.size > 1 else "")
         )
         flops = seconds = 0.0
-        with Meter("train", len(self.steps)) as meter:
+        sent = tracked(self.recipe, self.out, self.step, processes.main)
+        with sent, Meter("train", len(self.steps)) as meter:
             meter.resume(self.step)
             while self.step < len(self.steps):
                 started, cpu = time.perf_counter(), time.process_time()

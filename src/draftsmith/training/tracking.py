@@ -1,0 +1,235 @@
+"""Rows of metrics.jsonl on Weights & Biases, Trackio or TensorBoard, sent by a process of its own.
+
+A tracker is a program of others that waits for networks: beside training it may be slow, fail or hang, and training
+does not notice. It follows the file that training writes, so it is handed nothing.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from draftsmith.core import run_files
+from draftsmith.core.errors import RecipeError
+from draftsmith.core.files import JsonObject, write_atomic
+from draftsmith.core.progress import say
+from draftsmith.core.recipe import Recipe
+from draftsmith.core.records.training import MetricsRow
+from draftsmith.core.secrets import line, masked
+
+FINISH_S = 60  # that a tracker has for the rest of its work when training has ended
+POLL_S = 0.5
+TOLD = ("target", "regenerate", "vocab", "draft", "train")  # parts of the recipe that a tracker is told
+
+Send = Callable[[dict[str, float], int], Any]  # values by name, and the step
+Finish = Callable[[], Any]
+
+
+def require_tracker(name: str | None) -> None:
+    """Raises `RecipeError` where the package is missing."""
+    if name and importlib.util.find_spec(name) is None:
+        raise RecipeError(
+            f'train.track: {name} given, but it is not installed; pip install "draftsmith[{name}]", or leave it out'
+        )
+
+
+@contextlib.contextmanager
+def tracked(recipe: Recipe, out: Path, step: int, main: bool) -> Iterator[None]:
+    """Have the rows after `step` sent to `train.track` while this goes on, by the first process alone."""
+    if recipe.train.track is None or not main:
+        yield
+        return
+    tracker = _Tracker(recipe, recipe.train.track, out, step)
+    try:
+        yield
+    except BaseException:  # it ends by itself, and nobody who interrupts waits for it
+        tracker.leave()
+        raise
+    tracker.finish()
+
+
+class _Tracker:
+    """The process, and what it says."""
+
+    def __init__(self, recipe: Recipe, name: str, out: Path, step: int):
+        self.name, self.metrics, self.step, self.sent = name, run_files.metrics(out), step, 0
+        folder = out / "tracking"
+        folder.mkdir(exist_ok=True)
+        mark = folder / "id"  # a run that goes on is the same one there
+        if not mark.exists():
+            write_atomic(mark, secrets.token_hex(4))
+        values = recipe.model_dump(mode="json")
+        request = {
+            "tracker": name,
+            "run": recipe.name,
+            "id": mark.read_text(),
+            "config": {f"{part}.{key}": masked(str(value)) for part in TOLD for key, value in values[part].items()},
+            "metrics": str(self.metrics.resolve()),
+            "folder": str(folder.resolve()),
+            "after": step,
+            "finish_s": FINISH_S,
+        }
+        with (folder / f"{name}.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", __name__],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))},
+                cwd=folder,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,  # Ctrl-C is for training
+            )
+        assert self.process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
+
+    def _listen(self) -> None:
+        assert self.process.stdout
+        with self.process.stdout as answers:
+            for told in answers:
+                if told.strip().isdecimal():
+                    self.sent = int(told)
+                else:
+                    say(line(f"track: {self.name}: {told.strip()}; training goes on, and {self.metrics} has every row"))
+        self.process.wait()
+
+    def leave(self) -> None:
+        assert self.process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+
+    def finish(self) -> None:
+        """Wait for the last rows, and not for ever; say how many did not arrive."""
+        self.leave()
+        why = ""
+        try:
+            self.process.wait(FINISH_S + 2 * POLL_S)
+        except subprocess.TimeoutExpired:
+            why = f" within {FINISH_S:g} s"
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.listener.join(1)
+        every = sum(row.step > self.step for row in MetricsRow.read_rows(self.metrics))
+        if self.sent < every or why:
+            say(f"track: {self.name} took {self.sent} of {every} rows{why}; {self.metrics} has all")
+
+
+# --- in the process of its own ------------------------------------------------------------------------------------
+
+
+def _wandb(request: JsonObject) -> tuple[Send, Finish]:
+    import wandb
+
+    run = wandb.init(
+        project="draftsmith",
+        name=request["run"],
+        id=request["id"],
+        resume="allow",
+        config=request["config"],
+        dir=request["folder"],
+        settings={"console": "off", "disable_git": True, "disable_code": True},
+    )
+    return lambda values, step: run.log(values, step=step), run.finish
+
+
+def _trackio(request: JsonObject) -> tuple[Send, Finish]:
+    import trackio
+
+    name = f"{request['run']}-{request['id']}"
+    run = trackio.init(project="draftsmith", name=name, config=request["config"], resume="allow")
+    return lambda values, step: run.log(values, step=step), run.finish
+
+
+def _tensorboard(request: JsonObject) -> tuple[Send, Finish]:
+    from tensorboard.summary import Writer
+
+    writer = Writer(request["folder"])
+
+    def send(values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return send, writer.close
+
+
+TRACKERS = {"wandb": _wandb, "trackio": _trackio, "tensorboard": _tensorboard}
+
+
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """`held_out/tau/3` of nested values; depths count from 1."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value, 1):
+            yield from flat(inner, f"{name}/{key}" if name else str(key))
+    elif value is not None:
+        yield name, float(value)
+
+
+def follow(request: JsonObject, ended: threading.Event, report: Callable[[object], None]) -> None:
+    """Send every row after the step asked for, until training has ended and no row is left."""
+    faults = sent = position = 0
+    send, finish = TRACKERS[request["tracker"]](request)
+    metrics = Path(request["metrics"])
+    last = False
+    while not last:
+        last = ended.wait(POLL_S)
+        if not metrics.exists():
+            continue
+        with metrics.open("rb") as file:
+            file.seek(position)
+            whole = file.read().rpartition(b"\n")[0] + b"\n"
+        position += len(whole) if whole != b"\n" else 0
+        for row in map(MetricsRow.model_validate_json, whole.splitlines()):
+            if row.step <= request["after"]:
+                continue
+            values = dict(flat(row.model_dump(mode="json", exclude={"step"})))
+            try:
+                send(values, row.step)
+                sent += 1
+            except Exception as error:  # others' code raises what it likes; one line, however many rows it refuses
+                faults += 1
+                if faults == 1:
+                    report(f"{type(error).__name__}: {error}")
+            report(sent)
+    finish()
+
+
+def serve() -> None:
+    """Follow as the first line of stdin asks, until there is no more of it."""
+    request = json.loads(sys.stdin.readline())
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a tracker prints goes to its log
+    ended = threading.Event()
+
+    def report(text: object) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            print(" ".join(str(text).split()), file=told, flush=True)
+
+    def wait() -> None:
+        sys.stdin.read()
+        signal.alarm(request["finish_s"])  # which ends the process, whatever it hangs in
+        ended.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        follow(request, ended, report)
+    except Exception as error:
+        report(f"{type(error).__name__}: {error}")
+        raise
+
+
+if __name__ == "__main__":
+    serve()
