@@ -128,7 +128,7 @@ def test_prompts_that_were_trained_on_are_left_out_and_counted(tmp_path, capsys)
     found = read(tmp_path, "mt-bench", ROWS["mt-bench"], training=tmp_path / "training.jsonl")
     assert (found.trained_on, users(found)) == (1, [["2 + 2?", "And 3 + 3?"]])
     assert "left out: 1 that were trained on" in capsys.readouterr().err
-    with pytest.raises(DataError, match="mt-bench: nothing to ask .1 prompts that were trained on"):
+    with pytest.raises(DataError, match=r"mt-bench: nothing to ask .1 prompts that were trained on"):
         read(tmp_path, "mt-bench", ROWS["mt-bench"][:1], training=tmp_path / "training.jsonl")
 
 
@@ -168,7 +168,7 @@ def test_rows_that_are_none_are_counted_where_that_is_allowed(tmp_path):
 def test_a_folder_of_folders_is_not_a_set(tmp_path):
     (tmp_path / "speed" / "qualitative").mkdir(parents=True)
     chosen = EvaluationSet(name="speed-bench", path=tmp_path / "speed")
-    with pytest.raises(DataError, match="is no file, and no folder that has .json.*the folder of one configuration"):
+    with pytest.raises(DataError, match=r"is no file, and no folder that has .json.*the folder of one configuration"):
         read_set(chosen, tmp_path / "none", tmp_path / "sets", False)
     rows = datasets.Dataset.from_list(ROWS["speed-bench"])
     rows.to_parquet(str(tmp_path / "speed" / "qualitative" / "test.parquet"))
@@ -190,7 +190,7 @@ def test_an_unknown_set_is_refused_with_the_recipe(given, message):
 
 
 def test_a_set_stands_once():
-    with pytest.raises(RecipeError, match="evaluate.sets: gsm8k is given twice"):
+    with pytest.raises(RecipeError, match=r"evaluate\.sets: gsm8k is given twice"):
         tiny_recipe("m", "p", **{"evaluate.sets": ["gsm8k", {"name": "gsm8k", "path": "x"}]})
 
 

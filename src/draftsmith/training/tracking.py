@@ -26,6 +26,7 @@ from draftsmith.core.records.training import MetricsRow
 from draftsmith.core.secrets import line, masked
 
 FINISH_S = 60  # that a tracker has for the rest of its work when training has ended
+START_S = 20  # that it may need before it knows
 POLL_S = 0.5
 TOLD = ("target", "regenerate", "vocab", "draft", "train")  # parts of the recipe that a tracker is told
 
@@ -113,15 +114,14 @@ class _Tracker:
     def finish(self) -> None:
         """Wait for the last rows, and not for ever; say how many did not arrive."""
         self.leave()
-        why = ""
         try:
-            self.process.wait(FINISH_S + 2 * POLL_S)
+            self.process.wait(FINISH_S + START_S)
         except subprocess.TimeoutExpired:
-            why = f" within {FINISH_S:g} s"
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        ended = self.process.wait()
         self.listener.join(1)
+        why = f" within {FINISH_S} s" if ended in (-signal.SIGALRM, -signal.SIGKILL) else ""
         every = sum(row.step > self.step for row in MetricsRow.read_rows(self.metrics))
         if self.sent < every or why:
             say(f"track: {self.name} took {self.sent} of {every} rows{why}; {self.metrics} has all")
