@@ -155,8 +155,7 @@ class Trainer:
             + (f", {processes.size} processes" if processes.size > 1 else "")
         )
         flops = seconds = 0.0
-        sent = tracked(self.recipe, self.out, self.step, processes.main)
-        with sent, Meter("train", len(self.steps)) as meter:
+        with tracked(self.recipe, self.out, self.step, processes.main), Meter("train", len(self.steps)) as meter:
             meter.resume(self.step)
             while self.step < len(self.steps):
                 started, cpu = time.perf_counter(), time.process_time()
