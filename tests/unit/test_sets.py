@@ -6,6 +6,7 @@ import sys
 
 import datasets
 import pytest
+from huggingface_hub import ModelCard
 from models import WORDS, save_tiny_target, tiny_recipe, write_prompts
 
 from draftsmith import cli
@@ -316,7 +317,13 @@ def test_sets_are_measured_beside_the_own_prompts_and_what_was_measured_stands(w
     card = files.card.read_text()
     assert "| long | draftsmith | 3/1/4 | 0 | greedy |" in card
     assert "of the 256 that the target can read, and nothing is known beyond" in card
+    assert "- long: long.jsonl (not stated)" in card
     assert str(world) not in card
+    head = ModelCard(card).data.eval_results
+    assert {(e.dataset_type, e.dataset_name) for e in head} == {
+        ("prompts", "6 prompts held out of training"),
+        ("long", "long"),
+    }
 
 
 def test_compare_has_the_sets_with_paired_differences(world, capsys):

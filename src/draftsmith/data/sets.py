@@ -111,7 +111,7 @@ def read_set(chosen: EvaluationSet, training: Path, folder: Path, skip_bad: bool
         raise DataError(f"evaluate.sets: {chosen.name}: nothing to ask ({lost}); give another path, or leave it out")
     read = EvaluationPrompts(
         name=chosen.name,
-        source=str(chosen.path) if chosen.path or known is None else known.source,
+        source=chosen.path.name if chosen.path else SETS[chosen.name].source,  # where it lies is nobody's business
         licence=known.licence if known else "not stated",
         prompts=fresh,
         trained_on=len(prompts) - len(fresh),

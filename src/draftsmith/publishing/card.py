@@ -113,7 +113,7 @@ def _head(recipe: Recipe, target: str, licence: Licence, found: list[Results]) -
     measured = [
         EvalResult(
             task_type="text-generation",
-            dataset_type="prompts",
+            dataset_type=name or "prompts",
             dataset_name=name or f"{results.settings.prompts} prompts held out of training",
             metric_type="accept_length",
             metric_name=f"tau at {entry.shape}, {entry.how}, on {ENGINES[results.settings.engine].title}",

@@ -48,7 +48,7 @@ class EvaluationPrompts(Record):
 
     name: str
     source: str
-    """Data set, revision and split, or the file."""
+    """Data set, split and revision, or the file's name."""
     licence: str
     prompts: list[Prompt]
     trained_on: int
