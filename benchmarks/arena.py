@@ -1,7 +1,7 @@
 """Time to accept length beside SpecForge and speculators: one target, one text, so many CPU seconds for everyone.
 
     bash benchmarks/install_peers.sh .peers-venv
-    python benchmarks/arena.py --peers .peers-venv --seconds 400 --seeds 1 2
+    python benchmarks/arena.py --peers .peers-venv --seconds 300 --seeds 1 2
     python benchmarks/arena.py --only draftsmith --seeds 1    # one cell; whatever is done already is kept
 
 SmolLM2-135M-Instruct in fp32 writes the completions of recipes/smollm2-135m-cpu.yaml, once (--work/run, which may be a
@@ -144,14 +144,14 @@ def train_ours(work: Path, cell: Path, train: JsonObject, seed: int, seconds: fl
         recipe = load_recipe(RECIPE, flags(seed, {**train, **more}))
         return Trainer(recipe, target, target.config, run.completions, vocabulary, out)
 
-    trial = trainer(cell / "trial", max_steps=8)
+    trial = trainer(cell / "trial", max_steps=5)
     capture, spent = trial._capture_source(), []
     for [indices] in trial.steps:
         started = time.process_time()
         trial._optimiser_step([make_pack([trial.rows[i] for i in indices], DOCUMENT)], capture)
         spent.append(time.process_time() - started)
     shares = len(SHARES) * 2  # the first of SHARES is one of them
-    every = max(1, round(seconds / statistics.mean(spent[3:]) / shares))
+    every = max(1, round(seconds / statistics.mean(spent[2:]) / shares))
     del trial
     steps = every * shares
     kept = {"checkpoint_every": every, "keep_checkpoints": shares}
@@ -199,7 +199,7 @@ def train_peer(work: Path, cell: Path, name: str, seed: int, seconds: float, pyt
 
 
 def environment() -> dict[str, str]:
-    """For all systems: allocator.py's settings, and threads that wait without spinning, so that CPU seconds are work."""
+    """For all systems: allocator.py's settings; threads wait without spinning, so CPU seconds are work."""
     kept = {
         "OMP_WAIT_POLICY": "PASSIVE",
         "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
@@ -275,7 +275,7 @@ def result(work: Path, seconds: float, command: str) -> JsonObject:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, default=Path(".peers-venv"), help="virtual environment of the peers")
-    parser.add_argument("--seconds", type=float, default=400.0, help="CPU seconds of training for everyone")
+    parser.add_argument("--seconds", type=float, default=300.0, help="CPU seconds of training for everyone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--only", nargs="+", choices=[*PEERS, *OURS], default=list(USUAL), metavar="SYSTEM")
     parser.add_argument("--work", type=Path, default=Path("runs/arena"))
@@ -307,7 +307,7 @@ def main() -> None:
         write_texts(recipe, run, target, work / "texts.json")
     texts = files.read_json(work / "texts.json")
     for name, seed, cell in cells(work, options.only, options.seeds, options.seconds):
-        for share in SHARES:
+        for share in (point["share"] for point in files.read_json(cell / "train.json")["drafts"]):
             path = cell / f"judged-{share}.json"
             if not path.exists():
                 files.write_json(path, judge(target, cell / "drafts" / str(share), texts, tree=share == SHARES[-1]))

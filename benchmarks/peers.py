@@ -45,6 +45,9 @@ DRAFT_LAYER = dict(
 )  # fmt: skip
 
 
+newton_schulz = torch.optim._muon._zeropower_via_newtonschulz
+
+
 class Capture(NamedTuple):
     """What the peers' data pipelines carry of one document from the target to the trainer."""
 
@@ -145,6 +148,7 @@ def speculators(args: argparse.Namespace, target: PreTrainedModel, data: dict[st
     from speculators.train.data import CollateFn
     from speculators.train.optimizers import build_optimizers
     from speculators.train.trainer import TrainerConfig
+    from torch.optim import _muon
     from transformers import get_linear_schedule_with_warmup
 
     dtype, on_cpu = DTYPES[args.dtype], args.device == "cpu"
@@ -167,6 +171,8 @@ def speculators(args: argparse.Namespace, target: PreTrainedModel, data: dict[st
         ttt_steps=TTT_LENGTH,
         ttt_step_loss_decay=1.0,
     )
+    if on_cpu:  # CPU: torch's Muon iterates in bf16, which a CPU without such products multiplies ten times slower
+        _muon._zeropower_via_newtonschulz = in_own_dtype(newton_schulz)
     # Their command line's defaults; AdamW, which the timed steps have, is their option.
     rate = args.lr or 1e-3
     config = TrainerConfig(lr=rate, muon_lr=rate, num_epochs=1, save_path="", optimizer=args.optimizer)
@@ -197,6 +203,15 @@ def speculators(args: argparse.Namespace, target: PreTrainedModel, data: dict[st
         return loss.item()
 
     return draft, step
+
+
+def in_own_dtype(orthogonalise: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def run(gradient: torch.Tensor, *rest: object) -> torch.Tensor:
+        gradient = gradient.detach()
+        gradient.bfloat16 = gradient.clone  # the one cast in it
+        return orthogonalise(gradient, *rest)
+
+    return run
 
 
 PEERS = {"specforge": specforge, "speculators": speculators}
@@ -294,8 +309,9 @@ def timed(target: PreTrainedModel, step: Callable[[list[Capture]], float], docum
 def affordable(args: argparse.Namespace, target: PreTrainedModel, data: dict[str, torch.Tensor]) -> int:
     """Steps that --seconds pay for, by a few on a draft that is thrown away."""
     _, step = PEERS[args.peer](args, target, data)
-    tried = [timed(target, step, documents) for documents in itertools.islice(batches(data, args), 8)]
-    return max(1, round(args.seconds / statistics.mean(one.cpu_s for one in tried[3:])) - 1)
+    tries = itertools.islice(batches(data, args), 5 if args.batch > 1 else 12)
+    tried = [timed(target, step, documents) for documents in tries]
+    return max(1, round(args.seconds / statistics.mean(one.cpu_s for one in tried[len(tried) // 2 :])) - 1)
 
 
 def main() -> None:

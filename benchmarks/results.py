@@ -1,10 +1,11 @@
 """From benchmarks/results/*.json to docs/results.md and the tables of README.md; nothing in those is typed by hand.
 
 python benchmarks/results.py collect runs/smollm2-135m-cpu   # a finished run -> benchmarks/results/NAME.json
-python benchmarks/results.py render                          # -> docs/results.md, README.md
+python benchmarks/results.py render                          # -> docs/results.md, docs/arena.svg, README.md
 """
 
 import re
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from draftsmith.core.run_files import RunFiles
 from draftsmith.engines import ENGINES
 from draftsmith.evaluation.acceptance import INTERVAL_PROMPTS
 from draftsmith.evaluation.lossless import lossless_verdict
+from draftsmith.evaluation.plots import Points, line_plot
 from draftsmith.runs.estimates import costs_of, plan_of
 from draftsmith.runs.run import Run
 
@@ -33,6 +35,8 @@ CASES = (  # README's three ways to begin
     ("Qwen3-8B on one 80 GB GPU", "qwen3-8b-eagle3", "h100-1"),
     ("a served 230 B MoE", "minimax-m2.7-eagle3", "h200-nvlink-8"),
 )
+OURS, GREEDY, SAMPLED = "draftsmith", "all T=0", "all T=1 sampled"
+ARENA = (OURS, "speculators", "specforge", "specforge-tuned")
 TITLES = {
     "smollm2-135m-cpu": "SmolLM2-135M-Instruct, one draft on three engines",
     "gemma3-270m-cpu": "Gemma-3-270m, the longer CPU recipe",
@@ -165,15 +169,24 @@ def throughput() -> list[str]:
             r["version"],
             r["dtype"],
             str(r["batch"]),
+            run["result"]["loss"],
             f"{r['tokens_per_s']:.0f}",
             f"{r['above_target_bytes'] / 1e9:.2f} GB",
             f"{r['share_of_matmul_peak']:.0%}" if "share_of_matmul_peak" in r else "-",
         ]
         for run in (trained["runs"] if isinstance(trained["runs"], list) else [trained["runs"]])
         for r in run["result"]["rows"]
-        if run["result"]["loss"] == "completions"
     ]
-    head = ["system", "version", "dtype", "batch of 512", "tokens/s", "memory above the target", "of the matmul peak"]
+    head = [
+        "system",
+        "version",
+        "dtype",
+        "batch of 512",
+        "loss on",
+        "tokens/s",
+        "memory above the target",
+        "of the matmul peak",
+    ]
     result, cpu = written["result"], trained["hardware"]["cpu"]
     return [
         "## Training throughput beside the peers",
@@ -181,6 +194,9 @@ def throughput() -> list[str]:
         f"Gemma-3-270m, draft vocabulary 8,192, TTT 7, {cpu}, 2 cores, commit {trained['commit']}.",
         "",
         *table(head, rows),
+        "",
+        "The peers make logits of every token and mask those without a loss, so their time is the same either way: on "
+        "equal work, loss on every token, the rows to set beside theirs are draftsmith's `all`.",
         "",
         f"Regeneration at batch {result['batch']}: {result['draftsmith']:.0f} completion tokens/s, `transformers`' own "
         f"`generate` {result['transformers']:.0f} (`{written['command']}`).",
@@ -219,6 +235,101 @@ def decoding() -> list[str]:
     ]
 
 
+def arena_rows(told: JsonObject) -> dict[str, dict[float, JsonObject]]:
+    """By system and share of the budget, the mean over seeds of every number."""
+    by_place: dict[str, dict[float, list[JsonObject]]] = {}
+    for row in told["rows"]:
+        tau = row["tau"]
+        numbers = {key: row[key] for key in ("tokens", "cpu_s", "wall_s", "steps", "above_target_bytes")}
+        numbers |= {f"{group} {way}": value for group in ("all", "like", "unlike") for way, value in tau[group].items()}
+        numbers |= {"tree": tau["tree"]["tau"]} if "tree" in tau else {}
+        by_place.setdefault(row["system"], {}).setdefault(row["share"], []).append(numbers)
+    return {
+        system: {
+            share: {key: statistics.mean(one[key] for one in same) for key in same[0]} | {"seeds": len(same)}
+            for share, same in sorted(shares.items())
+        }
+        for system, shares in by_place.items()
+    }
+
+
+def arena_curve(points: dict[float, JsonObject], key: str) -> Points:
+    """(CPU seconds, tau), from nothing learned on."""
+    return [0.0, *(p["cpu_s"] for p in points.values())], [1.0, *(p[key] for p in points.values())]
+
+
+def time_to(curve: Points, tau: float) -> float | None:
+    """CPU seconds at which a curve first reaches tau, along straight lines between its points."""
+    seconds, taus = curve
+    for i in range(1, len(taus)):
+        if taus[i] >= tau:
+            return seconds[i - 1] + (seconds[i] - seconds[i - 1]) * (tau - taus[i - 1]) / (taus[i] - taus[i - 1])
+    return None
+
+
+def arena_systems() -> dict[str, dict[float, JsonObject]]:
+    told = arena_rows(read_json(RESULTS / "arena.json"))
+    return {name: told[name] for name in ARENA if name in told}
+
+
+def arena_table() -> str:
+    rows = []
+    for name, points in arena_systems().items():
+        last = points[max(points)]
+        taus = [f"{last[key]:.2f}" for key in (GREEDY, "tree", "unlike T=0", "all T=1 greedy", SAMPLED)]
+        spent = [f"{last['tokens'] / 1000:.0f} k", f"{last['tokens'] / last['cpu_s']:.0f}"]
+        rows.append([name, *taus, *spent, f"{last['above_target_bytes'] / 1e9:.2f} GB"])
+    taus = ["3/1/4", "3/4/8", "3/1/4, foreign prompts", "3/1/4, T=1", "T=1, sampled drafts"]
+    return "\n".join(table(["system", *taus, "tokens trained on", "tokens per CPU s", "memory above the target"], rows))
+
+
+def arena_times() -> str:
+    """CPU seconds until the best tau of any peer is reached, beside what that peer took."""
+    systems, told = arena_systems(), []
+    for what, key in (("T=0", GREEDY), ("T=1 with sampled drafts", SAMPLED)):
+        peers = [(p[key], p["cpu_s"], name) for name in systems if name != OURS for p in systems[name].values()]
+        tau, spent, name = max(peers)
+        ours = time_to(arena_curve(systems[OURS], key), tau)
+        reached = f"in {ours:.0f}" if ours else "not within them"
+        told.append(f"{what}: {name}'s {tau:.2f} of {spent:.0f} CPU seconds is reached {reached}")
+    return "; ".join(told) + "."
+
+
+def arena() -> list[str]:
+    told = read_json(RESULTS / "arena.json")
+    rows = [
+        [
+            *(r["system"], r["version"], str(r["seed"]), f"{r['share']:g}", f"{r['cpu_s']:.0f}", f"{r['tokens']:,}"),
+            *(f"{value:.2f}" for way in ("all", "unlike") for value in r["tau"][way].values()),
+            f"{r['tau']['tree']['tau']:.2f}" if "tree" in r["tau"] else "-",
+            " / ".join(f"{share:.2f}" for share in r["tau"]["depths"][:3]),
+        ]
+        for r in told["rows"]
+        if r["system"] in ARENA
+    ]
+    ways = [f"{group}{way}" for group in ("", "foreign ") for way in ("T=0", "T=1", "T=1 sampled")]
+    head = ["system", "version", "seed", "share", "CPU s", "tokens", *ways, "3/4/8, T=0", "right by depth, T=0"]
+    data, cpu = told["data"], told["hardware"]["cpu"]
+    return [
+        "## Accept length by time, beside the peers",
+        "",
+        f"SmolLM2-135M-Instruct, fp32, {cpu}, 2 cores, commit {told['commit']}: `benchmarks/arena.py`, "
+        f"{told['seconds']:g} CPU seconds of training for everyone, {data['completion_tokens']:,} completion tokens, "
+        f"{data['prompts']} prompts. What was bypassed of the peers, and how text is judged, is told there. "
+        f"{arena_times()}",
+        "",
+        *table(head, rows),
+        "",
+    ]
+
+
+def arena_plot() -> str:
+    """The curves of README, on a ground of their own: a page that is dark would swallow the text."""
+    series = {name: arena_curve(points, GREEDY) for name, points in arena_systems().items()}
+    plot = str(line_plot("Accept length by CPU seconds of training", ("CPU seconds", "tau, chain 3/1/4, T=0"), series))
+    return plot.replace(">", "><style>svg{background:#fff}</style>", 1) + "\n"
+
+
 def predictions() -> list[str]:
     told = read_json(RESULTS / "prediction-validation.json")["summary"]
     plans = read_json(RESULTS / "plan-validation.json")["runs"]
@@ -250,6 +361,7 @@ def document() -> str:
         if (RESULTS / f"{name}.json").exists():
             parts += section(name, read_json(RESULTS / f"{name}.json"))
     return "\n".join([*parts, *throughput(), *decoding(), *predictions()]).rstrip() + "\n"
+    return "\n".join([*parts, *arena(), *throughput(), *predictions()]).rstrip() + "\n"
 
 
 def first_table() -> str:
@@ -289,7 +401,10 @@ def between(text: str, mark: str, content: str) -> str:
 
 def readme() -> str:
     text = (ROOT / "README.md").read_text()
-    return between(between(text, "results", first_table()), "cases", cases_table())
+    made = {"results": first_table(), "arena": f"{arena_table()}\n\n{arena_times()}", "cases": cases_table()}
+    for mark, content in made.items():
+        text = between(text, mark, content)
+    return text
 
 
 if __name__ == "__main__":
@@ -298,4 +413,5 @@ if __name__ == "__main__":
         print(collect(Path(sys.argv[2])))
     else:
         write_atomic(ROOT / "docs" / "results.md", document())
+        write_atomic(ROOT / "docs" / "arena.svg", arena_plot())
         write_atomic(ROOT / "README.md", readme())

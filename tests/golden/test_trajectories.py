@@ -4,16 +4,19 @@ import shutil
 
 import pytest
 import torch
-from models import save_tiny_target, tiny_recipe, write_prompts
+from models import save_tiny_target, tiny_draft, tiny_recipe, write_prompts
 from safetensors.torch import load_file
 
 from draftsmith.core.errors import CheckpointError, TrainingError
+from draftsmith.core.files import read_json, write_json
 from draftsmith.core.records.training import Best, MetricsRow
 from draftsmith.core.run_files import RunFiles
 from draftsmith.data.prompts import gather
 from draftsmith.data.regenerate import Regeneration
 from draftsmith.data.templates import ChatFormat
 from draftsmith.data.vocabulary import build_vocabulary
+from draftsmith.drafts.directories import write_draft
+from draftsmith.drafts.eagle3.model import Eagle3Draft
 from draftsmith.targets.base import Capture
 from draftsmith.targets.local import LocalTarget
 from draftsmith.training.checkpoints import load_state, tidy
@@ -225,3 +228,40 @@ def test_what_a_kill_leaves_of_checkpoints_is_swept(tmp_path):
         (tmp_path / name / "state.json").write_text("{}")
     tidy(tmp_path, keep=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "checkpoint-000002"]
+
+
+MISFITS = {  # (what is changed of the draft, of the run, what is told)
+    "taps": ({}, {"draft.taps": [1, 2, 4]}, r"draft.taps: .1, 2, 4. given, but .* has .1, 3, 4.; leave the key out"),
+    "norms": ({}, {"draft.fc_norm": True}, "draft.fc_norm: True given, but .* has False"),
+    "vocabulary": ({"draft_vocab": 39}, {}, "drafts 39 tokens, which are not the 40 .* vocab RECIPE --from"),
+    "width": ({"hidden_size": 16}, {}, "made for hidden size 16"),
+    "a narrower draft": ({"hidden_size": 16, "target_hidden_size": 32}, {}, "eagle3, 16 wide; .* 32 wide"),
+    "depth": ({"taps": (1, 3, 6)}, {}, "reads layer 6, but .* has layers 0..5"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_draft_to_go_on_from_has_to_fit(data, tmp_path, name):
+    _, target, vocabulary = data
+    changes, run, told = MISFITS[name]
+    ids = vocabulary.ids_D[: changes.pop("draft_vocab", 40)]
+    config = tiny_draft(target)[0].config.model_copy(update={"draft_vocab_size": len(ids), **changes})
+    write_draft(tmp_path / "draft", Eagle3Draft(config), ids, 9, {})
+    with pytest.raises(CheckpointError, match=told):
+        trainer(data, tmp_path / "out", **{"train.from_draft": str(tmp_path / "draft")}, **run)
+
+
+def test_a_draft_of_others_is_gone_on_from_with_its_own_shape(data, tmp_path):
+    """Named as others name it, without taps of ours, and too short for its target."""
+    _, target, vocabulary = data
+    draft, _ = tiny_draft(target)
+    write_draft(tmp_path / "draft", draft, vocabulary.ids_D, 6, {})
+    config = read_json(tmp_path / "draft" / "config.json")
+    del config["draftsmith"]
+    write_json(tmp_path / "draft" / "config.json", {**config, "max_position_embeddings": 16})
+    changes = {"train.from_draft": str(tmp_path / "draft"), "draft": {"taps": [1, 3, 4]}}
+    started = trainer(data, tmp_path / "out", **changes)
+    assert started.draft.config.taps == (1, 3, 4)
+    assert started.draft.config.intermediate_size == 40  # the target has 48
+    assert started.draft.config.max_position_embeddings == 256
+    assert torch.equal(started.draft.fc.weight, draft.fc.weight.bfloat16().float())

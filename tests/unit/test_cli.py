@@ -60,6 +60,10 @@ TABLE = {
         lambda w, t: ["run", w / "recipe.yaml", "--train.epoch", "3"],
         "--train.epoch 3; did you mean --train.epochs?",
     ),
+    "going on from nothing": (
+        lambda w, t: ["run", w / "recipe.yaml", "--from", t],
+        "no config.json; give the directory of a draft",
+    ),
     "no recipe": (lambda w, t: ["run", "--dry-run"], "usage: draftsmith run RECIPE [flags]"),
     "prompts are a directory": (
         lambda w, t: ["run", edited(w, t, **{"prompts.sources": [{"name": str(t)}]})],

@@ -4,14 +4,19 @@ import contextlib
 import shutil
 
 import pytest
+import torch
 from models import save_tiny_target, tiny_lm, tiny_recipe, write_prompts
+from safetensors.torch import load_file, save_file
 
-from draftsmith.core.errors import RecipeError, TargetError
+from draftsmith.core.errors import DataError, RecipeError, TargetError
 from draftsmith.core.history import results_of
 from draftsmith.core.recipe import Recipe
 from draftsmith.core.records.evaluation import Results
+from draftsmith.core.records.training import MetricsRow
 from draftsmith.core.run_files import RunFiles
 from draftsmith.data.regenerate import read_completions
+from draftsmith.data.vocabulary import DraftVocabulary
+from draftsmith.drafts.directories import load_draft
 from draftsmith.publishing.card import make_card
 from draftsmith.runs.estimates import card_prediction
 from draftsmith.runs.pipeline import STAGES, explain, reason_to_run, run_pipeline, stage_key
@@ -184,3 +189,33 @@ def test_results_of_another_draft_are_left_out(copied, capsys):
     old.model_copy(update={"settings": other}).save(files.results["vllm"])
     assert list(results_of(files)) == ["embedded"]
     assert "evaluate-vllm/results.json is of another draft and left out" in capsys.readouterr().err
+
+
+def test_a_training_goes_on_from_an_earlier_draft(copied, tmp_path):
+    """With its vocabulary, shape and weights; what is in it decides whether anything is made anew, not where it is."""
+    recipe, directory = copied
+    earlier = shutil.copytree(directory / "export" / "draft", tmp_path / "earlier")
+
+    def going_on(start, **changes):
+        train = recipe.train.model_copy(update={"from_draft": start, **changes})
+        return recipe.model_copy(update={"train": train, "vocab": recipe.vocab.model_copy(update={"size": 30})})
+
+    def trained(start):
+        again(going_on(start), directory, "vocab")
+        again(going_on(start), directory, "train")
+        return next(MetricsRow.read_rows(directory / "train" / "metrics.jsonl")).loss
+
+    before = next(MetricsRow.read_rows(directory / "train" / "metrics.jsonl")).loss
+    with pytest.raises(DataError, match=f"`vocab` has to run .* draftsmith vocab RECIPE --from {earlier}"):
+        again(going_on(earlier), directory, "train")
+    assert trained(earlier) < before
+    assert torch.equal(DraftVocabulary.load(RunFiles(directory).vocabulary).ids_D, load_draft(earlier)[1])
+    moved = shutil.move(earlier, tmp_path / "moved")
+    with contextlib.closing(Run(going_on(moved), directory, ["test"])) as run:
+        assert (why(run, "vocab"), why(run, "train")) == (None, None)
+        path = moved / "model.safetensors"
+        save_file(load_file(path) | {"norm.weight": torch.ones(32, dtype=torch.bfloat16)}, path)
+        assert why(run, "train") == "its inputs or its part of the recipe changed"
+    own = directory / "export" / "draft"
+    with pytest.raises(RecipeError, match="is this run's own draft"):
+        again(going_on(own), directory, "train")

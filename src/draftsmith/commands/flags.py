@@ -84,7 +84,8 @@ def _add(parser: argparse.ArgumentParser, key: str, field: FieldInfo) -> None:
     else:
         options |= {"metavar": _shown(field.annotation).replace(" ...", "")}
         options |= {"nargs": "+"} if _is_tuple(field.annotation) else {}
-    parser.add_argument(f"--{key.replace('_', '-')}", **options)
+    short = field.json_schema_extra.get("flag") if isinstance(field.json_schema_extra, dict) else None
+    parser.add_argument(f"--{key.replace('_', '-')}", *([str(short)] if short else []), **options)
 
 
 def read(

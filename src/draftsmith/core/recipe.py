@@ -185,6 +185,9 @@ DraftRecipe = Eagle3Recipe
 class TrainRecipe(Model):
     """Training-time test (EAGLE-3) on packed documents."""
 
+    from_draft: Annotated[Path | None, Field(json_schema_extra={"flag": "--from"})] = None
+    """Directory of a draft of the same target, ours or others', to go on from instead of starting anew; with its shape,
+    taps and vocabulary."""
     epochs: Positive = 1
     """Passes over the completions."""
     max_steps: Positive | None = None
@@ -256,7 +259,8 @@ class TrainRecipe(Model):
         return self.true_probabilities or self.objective != "soft_ce"
 
 
-# Keys of `train` that only say what is watched and kept, and where: changing them continues a training.
+# Keys of `train` that only say what is watched and kept, and where: changing them continues a training. What is in
+# `from_draft` decides by itself.
 BOOKKEEPING = {
     "log_every",
     "evaluate_every",
@@ -266,6 +270,7 @@ BOOKKEEPING = {
     "track",
     "shard",
     "timeout_min",
+    "from_draft",
 }
 
 

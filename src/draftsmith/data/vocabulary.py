@@ -21,6 +21,7 @@ from draftsmith.core.recipe import Recipe
 from draftsmith.core.records.data import Coverage
 from draftsmith.core.run_files import RunFiles
 from draftsmith.data.regenerate import read_completions
+from draftsmith.drafts.directories import load_draft
 
 SIZES = [1024 * 2**i for i in range(7)]  # 1 k .. 64 k
 
@@ -107,14 +108,17 @@ def coverage_of(vocabulary: DraftVocabulary, counts: dict[str, Counter[int]], al
 def build_vocabulary(
     recipe: Recipe, completions: Path, target_size: int, always: set[int], run: RunFiles
 ) -> DraftVocabulary:
-    """Stage `vocab`: writes vocab.safetensors and coverage.json."""
+    """Stage `vocab`: writes vocab.safetensors and coverage.json. A draft that training goes on from brings its own."""
     counts: dict[str, Counter[int]] = {}
     with Meter("vocab", None, "completions") as meter:
         for completion in read_completions(completions):
             tokens = completion.loss_tokens
             counts.setdefault(completion.category, Counter()).update(tokens)
             meter.advance(tokens=len(tokens))
-    vocabulary = choose(sum(counts.values(), Counter()), recipe.vocab.size, target_size, always)
+    if (start := recipe.train.from_draft) is not None:
+        vocabulary = DraftVocabulary(load_draft(start, reading="auto")[1], target_size)
+    else:
+        vocabulary = choose(sum(counts.values(), Counter()), recipe.vocab.size, target_size, always)
     coverage = coverage_of(vocabulary, counts, always)
     vocabulary.save(run.vocabulary)
     coverage.save(run.coverage)

@@ -11,13 +11,14 @@ from torch import Tensor
 from draftsmith.core import files
 from draftsmith.core.errors import CheckpointError
 from draftsmith.core.files import JsonObject, save_tensors, write_json
+from draftsmith.core.records.run import TargetIdentity
 from draftsmith.core.run_files import weights
 from draftsmith.core.taps import Taps
 from draftsmith.decoding.speculate import Drafter
 from draftsmith.drafts import METHODS
-from draftsmith.drafts.method import Draft, DraftReport, Method, Reading
+from draftsmith.drafts.method import Draft, DraftConfig, DraftReport, Method, Reading
 from draftsmith.drafts.recognise import recognise
-from draftsmith.drafts.tensors import EMBEDDING, canonical, read_header, read_tensors
+from draftsmith.drafts.tensors import EMBEDDING, canonical, read_header, read_tensors, weight_files
 from draftsmith.targets.local import LocalTarget
 from draftsmith.targets.parts import DTYPES
 
@@ -31,6 +32,12 @@ def read_config(directory: Path) -> JsonObject:
         return files.read_object(path, directory)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def files_of(directory: Path) -> list[Path]:
+    """Everything that a draft is, as far as draftsmith reads it."""
+    read_config(directory)
+    return [directory / "config.json", *weight_files(directory)]
 
 
 def exported_taps(directory: Path) -> Taps:
@@ -108,16 +115,21 @@ class ReadyDraft:
         return METHODS[self.draft.method].drafter(self.draft, self.ids_D, self.embedding_VH)
 
 
-def ready_draft(target: LocalTarget, directory: Path, reading: Reading | None = None) -> ReadyDraft:
-    """A draft in its target's dtype and on its device; a `CheckpointError` where the two do not fit."""
-    identity = target.identity
-    draft, ids_D = load_draft(directory, DTYPES[identity.dtype], identity.num_layers, reading)
-    config = draft.config
+def require_fit(directory: Path, config: DraftConfig, identity: TargetIdentity) -> None:
+    """A `CheckpointError` where a draft was made for a target of another shape."""
     if config.tap_size != identity.hidden_size or config.vocab_size != identity.vocab_size:
         raise CheckpointError(
             f"{directory}: made for hidden size {config.tap_size} and {config.vocab_size} tokens, but "
             f"{identity.model} has {identity.hidden_size} and {identity.vocab_size}"
         )
+
+
+def ready_draft(target: LocalTarget, directory: Path, reading: Reading | None = None) -> ReadyDraft:
+    """A draft in its target's dtype and on its device; a `CheckpointError` where the two do not fit."""
+    identity = target.identity
+    draft, ids_D = load_draft(directory, DTYPES[identity.dtype], identity.num_layers, reading)
+    config = draft.config
+    require_fit(directory, config, identity)
     target.check_taps(config.taps)
     own = read_tensors(directory, {EMBEDDING}).get(EMBEDDING)
     embedding = target.embedding_rows() if own is None else own

@@ -25,7 +25,7 @@ def canonical(name: str) -> str:
     return name.replace("layers.0.", "midlayer.", 1) if name.startswith("layers.0.") else name
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
     found = sorted(directory.glob("*.safetensors"))
     if not found:
         pickles = [*directory.glob("*.bin"), *directory.glob("*.pt")]
@@ -42,7 +42,7 @@ def read_header(directory: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     which one an engine takes."""
     header: dict[str, tuple[str, tuple[int, ...]]] = {}
     seen: set[str] = set()
-    for path in _weight_files(directory):
+    for path in weight_files(directory):
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
@@ -60,7 +60,7 @@ def read_header(directory: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 def read_tensors(directory: Path, names: set[str] | None = None) -> dict[str, Tensor]:
     """Tensors by canonical name; all of them, or some."""
     tensors: dict[str, Tensor] = {}
-    for path in _weight_files(directory):
+    for path in weight_files(directory):
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping

@@ -18,7 +18,7 @@ from typing import Any
 
 from draftsmith.core import files, run_files
 from draftsmith.core.allocator import return_freed_memory
-from draftsmith.core.errors import DataError, MemoryShortage, RecipeError, out_of_memory, shortage
+from draftsmith.core.errors import CheckpointError, DataError, MemoryShortage, RecipeError, out_of_memory, shortage
 from draftsmith.core.files import JsonObject
 from draftsmith.core.history import changed, outputs_of, target_part
 from draftsmith.core.progress import say
@@ -130,6 +130,20 @@ def _completion_files(run: Run) -> list[Path]:
     return run_files.shards(run.files.completions)
 
 
+def _starting_draft(run: Run) -> list[Path]:
+    """The draft that training goes on from: its content decides, not its place."""
+    from draftsmith.drafts.directories import files_of, inspect_draft
+
+    start = run.recipe.train.from_draft
+    if start is None:
+        return []
+    if start.resolve() == run.files.draft.resolve():
+        raise RecipeError(f"train.from_draft: {start} is this run's own draft; give the new one another --out")
+    for problem in inspect_draft(start).blocking(lenient=True):
+        raise CheckpointError(f"train.from_draft: {start}: {problem}; run: draftsmith inspect {start}")
+    return files_of(start)
+
+
 def _part(*names: str) -> Callable[[Run], Any]:
     """Key made of these parts of the recipe."""
 
@@ -176,12 +190,21 @@ STAGES = (
         },
         memory=("regenerate.batch_size",),
     ),
-    Stage("vocab", "choose the draft vocabulary", _part("target", "vocab"), _completion_files, _vocab),
+    Stage(
+        "vocab",
+        "choose the draft vocabulary",
+        _part("target", "vocab"),
+        lambda run: [*_completion_files(run), *_starting_draft(run)],
+        _vocab,
+    ),
     Stage(
         "train",
         "train the draft",
-        _part("target", "draft", "train", "seed"),
-        lambda run: [*_completion_files(run), run.files.vocabulary],
+        lambda run: {
+            **_part("target", "draft", "seed")(run),
+            "train": run.recipe.train.model_dump(mode="json", exclude={"from_draft"}),
+        },
+        lambda run: [*_completion_files(run), run.files.vocabulary, *_starting_draft(run)],
         _train,
         # What is only watched or kept does not restart a training.
         lambda run: [
@@ -262,9 +285,11 @@ def _require_past(run: Run, stage: Stage) -> None:
         if why is None and all(path.exists() for path in earlier.inputs(run)):  # or another machine has them
             why = reason_to_run(run, earlier, stage_key(run, earlier))
         if why is not None:
+            start = run.recipe.train.from_draft
+            flags = f" --from {start}" if start else ""
             raise DataError(
-                f"{stage.name}: `{earlier.name}` has to run before it ({why}); run: draftsmith run RECIPE, or: "
-                f"draftsmith {earlier.name} RECIPE"
+                f"{stage.name}: `{earlier.name}` has to run before it ({why}); run: draftsmith run RECIPE{flags}, or: "
+                f"draftsmith {earlier.name} RECIPE{flags}"
             )
 
 
@@ -381,6 +406,7 @@ def run_pipeline(run: Run, only: str | None = None, redo: str | None = None) -> 
                 run.release_target()
             run.processes.wait()
         return run.files.report
+    _starting_draft(run)  # one that cannot be read is told before hours of work
     with run.lock:
         if only is not None:
             _require_past(run, chosen[0])

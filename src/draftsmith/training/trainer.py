@@ -22,7 +22,6 @@ from draftsmith.core.records.training import Belongs, Best, MetricsRow, StepTimi
 from draftsmith.data.regenerate import read_completions
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.drafts import METHODS
-from draftsmith.drafts.method import Draft
 from draftsmith.drafts.objectives import pack_inputs
 from draftsmith.drafts.packing import Pack, PackInputs, make_pack, schedule, to_device, trainable
 from draftsmith.targets.base import Target
@@ -49,6 +48,7 @@ from draftsmith.training.metrics import append_row, converged, evaluate_heldout,
 from draftsmith.training.optimizers import make_optimizers
 from draftsmith.training.processes import ProcessGroup
 from draftsmith.training.tracking import tracked
+from draftsmith.training.start import first_draft
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,9 @@ class Trainer:
         layers, rows = target.identity.num_layers, len(vocabulary.ids_D)
         if note := self.method.config_note(recipe.draft, target_config):
             say(note)
-        config = self.method.config(recipe.draft, target_config, layers, rows)
-        self.draft: Draft = self.method.build(config).to(self.device)
-        self.draft.initialise(
-            target.head_rows(vocabulary.ids_D), target.norm_gain(), torch.Generator().manual_seed(recipe.seed)
-        )
+        usual = self.method.config(recipe.draft, target_config, layers, rows)
+        self.draft, self.start = first_draft(recipe, target, usual, vocabulary.ids_D)
+        self.draft.to(self.device)
         self.loss = self.method.loss(self.draft, settings)
         self.sharded = settings.shard and processes.size > 1
         if self.sharded:
@@ -407,6 +405,7 @@ class Trainer:
             train=recipe.train.model_dump(mode="json", exclude=BOOKKEEPING),
             seed=recipe.seed,
             data=digest([c.id for c in self.rows], [len(c.ids) for c in self.rows]),
+            start=self.start,
         )
 
     def _checkpoint(self) -> None:

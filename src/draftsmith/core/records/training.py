@@ -86,6 +86,8 @@ class Belongs(Record):
     """The recipe's part, without what is only watched or kept."""
     seed: int
     data: str
+    start: str | None = None
+    """Content of the draft that it went on from."""
 
 
 class TrainingState(Record):

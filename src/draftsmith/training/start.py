@@ -1,0 +1,63 @@
+"""What a training starts from: a new draft, or one that was trained before (`train.from_draft`)."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from draftsmith.core.errors import CheckpointError
+from draftsmith.core.files import digest
+from draftsmith.core.progress import say
+from draftsmith.core.recipe import Recipe
+from draftsmith.drafts import METHODS
+from draftsmith.drafts.directories import files_of, load_draft, require_fit
+from draftsmith.drafts.method import Draft, DraftConfig
+from draftsmith.drafts.tensors import EMBEDDING, read_tensors
+from draftsmith.targets.base import Target
+
+
+def first_draft(recipe: Recipe, target: Target, usual: DraftConfig, ids_D: Tensor) -> tuple[Draft, str | None]:
+    """(draft in fp32, content of the one that it goes on from). `usual`: what a new draft is."""
+    if (directory := recipe.train.from_draft) is not None:
+        say(f"train: going on from {directory}")
+        return _earlier(directory, recipe, target, usual, ids_D), digest(*files_of(directory))
+    draft: Draft = METHODS[recipe.draft.method].build(usual)
+    rows = target.head_rows(ids_D)
+    draft.to(rows.device).initialise(rows, target.norm_gain(), torch.Generator().manual_seed(recipe.seed))
+    return draft, None
+
+
+def _earlier(directory: Path, recipe: Recipe, target: Target, usual: DraftConfig, ids_D: Tensor) -> Draft:
+    """With the shape that it has, which keys of the recipe's `draft` must not contradict."""
+    key, identity = "train.from_draft", target.identity
+    draft, own_ids = load_draft(directory, torch.float32, identity.num_layers, "auto")
+    config = draft.config
+    require_fit(directory, config, identity)
+    if draft.method != recipe.draft.method or config.hidden_size != usual.hidden_size:
+        raise CheckpointError(
+            f"{key}: {directory} is {draft.method}, {config.hidden_size} wide; a draft of this run is "
+            f"{recipe.draft.method}, {usual.hidden_size} wide; go on from one like that"
+        )
+    beyond = [tap for tap in config.taps if tap >= identity.num_layers]
+    if beyond:
+        raise CheckpointError(
+            f"{key}: {directory} reads layer {beyond[0]}, but {identity.model} has layers 0..{identity.num_layers - 1}"
+        )
+    for name, value in recipe.draft.model_dump(exclude_defaults=True).items():
+        if (held := getattr(config, name, value)) != value:
+            raise CheckpointError(
+                f"draft.{name}: {value} given, but {directory} has {held}; leave the key out, or {key}"
+            )
+    embedding = read_tensors(directory, {EMBEDDING}).get(EMBEDDING)
+    if embedding is not None and not torch.equal(embedding.bfloat16(), target.embedding_rows().cpu().bfloat16()):
+        raise CheckpointError(
+            f"{key}: {directory} has an {EMBEDDING} of its own, but drafts train with their target's; give another"
+        )
+    if not torch.equal(own_ids, ids_D):
+        raise CheckpointError(
+            f"{key}: {directory} drafts {len(own_ids):,} tokens, which are not the {len(ids_D):,} of this run's "
+            f"vocabulary; take the draft's: draftsmith vocab RECIPE --from {directory}"
+        )
+    context = max(config.max_position_embeddings, usual.max_position_embeddings)  # others' are short at times
+    draft.config = config.model_copy(update={"max_position_embeddings": context})
+    return draft.train()
