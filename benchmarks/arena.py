@@ -56,6 +56,7 @@ from draftsmith.evaluation.acceptance import bootstrap_tau, count
 from draftsmith.evaluation.profile import rank_table, walks_of
 from draftsmith.hardware.accept_length import MeasuredProfile, SampledProfile
 from draftsmith.runs.run import commit, hardware
+from draftsmith.targets.base import Capture
 from draftsmith.targets.embedded import materialise
 from draftsmith.targets.local import LocalTarget
 from draftsmith.training.checkpoints import checkpoint_paths, load_state, load_weights
@@ -211,6 +212,20 @@ def environment() -> dict[str, str]:
 # --- judging ------------------------------------------------------------------------------------------------------
 
 
+def remember_captures(target: LocalTarget) -> None:
+    """The judged text is the same for all drafts, and its hidden states cost more than all that is done with them."""
+    known: dict[tuple, Capture] = {}
+    capture = target.capture
+
+    def once(documents: list[list[int]], taps: tuple[int, ...]) -> Capture:
+        key = (tuple(map(tuple, documents)), tuple(taps))
+        if key not in known:
+            known[key] = capture(documents, taps)
+        return known[key]
+
+    target.capture = once
+
+
 def judge(target: LocalTarget, draft: Path, texts: JsonObject, tree: bool) -> JsonObject:
     """tau of a draft by way of drafting and kind of prompt."""
     ready, told = ready_draft(target, draft, "auto"), {}
@@ -260,6 +275,7 @@ def result(work: Path, seconds: float, command: str) -> JsonObject:
         point = next(d for d in trained["drafts"] if d["share"] == share)
         about = {"system": name, "seed": int(seed), "version": trained["version"], "steps": trained["steps"]}
         about["above_target_bytes"] = trained["above_target_bytes"]
+        about["changed"] = {f"train.{key}": value for key, value in OURS.get(name, {}).items()}
         rows.append({**about, **point, "tau": files.read_json(path)})
     made = {"commit": commit(), "command": command, "hardware": hardware().model_dump(mode="json")}
     texts, run = files.read_json(work / "texts.json"), RunFiles(work / "run")
@@ -306,6 +322,7 @@ def main() -> None:
     if not (work / "texts.json").exists():
         write_texts(recipe, run, target, work / "texts.json")
     texts = files.read_json(work / "texts.json")
+    remember_captures(target)
     for name, seed, cell in cells(work, options.only, options.seeds, options.seconds):
         for share in (point["share"] for point in files.read_json(cell / "train.json")["drafts"]):
             path = cell / f"judged-{share}.json"

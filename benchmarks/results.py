@@ -323,6 +323,32 @@ def arena() -> list[str]:
     ]
 
 
+def ablations() -> str:
+    """Every switch that ran, beside the recipe as it is."""
+    told = read_json(RESULTS / "arena.json")
+    means = arena_rows(told)
+    changed = {r["system"]: r["changed"] for r in told["rows"] if r["changed"] or r["system"] == OURS}
+    rows = []
+    for name in sorted(changed, key=lambda name: (name != OURS, name)):
+        last = means[name][max(means[name])]
+        base = means[OURS][max(means[OURS])]
+        what = ", ".join(f"`{key} {value}`" for key, value in changed[name].items()) or "the recipe"
+        taus = [f"{last[k]:.3f} ({last[k] - base[k]:+.3f})" for k in (GREEDY, "unlike T=0", "all T=1 greedy", SAMPLED)]
+        rows.append([what, str(last["seeds"]), f"{last['tokens'] / 1000:.0f} k", f"{last['cpu_s']:.0f}", *taus])
+    head = ["changed", "seeds", "tokens", "CPU s", "T=0", "foreign, T=0", "T=1", "T=1, sampled drafts"]
+    lines = [
+        "# Ablations",
+        "",
+        "Made by `python benchmarks/results.py render` from `benchmarks/results/arena.json`: one switch each of "
+        f"`recipes/smollm2-135m-cpu.yaml`, {told['seconds']:g} CPU seconds of training (`python benchmarks/arena.py "
+        "--only NAME`), tau of the chain 3/1/4, in brackets the difference to the recipe. What did not help stays "
+        "here; what was not run is not here. Seeds differ by about as much as the rows of `docs/results.md` show.",
+        "",
+        *table(head, rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def arena_plot() -> str:
     """The curves of README, on a ground of their own: a page that is dark would swallow the text."""
     series = {name: arena_curve(points, GREEDY) for name, points in arena_systems().items()}
@@ -414,4 +440,5 @@ if __name__ == "__main__":
     else:
         write_atomic(ROOT / "docs" / "results.md", document())
         write_atomic(ROOT / "docs" / "arena.svg", arena_plot())
+        write_atomic(ROOT / "docs" / "ablations.md", ablations())
         write_atomic(ROOT / "README.md", readme())
