@@ -15,8 +15,7 @@ depth). Bypassed of them: launchers, data preparation, capture servers and loade
 peers.py (loss and attention without Triton and flex attention; Muon iterates in fp32, which makes speculators faster
 here). speculators packs 1,024 tokens a step instead of 8,192, as ours does, and has its norm where SGLang has it;
 SpecForge takes its default of one document a step, with fp32 weights. Ours is the train stage's own trainer with
-capture online instead of offline, so that everyone pays for the target's forward. All drafts are written as engines read
-them.
+capture online instead of offline, so that everyone pays for the target's forward. Drafts are written for engines.
 
 All drafts are judged on the same text: what the target writes to prompts that nobody trained on, half of them unlike
 those (arena_prompts.jsonl: translation, summaries, retrieval), without text after the onset of a loop. A chain's tau is
