@@ -277,10 +277,11 @@ def arena_table() -> str:
     for name, points in arena_systems().items():
         last = points[max(points)]
         taus = [f"{last[key]:.2f}" for key in (GREEDY, "tree", "unlike T=0", "all T=1 greedy", SAMPLED)]
-        spent = [f"{last['tokens'] / 1000:.0f} k", f"{last['tokens'] / last['cpu_s']:.0f}"]
-        rows.append([name, *taus, *spent, f"{last['above_target_bytes'] / 1e9:.2f} GB"])
+        spent = [f"{last['cpu_s']:.0f}", f"{last['tokens'] / 1000:.0f} k", f"{last['tokens'] / last['cpu_s']:.0f}"]
+        rows.append([name, str(last["seeds"]), *taus, *spent, f"{last['above_target_bytes'] / 1e9:.2f} GB"])
     taus = ["3/1/4", "3/4/8", "3/1/4, foreign prompts", "3/1/4, T=1", "T=1, sampled drafts"]
-    return "\n".join(table(["system", *taus, "tokens trained on", "tokens per CPU s", "memory above the target"], rows))
+    spent = ["CPU s", "tokens trained on", "tokens per CPU s", "memory above the target"]
+    return "\n".join(table(["system", "seeds", *taus, *spent], rows))
 
 
 def arena_times() -> str:
@@ -440,5 +441,6 @@ if __name__ == "__main__":
     else:
         write_atomic(ROOT / "docs" / "results.md", document())
         write_atomic(ROOT / "docs" / "arena.svg", arena_plot())
-        write_atomic(ROOT / "docs" / "ablations.md", ablations())
+        if any(row["changed"] for row in read_json(RESULTS / "arena.json")["rows"]):
+            write_atomic(ROOT / "docs" / "ablations.md", ablations())
         write_atomic(ROOT / "README.md", readme())
