@@ -179,9 +179,10 @@ def main() -> None:
     rate = regeneration(EmbeddedSession(run.target), many, sampling, own.new_tokens, own.rounds)
     told = {"created_with": run.created_with.model_dump(mode="json"), "threads": torch.get_num_threads()}
     told |= {"steps": rows, "regeneration": {"batch": own.batch, "tokens_per_s": rate}}
+    write_json(OUT, told)
     if own.vllm:
         told["vllm"] = on_vllm(run, one, many, sampling, own)
-    write_json(OUT, told)
+        write_json(OUT, told)
     head = ["shape", "T", "tokens/s", "tau", "step ms", "target", "draft", "host", "host share"]
     numbers = ("tau", "step_ms", "target_ms", "draft_ms", "host_ms")
     lines = [
