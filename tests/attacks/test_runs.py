@@ -19,8 +19,9 @@ from draftsmith.core.records.data import Completion
 from draftsmith.core.records.run import StageState
 from draftsmith.core.records.training import MetricsRow
 from draftsmith.data.regenerate import read_completions
-from draftsmith.runs.pipeline import STAGES, explain, run_pipeline
+from draftsmith.runs.pipeline import explain, run_pipeline
 from draftsmith.runs.run import Run
+from draftsmith.runs.stages import STAGES
 
 NAMES = [stage.name for stage in STAGES]
 

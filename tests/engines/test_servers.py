@@ -21,9 +21,10 @@ from draftsmith.engines import SERVERS
 from draftsmith.engines.process import launch, running
 from draftsmith.engines.served import ServedTarget
 from draftsmith.hardware import probe as probing
-from draftsmith.runs.pipeline import STAGES, run_pipeline
+from draftsmith.runs.pipeline import run_pipeline
 from draftsmith.runs.probing import probe_server
 from draftsmith.runs.run import Run
+from draftsmith.runs.stages import STAGES
 from draftsmith.targets.local import LocalTarget
 
 pytestmark = pytest.mark.engines

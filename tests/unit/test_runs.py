@@ -19,8 +19,9 @@ from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.drafts.directories import load_draft
 from draftsmith.publishing.card import make_card
 from draftsmith.runs.estimates import card_prediction
-from draftsmith.runs.pipeline import STAGES, explain, reason_to_run, run_pipeline, stage_key
+from draftsmith.runs.pipeline import explain, reason_to_run, run_pipeline, stage_key
 from draftsmith.runs.run import Run
+from draftsmith.runs.stages import STAGES
 
 
 @pytest.fixture(scope="module")

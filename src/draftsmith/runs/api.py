@@ -13,8 +13,9 @@ from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.speculate import Decoder
 from draftsmith.drafts.directories import load_draft, ready_draft
-from draftsmith.runs.pipeline import STAGES, run_pipeline, stage_directory
+from draftsmith.runs.pipeline import run_pipeline, stage_directory
 from draftsmith.runs.run import Run
+from draftsmith.runs.stages import STAGES
 from draftsmith.targets.local import LocalTarget
 
 __all__ = ["decode", "evaluate", "load_draft", "run", "train"]

@@ -47,8 +47,8 @@ from draftsmith.training.checkpoints import (
 from draftsmith.training.metrics import append_row, converged, evaluate_heldout, step_flops, truncate_rows
 from draftsmith.training.optimizers import make_optimizers
 from draftsmith.training.processes import ProcessGroup
-from draftsmith.training.tracking import tracked
 from draftsmith.training.start import first_draft
+from draftsmith.training.tracking import tracked
 
 
 @dataclass(frozen=True)

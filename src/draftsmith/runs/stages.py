@@ -1,0 +1,226 @@
+"""The stages of a run: what each of them does, and what decides that it has to be done again."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from draftsmith.core import files, run_files
+from draftsmith.core.errors import CheckpointError, RecipeError
+from draftsmith.core.files import JsonObject
+from draftsmith.core.history import target_part
+from draftsmith.core.progress import say
+from draftsmith.core.recipe import BOOKKEEPING
+from draftsmith.core.sources import Source
+from draftsmith.runs.run import Run, commit
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`key` and `inputs` decide whether it runs; `resume_key` whether its directory can be continued."""
+
+    name: str
+    what: str
+    key: Callable[["Run"], Any]
+    inputs: Callable[["Run"], list[Path]]
+    run: Callable[["Run", Path], Any]
+    resume_key: Callable[["Run"], Any] | None = None
+    always: bool = False
+    """Tells of more than its inputs, so it is made anew each time, and of whatever is there."""
+    memory: tuple[str, ...] = ()
+    """Keys of the recipe that what it holds at once grows with."""
+
+
+def _source_files(run: Run) -> list[Path]:
+    from draftsmith.data.sources import data_files
+
+    return [path for s in (*run.recipe.prompts.sources, *run.recipe.prompts.evaluation) for path in data_files(s)]
+
+
+def _prompts(run: Run, out: Path) -> None:
+    from draftsmith.data.prompts import gather
+
+    gather(run.recipe, out)
+
+
+def _regenerate(run: Run, out: Path) -> None:
+    from draftsmith.data.regenerate import Regeneration
+    from draftsmith.data.templates import ChatFormat
+
+    with run.answering(out) as target:
+        chat = ChatFormat.of(run.recipe, target)
+        Regeneration(run.recipe, target, chat, run.files.training_prompts, out).run()
+
+
+def _vocab(run: Run, out: Path) -> None:
+    from draftsmith.data.vocabulary import build_vocabulary
+
+    size = run.target.identity.vocab_size
+    build_vocabulary(run.recipe, run.files.completions, size, run.special_tokens, run.files)
+
+
+def _train(run: Run, out: Path) -> None:
+    import torch
+
+    from draftsmith.data.vocabulary import DraftVocabulary
+    from draftsmith.hardware.presets import peak_flops_s
+    from draftsmith.training.trainer import Trainer
+
+    recipe, vocabulary = run.recipe, DraftVocabulary.load(run.files.vocabulary)
+    on_gpu = recipe.device != "cpu" and recipe.train.dtype == "bf16" and torch.cuda.is_available()
+    peak = peak_flops_s(torch.cuda.get_device_name()) if on_gpu else None
+    target, completions = run.target, run.files.completions
+    Trainer(recipe, target, target.config, completions, vocabulary, out, run.processes, peak).train()
+
+
+def _export(run: Run, out: Path) -> None:
+    from draftsmith.data.vocabulary import DraftVocabulary
+    from draftsmith.training.export import export
+
+    provenance = {"version": version("draftsmith"), "commit": commit()}
+    export(run.files.train, DraftVocabulary.load(run.files.vocabulary), run.files.draft, provenance)
+
+
+def _evaluate(run: Run, out: Path) -> None:
+    from draftsmith.engines import ENGINES, SERVERS
+    from draftsmith.evaluation.evaluate import Evaluation
+
+    sets = run.evaluation_sets()  # first, as nothing may be lost to a set that cannot be read
+    run.tell_engine("evaluate")
+    name = run.evaluation_engine
+    stuck = name == "embedded" and run.target.library is not None and not run.target.library.can_cut_back
+    if stuck and run.recipe.evaluate.engine == "auto":
+        name = run.recipe.serve.engine
+        say(f"evaluate: this target's cache cannot be cut back in this process, so {name} verifies its drafts")
+    if name in SERVERS and run.recipe.evaluate.url is None:
+        run.release_target()
+    setup = run.setup(name, out)
+    Evaluation(ENGINES[name], setup, run.files.evaluation_prompts, out, sets).run(run.created_with)
+
+
+def _report(run: Run, out: Path) -> None:
+    from draftsmith.evaluation.report import write_report
+
+    write_report(run.files, run.tokenizer, run.serve_commands)
+
+
+def completion_files(run: Run) -> list[Path]:
+    return run_files.shards(run.files.completions)
+
+
+def starting_draft(run: Run) -> list[Path]:
+    """The draft that training goes on from: its content decides, not its place."""
+    from draftsmith.drafts.directories import files_of, inspect_draft
+
+    start = run.recipe.train.from_draft
+    if start is None:
+        return []
+    if start.resolve() == run.files.draft.resolve():
+        raise RecipeError(f"train.from_draft: {start} is this run's own draft; give the new one another --out")
+    for problem in inspect_draft(start).blocking(lenient=True):
+        raise CheckpointError(f"train.from_draft: {start}: {problem}; run: draftsmith inspect {start}")
+    return files_of(start)
+
+
+def _part(*names: str) -> Callable[[Run], Any]:
+    """Key made of these parts of the recipe."""
+
+    def key(run: Run) -> JsonObject:
+        recipe = run.recipe.model_dump(mode="json")
+        return {name: target_part(recipe) if name == "target" else recipe[name] for name in names}
+
+    return key
+
+
+def _evaluation_key(run: Run, *without: str) -> list[Any]:
+    from draftsmith.data.sources import data_files
+
+    serve = {"draft_sampling"} if run.evaluation_engine == "embedded" else SERVED
+    local = [Source(name=str(chosen.path)) for chosen in run.recipe.evaluate.sets if chosen.path and not without]
+    return [
+        [files.digest(*data_files(source)) for source in local],
+        _part("target", "seed")(run),
+        run.recipe.evaluate.model_dump(mode="json", exclude=set(without)),
+        run.recipe.regenerate.max_prompt_tokens,
+        run.recipe.serve.model_dump(mode="json", include=serve),
+    ]
+
+
+# of `serve`, what an evaluation depends on
+SERVED = {"draft_sampling", "extra", "tensor_parallel", "context", "draft_quantization"}
+STAGES = (
+    Stage(
+        "prompts", "gather, de-duplicate and decontaminate prompts", _part("prompts", "seed"), _source_files, _prompts
+    ),
+    Stage(
+        "regenerate",
+        "let the target answer them",
+        lambda run: {
+            **_part("target", "seed")(run),
+            "regenerate": run.recipe.regenerate.model_dump(mode="json", exclude={"engine"}),  # whoever answers for it
+        },
+        lambda run: [run.files.training_prompts],
+        _regenerate,
+        # More tokens of the same run continue it.
+        lambda run: {
+            **_part("target", "seed")(run),
+            "regenerate": run.recipe.regenerate.model_dump(mode="json", exclude={"max_tokens", "engine"}),
+        },
+        memory=("regenerate.batch_size",),
+    ),
+    Stage(
+        "vocab",
+        "choose the draft vocabulary",
+        _part("target", "vocab"),
+        lambda run: [*completion_files(run), *starting_draft(run)],
+        _vocab,
+    ),
+    Stage(
+        "train",
+        "train the draft",
+        lambda run: {
+            **_part("target", "draft", "seed")(run),
+            "train": run.recipe.train.model_dump(mode="json", exclude={"from_draft"}),
+        },
+        lambda run: [*completion_files(run), run.files.vocabulary, *starting_draft(run)],
+        _train,
+        # What is only watched or kept does not restart a training.
+        lambda run: [
+            _part("target", "draft", "seed")(run),
+            run.recipe.train.model_dump(mode="json", exclude=BOOKKEEPING),
+        ],
+        memory=("train.pack_tokens", "train.max_document_tokens"),
+    ),
+    Stage(
+        "export",
+        "write the engine directory",
+        lambda run: {},
+        lambda run: [
+            run_files.summary(run.files.train),
+            *sorted(run.files.train.glob("checkpoint-*/draft.safetensors")),
+            *run.files.train.glob("best/draft.safetensors"),
+        ],
+        _export,
+    ),
+    Stage(
+        "evaluate",
+        "measure accept length, speed and losslessness",
+        _evaluation_key,
+        lambda run: [run_files.weights(run.files.draft), run.files.evaluation_prompts],
+        _evaluate,
+        # Sets are measured one by one, so another one continues it.
+        lambda run: _evaluation_key(run, "sets"),
+        memory=("evaluate.lossless_prompts", "regenerate.batch_size"),
+    ),
+    Stage(
+        "report",
+        "write report.html",
+        lambda run: {},
+        lambda run: [
+            path for path in (*run.files.results.values(), run_files.metrics(run.files.train)) if path.exists()
+        ],
+        _report,
+        always=True,
+    ),
+)
