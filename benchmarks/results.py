@@ -389,8 +389,7 @@ def document() -> str:
     for name in names:
         if (RESULTS / f"{name}.json").exists():
             parts += section(name, read_json(RESULTS / f"{name}.json"))
-    return "\n".join([*parts, *throughput(), *decoding(), *predictions()]).rstrip() + "\n"
-    return "\n".join([*parts, *arena(), *throughput(), *predictions()]).rstrip() + "\n"
+    return "\n".join([*parts, *arena(), *throughput(), *decoding(), *predictions()]).rstrip() + "\n"
 
 
 def first_table() -> str:
