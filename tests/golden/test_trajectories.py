@@ -51,13 +51,14 @@ def weights(out) -> dict[str, torch.Tensor]:
     return load_file(sorted(out.glob("checkpoint-*"))[-1] / "draft.safetensors")
 
 
-def test_loss_falls_and_tau_rises(data, tmp_path):
+def test_loss_falls_and_acceptance_rises(data, tmp_path):
     summary = trainer(data, tmp_path, **{"train.epochs": 8}).train()
     curve = losses(tmp_path)
     assert curve[-1] < 0.8 * curve[0]
-    held_out = [row.held_out.tau[3] for row in MetricsRow.read_rows(tmp_path / "metrics.jsonl") if row.held_out]
-    assert held_out[-1] > held_out[0]
-    assert summary.tau_held_out == held_out[-1]
+    held_out = [row.held_out for row in MetricsRow.read_rows(tmp_path / "metrics.jsonl") if row.held_out]
+    # of four completions tau is a matter of luck, the chance to be accepted is not
+    assert all(last > 1.1 * first for first, last in zip(held_out[0].alpha, held_out[-1].alpha, strict=True))
+    assert summary.tau_held_out == held_out[-1].tau[3]
 
 
 def test_lk_losses_see_the_whole_distribution(data, tmp_path):
