@@ -25,7 +25,7 @@ from draftsmith.core.secrets import masked
 from draftsmith.runs.run import Run, commit
 from draftsmith.runs.stages import STAGES, Stage, completion_files, starting_draft
 
-FORMAT = 3  # raise when a stage's output changes meaning
+FORMAT = 4  # raise when a stage's output changes meaning
 
 
 def _peak_memory() -> int:
