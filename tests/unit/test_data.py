@@ -92,7 +92,8 @@ def test_hub_columns_are_mapped(monkeypatch, name, row, text):
     """The hub itself is not reachable from tests; what is tested is which data set and columns are asked for."""
     asked = []
 
-    def load(path, config, split, streaming):
+    def load(path, config, split, revision, streaming):
+        assert revision is None  # as it is there today
         asked.append((path, config, split))
         return datasets.Dataset.from_list([row]).to_iterable_dataset()
 
