@@ -171,6 +171,13 @@ def test_of_two_taps_lists_in_one_draft_one_may_be_said_to_be_right(world, call)
     assert (code, "--taps inputs" in told) == (2, True), (inputs, told)
     code, told = call(*words, "--taps", "inputs")
     assert code == 0, told
+    words = ["run", "recipe.yaml", "--from", str(draft), "--out", "after"]
+    code, told = call(*words)
+    assert (code, "delete the wrong ones" in told) == (2, True), told
+    values.pop("eagle_config")
+    write_json(draft / "config.json", values)
+    code, told = call(*words)
+    assert code == 0, told
 
 
 def test_an_existing_recipe_is_kept_and_another_place_is_taken(world, call):

@@ -234,7 +234,7 @@ def test_two_keys_that_differ_have_to_be_chosen_from(exported):
     config["eagle_config"][IDS] = config[IDS]
     (directory / "config.json").write_text(json.dumps(config))
     assert problems(directory) == ["vLLM would capture taps [1, 3, 4], SGLang [2, 4, 5]"]
-    with pytest.raises(CheckpointError, match="say which are right with --taps inputs or --taps outputs"):
+    with pytest.raises(CheckpointError, match=r"delete the wrong ones \(compare: --taps inputs or --taps outputs\)"):
         load_draft(directory, layers=6, reading="auto")
 
 

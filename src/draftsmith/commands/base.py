@@ -1,5 +1,6 @@
 """What all commands are: pydantic models whose fields are their flags, called to run."""
 
+from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -19,8 +20,8 @@ class Command(BaseModel):
 class FreeCommand(Command):
     """A command that needs no recipe; returns the exit code."""
 
-    def __call__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self) -> int: ...
 
 
 class RecipeCommand(Command):
@@ -36,5 +37,5 @@ class RecipeCommand(Command):
         """Whether it writes into the run directory, so that nobody else may meanwhile."""
         return True
 
-    def __call__(self, run: "Run") -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, run: "Run") -> int: ...

@@ -24,7 +24,16 @@ Column = Literal[
 ]
 
 
-class Source(Model):
+class Named(Model):
+    """Stands in a recipe as its name alone where nothing else is said of it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class Source(Named):
     """One source of prompts."""
 
     name: str
@@ -40,16 +49,11 @@ class Source(Model):
     limit: Positive | None = None
     """Take at most this many prompts, chosen by the recipe's seed."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _name_alone(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
 
 EVALUATION_SETS = ("mt-bench", "humaneval", "gsm8k", "math500", "alpaca", "spec-bench", "speed-bench")
 
 
-class EvaluationSet(Model):
+class EvaluationSet(Named):
     """Prompts that are measured apart, all turns of each."""
 
     name: Annotated[str, AfterValidator(path_part)]
@@ -62,11 +66,6 @@ class EvaluationSet(Model):
     """Category of rows that carry none."""
     limit: Positive | None = None
     """Prompts used, an equal number per category; left out: evaluate.prompts."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_alone(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _known(self) -> "EvaluationSet":

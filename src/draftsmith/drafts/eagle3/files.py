@@ -107,7 +107,7 @@ def named_taps(report: DraftReport, layers: int, reading: Reading) -> Taps:
     if inputs and outputs and inputs != outputs:
         raise CheckpointError(
             f"{report.directory}: {IDS} is {list(inputs)} at the top level but {nested} in eagle_config, "
-            "which name different taps; say which are right with --taps inputs or --taps outputs"
+            "which name different taps; delete the wrong ones (compare: --taps inputs or --taps outputs)"
         )
     return inputs or outputs
 
