@@ -47,9 +47,11 @@ def train(prepared, name, processes, *flags):
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (out / "train" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in lines if "loss" in row]
-    taus = [row["held_out"]["tau"]["3"] for row in lines if "held_out" in row]
+    held_out = [row["held_out"] for row in lines if "held_out" in row]
+    taus = [measured["tau"]["3"] for measured in held_out]
+    verifications = [measured["verifications"] for measured in held_out]  # each pack counts once
     assert len(losses) >= 4
-    return [*losses, *taus], done.stderr
+    return [*losses, *taus, *verifications], done.stderr
 
 
 def forget_the_end(prepared, name, copy):

@@ -106,6 +106,10 @@ def test_tune_measures_and_serve_takes_it(monkeypatch, capsys, world):
     assert "rejection" not in told
     assert '"num_speculative_tokens": 3' in serve("--no-serve.tuned")
     assert '"num_speculative_tokens": 2' in serve("--serve.shape", "2/1/3")
+    # whichever way evaluate saw accepted more
+    faster = greedy.model_copy(update={"speedup": 1.7})
+    result.model_copy(update={"best": faster, "tried": [faster, sampled]}).save(path)
+    assert '"num_speculative_tokens": 4}' in serve()
     # at temperature 0 the shape alone is measured
     cold = [tried.model_copy(update={"drafts": "greedy"}) for tried in (sampled, tree, greedy)]
     result.model_copy(update={"temperature": 0.0, "best": cold[0], "tried": cold}).save(path)
