@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from models import save_tiny_target
-from outcomes import FUZZED, ODD, copied, fuzzed, one_gigabyte, outcome, put
+from outcomes import FUZZED, ODD, copied, fuzzed, one_gigabyte, outcome, put, refused
 
 from draftsmith import cli
 from draftsmith.core.errors import TargetError
@@ -196,6 +196,14 @@ def fuzz_tokenizer(model, original, data):
     place[key] = data.draw(values)
     (model / "tokenizer.json").write_text(json.dumps(tree))
     outcome(lambda: load_tokenizer(str(model))("the a of w1"), 20)
+
+
+def test_a_tokenizer_that_fails_on_words_it_does_not_know_is_one_line(model):
+    path = model / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    tree["model"]["unk_token"] = "nowhere"
+    path.write_text(json.dumps(tree))
+    assert "cannot read text: WordLevel error: Missing [UNK]" in refused(lambda: load_tokenizer(str(model)))
 
 
 def test_fuzzed_tokenizers(model, attacks):

@@ -67,12 +67,17 @@ def tell_slow_products(device: torch.device, dtype: str) -> None:
         )
 
 
+UNUSUAL = "Wörter, 言葉 and \u2603 7"
+
+
 def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     path = resolve_model(model)
     with on_guard(f"no tokenizer in {model!r}"):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    with on_guard(f"the tokenizer of {model!r} cannot read text"):  # some are found out by what they do not know only
+        tokenizer.decode(tokenizer(UNUSUAL).input_ids)
     if model in embedded.EMBEDDED:
         embedded.check_tokenizer(model, tokenizer)
     return tokenizer
