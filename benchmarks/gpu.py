@@ -5,10 +5,10 @@
 The target is a stub of the right widths (random weights, four thin layers), so what is timed is a trainer's own step:
 capture, teacher, forward, backward, clip, AdamW. Rows are random tokens whose first fifth is a prompt. Every setting
 runs in a process of its own; one that fails is told with its last line. MFU (docs/gpu.md) is told for draftsmith where
-the peak of the GPU is known. The peers (benchmarks/install_peers.sh, but with a CUDA build of torch) run by peers.py,
-which has not been tried on a GPU yet; without --peers they are left out, and the file says so.
+the peak of the GPU is known. The peers (benchmarks/install_peers.sh, but with a CUDA build of torch) run by peers.py and
+compile for minutes before their first step; without --peers they are left out, and the file says so.
 
-No such file from a GPU is in this repository yet: please send yours.
+benchmarks/results/h100.json is what one H100 gave: please send yours.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,10 +31,11 @@ LAYERS = {
         hidden_size=3072, intermediate_size=6144, num_attention_heads=48, num_key_value_heads=8, vocab_size=200064
     ),
 }
+SYSTEMS = ("draftsmith", "specforge", "speculators")
 PACKS = ((16, 512), (4, 2048), (1, 8192), (1, 16384))  # documents, tokens of each
 
 
-def stub(layer: dict):
+def stub(layer: dict, device: str):
     """The target: a Llama with the draft's widths outside and almost nothing inside."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -41,7 +43,8 @@ def stub(layer: dict):
     torch.manual_seed(0)
     thin = {**layer, "intermediate_size": 256}
     config = LlamaConfig(**thin, head_dim=128, num_hidden_layers=4, max_position_embeddings=32768)
-    return LlamaForCausalLM(config).bfloat16().eval()
+    with torch.device(device):
+        return LlamaForCausalLM(config).bfloat16().eval()
 
 
 def run_ours(layer: dict, documents: int, length: int, steps: int, device: str = "cuda") -> dict:
@@ -57,7 +60,7 @@ def run_ours(layer: dict, documents: int, length: int, steps: int, device: str =
     from draftsmith.training.metrics import step_flops
     from draftsmith.training.trainer import Trainer
 
-    target = LocalTarget.from_model(stub(layer).to(device), name="stub")
+    target = LocalTarget.from_model(stub(layer, device), name="stub")
     packs = steps + WARM_UP
     spans = [(length // 5, length)]
     ids = torch.randint(layer["vocab_size"], (packs * documents + 1, length)).tolist()
@@ -74,21 +77,34 @@ def run_ours(layer: dict, documents: int, length: int, steps: int, device: str =
         vocabulary = DraftVocabulary(torch.arange(DRAFT_VOCAB), layer["vocab_size"])
         recipe = parse_recipe(settings, "benchmark")
         trainer = Trainer(recipe, target, target.config, Path(scratch) / "completions", vocabulary, Path(scratch))
-        capture = trainer._capture_source()
+        capture = trainer._ahead(trainer._capture_source(), trainer._packs_to_come())
         seconds, flops = [], []
         for [indices] in trainer.steps:
             pack = make_pack([trainer.rows[i] for i in indices], length)
             started = time.perf_counter()
             trainer._optimiser_step([pack], capture)  # ends with a look at the loss: the GPU has done it by then,
             seconds.append(time.perf_counter() - started)  # but for the optimiser, which the next step waits for
+            trainer.step += 1
             flops.append(step_flops(trainer.draft, trainer.settings, [pack]))
+        told = {"loss": trainer.sums.last_loss}
+        if device == "cuda":
+            told["kernels"] = launched(lambda: trainer._optimiser_step([pack], capture))
     step_s = statistics.median(seconds[WARM_UP:])
-    told = {"tokens_per_s": documents * length / step_s, "flops": flops[-1], "loss": trainer.sums.last_loss}
+    told |= {"tokens_per_s": documents * length / step_s, "flops": flops[-1]}
     if device == "cuda":
         told["peak_bytes"] = torch.cuda.max_memory_allocated()
         peak = peak_flops_s(torch.cuda.get_device_name())
         told["mfu"] = flops[-1] / step_s / peak if peak else None
     return told
+
+
+def launched(step: Callable[[], None]) -> int:
+    """Kernels of a step, copies and fills among them; its packs are captured on the spot."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        step()
+    return sum(event.device_type.name == "CUDA" for event in profiled.events())
 
 
 def write_peers_data(layer: dict, documents: int, length: int, steps: int, path: Path) -> None:
@@ -110,16 +126,21 @@ def one(command: list[str]) -> dict:
     return {"failed": lines[-1][:500]} if done.returncode else json.loads(lines[-1])
 
 
+def pack_of(text: str) -> tuple[int, int]:
+    documents, length = map(int, text.split("x"))
+    return documents, length
+
+
 def peers(options: argparse.Namespace, name: str, scratch: Path) -> list[dict]:
     """SpecForge and speculators on the stub, if it can be written and they are there."""
     layer, target = LAYERS[name], scratch / "stub"
-    stub(layer).save_pretrained(target)
+    stub(layer, "cuda").save_pretrained(target)
     shape = {key: value for key, value in layer.items() if key != "vocab_size"}
     shape |= {"head_dim": 128, "taps": list(TAPS)}
     rows = []
-    for documents, length in PACKS:
+    for documents, length in options.pack:
         write_peers_data(layer, documents, length, options.steps, scratch / "data.safetensors")
-        for peer in ("specforge", "speculators"):
+        for peer in [system for system in options.system if system != "draftsmith"]:
             found = one(
                 [
                     str(options.peers / "bin" / "python"),
@@ -137,6 +158,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     parser.add_argument("--peers", type=Path, help="virtual environment in which the peers are installed")
+    parser.add_argument("--system", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--draft", nargs="+", choices=LAYERS, default=list(LAYERS), help="shapes of the draft")
+    parser.add_argument(
+        "--pack", nargs="+", type=pack_of, default=list(PACKS), metavar="DOCUMENTSxLENGTH", help="tokens of a step"
+    )
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each setting")
     parser.add_argument(
         "--ours", nargs=3, metavar=("DRAFT", "DOCUMENTS", "LENGTH"), help="one setting, in this process"
@@ -151,8 +177,8 @@ def main() -> None:
         print(json.dumps(run_ours(LAYERS[name], int(documents), int(length), options.steps)))
         return
     rows = []
-    for name in LAYERS:
-        for documents, length in PACKS:
+    for name in options.draft:
+        for documents, length in options.pack if "draftsmith" in options.system else ():
             command = [sys.executable, __file__, "--steps", str(options.steps)]
             found = one([*command, "--ours", name, str(documents), str(length)])
             rows.append({"system": "draftsmith", "draft": name, "documents": documents, "length": length, **found})

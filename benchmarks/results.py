@@ -359,6 +359,26 @@ def arena_plot() -> str:
     return plot.replace(">", "><style>svg{background:#fff}</style>", 1) + "\n"
 
 
+def on_gpus() -> list[str]:
+    told = read_json(RESULTS / "h100.json")
+    rows = [
+        [
+            *(r["system"], r["draft"], f"{r['documents']} x {r['length']}", f"{r['tokens_per_s']:,.0f}"),
+            *(f"{r['mfu']:.0%}", f"{r['peak_bytes'] / 1e9:.1f} GB", f"{r['kernels']:,}"),
+        ]
+        for r in told["rows"]
+    ]
+    return [
+        "## Training on a GPU",
+        "",
+        f"{told['device']}, torch {told['torch']}, commit {told['commit']}: `{told['command']}`. Beside it: "
+        f"{told['peers']}.",
+        "",
+        *table(["system", "draft of", "pack", "tokens/s", "MFU", "peak memory", "kernels a step"], rows),
+        "",
+    ]
+
+
 def predictions() -> list[str]:
     told = read_json(RESULTS / "prediction-validation.json")["summary"]
     plans = read_json(RESULTS / "plan-validation.json")["runs"]
@@ -389,7 +409,7 @@ def document() -> str:
     for name in names:
         if (RESULTS / f"{name}.json").exists():
             parts += section(name, read_json(RESULTS / f"{name}.json"))
-    return "\n".join([*parts, *arena(), *throughput(), *decoding(), *predictions()]).rstrip() + "\n"
+    return "\n".join([*parts, *arena(), *throughput(), *decoding(), *on_gpus(), *predictions()]).rstrip() + "\n"
 
 
 def first_table() -> str:

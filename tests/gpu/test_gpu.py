@@ -16,7 +16,7 @@ from gpu_cases import (
     target_on,
     trainer_on,
 )
-from live_bytes import MINIMAX_M27, QWEN3_8B, step_bytes
+from live_bytes import MINIMAX_M27, QWEN3_8B, as_on_cuda, step_bytes
 from models import save_tiny_target, tiny_recipe, write_prompts
 
 from draftsmith.decoding import flash
@@ -25,7 +25,7 @@ from draftsmith.drafts.eagle3.chain_attention import ChainAttention
 from draftsmith.drafts.packing import make_pack
 from draftsmith.runs.pipeline import run_pipeline
 from draftsmith.runs.run import Run
-from draftsmith.training.capture import OnlineCapture
+from draftsmith.training.capture import PrefetchedCapture
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -67,7 +67,7 @@ def test_the_flash_kernel_equals_plain_attention(heads):
     upstream = leaf(chains, queries, size)
     found = []
     for kind in (torch.bfloat16, torch.float32):  # the second is no dtype of the flash kernel
-        given = [x.to(kind).requires_grad_() for x in inputs]
+        given = [x.detach().to(kind).requires_grad_() for x in inputs]
         out = ChainAttention.apply(*given, pack.index(GPU))
         (out * upstream.to(kind)).sum().backward()
         found.append([x.float() for x in (out.detach(), *(x.grad for x in given))])
@@ -90,8 +90,8 @@ def test_prefetched_packs_train_as_the_cpus(tmp_path, capture):
     on, cpu = (
         trainer_on(t, tmp_path / str(i), **changes) for i, t in enumerate((target_on(GPU, "llama"), on_cpu("llama")[0]))
     )
-    source = on._capture_source()
-    assert not isinstance(source, OnlineCapture)
+    source = on._ahead(on._capture_source(), on._packs_to_come())
+    assert isinstance(source, PrefetchedCapture)
     sources = source, cpu._capture_source()
     for step in on.steps:
         for trainer, states in zip((on, cpu), sources, strict=True):
@@ -102,7 +102,7 @@ def test_prefetched_packs_train_as_the_cpus(tmp_path, capture):
 
 def test_the_host_waits_once_a_training_step(tmp_path):
     run = trainer_on(target_on(GPU, "llama"), tmp_path, **{"train.capture": "offline"})
-    source = run._capture_source()
+    source = run._ahead(run._capture_source(), run._packs_to_come())
     packs = [[make_pack([run.rows[i] for i in pack], 64) for pack in step] for step in run.steps[:2]]
     run._optimiser_step(packs[0], source)  # the first one sets libraries up
     torch.cuda.set_sync_debug_mode("warn")
@@ -117,7 +117,8 @@ def test_the_host_waits_once_a_training_step(tmp_path):
 
 @pytest.mark.parametrize("dimensions", [QWEN3_8B, MINIMAX_M27], ids=["Qwen3-8B", "MiniMax-M2.7"])
 def test_bytes_as_counted(dimensions):
-    counted = step_bytes(dimensions, 4, 1024)
+    with as_on_cuda():
+        counted = step_bytes(dimensions, 4, 1024)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 from collections import Counter
+from random import Random
 
 import datasets
 import pyarrow
@@ -22,7 +23,7 @@ from draftsmith.data.rows import messages_of
 from draftsmith.data.sources import BUNDLED, HUB
 from draftsmith.data.templates import ChatFormat
 from draftsmith.data.vocabulary import DraftVocabulary, choose, coverage_of
-from draftsmith.decoding.stopping import loop_onset
+from draftsmith.decoding.stopping import loop_onset, loops
 from draftsmith.drafts.packing import epoch_packs, make_pack, schedule
 from draftsmith.targets.local import LocalTarget
 
@@ -288,6 +289,25 @@ def test_packs_hold_every_document_once():
 )
 def test_loops_are_found_where_they_begin(ids, onset):
     assert loop_onset(ids) == onset
+
+
+def test_a_loop_is_seen_at_the_look_after_it_became_one():
+    """The quick look against the whole one, on noisy loops of every length of period that is looked for, and one more."""
+    random, found = Random(0), 0
+    for case in range(300):
+        period, at, letters = 1 + case % 65, random.randrange(150), random.choice([2, 5, 1000])
+        base = [random.randrange(letters) for _ in range(period)]
+        ids = [
+            random.randrange(letters) if i < at or random.random() < 0.002 else base[(i - at) % period]
+            for i in range(400)
+        ]
+        for end in range(16, len(ids) + 1, 16):
+            whole = loop_onset(ids[:end]) is not None
+            assert loops(ids[:end]) == whole
+            if whole:
+                found += 1
+                break
+    assert 150 < found < 300
 
 
 def test_summary_counts_what_happened(regenerated):

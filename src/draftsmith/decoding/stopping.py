@@ -53,8 +53,15 @@ def loop_onset(ids: Sequence[int]) -> int | None:
 
 
 def loops(ids: Sequence[int]) -> bool:
-    """Looked for at every 16th token, because a look costs as much as a token of a small model."""
-    return len(ids) % LOOP_EVERY == 0 and loop_onset(ids) is not None
+    """Whether the text has come to a loop. Looked for at every 16th token: one that began to be one since the last look
+    repeats the nine tokens that end 15 before the last, and few texts do, so few are looked at as a whole."""
+    if len(ids) % LOOP_EVERY:
+        return False
+    start = len(ids) - MIN_TOKENS
+    seen = list(ids[start : start + MIN_TOKENS - LOOP_EVERY + 1])
+    if not any(list(ids[i : i + len(seen)]) == seen for i in range(max(0, start - MAX_PERIOD), start)):
+        return False
+    return loop_onset(ids) is not None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from draftsmith.core.files import JsonObject
+from draftsmith.drafts.fusion import fused
 
 
 class RMSNorm(nn.Module):
@@ -32,7 +33,12 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+
+
+@fused
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 class Attention(nn.Module):
@@ -81,6 +87,7 @@ def rope_table(positions: Tensor, frequencies: Tensor, gain: float, dtype: torch
     return (angle.cos() * gain).to(dtype), (angle.sin() * gain).to(dtype)
 
 
+@fused
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary embedding of x [..., N, D]."""
     cos, sin = table

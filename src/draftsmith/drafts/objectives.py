@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from draftsmith.drafts.fusion import fused
 from draftsmith.drafts.packing import Pack, PackInputs
 
 CPU_ROWS = 512  # their logits stay in a CPU's last-level cache
-GPU_ROWS, GPU_BYTES = 8192, 2**29  # few launches and wide products, in bounded memory
+GPU_ROWS, GPU_BYTES = 8192, 2**30  # few launches and wide products, in bounded memory
 
 
 def chunk_rows(device: torch.device, columns: int) -> int:
@@ -77,6 +78,22 @@ class Objective:
         rest = mass * (1 - kl_weights)
         gradient = q.mul_(mass[:, None]).sub_(p).mul_(kl_weights[:, None]) - alpha_gradient.mul_(rest[:, None])
         return kl_weights * kl + rest * (1 - alpha), gradient, alpha
+
+
+@fused
+def accepted(logits: Tensor, p: Tensor, teacher_rows: Tensor) -> Tensor:
+    """alpha [m]."""
+    q = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    return torch.minimum(p[teacher_rows].float(), q).sum(-1)
+
+
+@fused
+def weighted(
+    logits: Tensor, p: Tensor, teacher_rows: Tensor, weights: Tensor, kl_weights: Tensor | None, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of weights * loss, its gradient [m, D] in the dtype of the logits, alpha [m])."""
+    losses, gradient, alpha = objective.loss_and_gradient(logits, p[teacher_rows].float(), kl_weights)
+    return (losses * weights).sum(), gradient.mul_(weights[:, None]).to(logits.dtype), alpha
 
 
 def teacher_probabilities(
@@ -134,16 +151,14 @@ class HeadLoss(torch.autograd.Function):
         kl_weights: Tensor | None = None
         if objective.mixes:  # one product more: no row's gradient is known before every row's alpha
             for rows in chunks:
-                q = torch.softmax(x[rows] @ head.T, dim=-1, dtype=torch.float32)
-                alphas[rows] = torch.minimum(p[teacher_rows[rows]].float(), q).sum(-1)
+                alphas[rows] = accepted(x[rows] @ head.T, p, teacher_rows[rows])
             kl_weights = objective.kl_weights(alphas, depths)
         for rows in chunks:
             mix = None if kl_weights is None else kl_weights[rows]
-            logits = x[rows] @ head.T
-            losses, gradient, alphas[rows] = objective.loss_and_gradient(logits, p[teacher_rows[rows]].float(), mix)
-            weights = row_weights[rows]
-            loss += torch.dot(losses, weights)
-            gradient = gradient.mul_(weights[:, None]).to(x.dtype)
+            part, gradient, alphas[rows] = weighted(
+                x[rows] @ head.T, p, teacher_rows[rows], row_weights[rows], mix, objective
+            )
+            loss += part
             grad_x[rows] = gradient @ head
             grad_head += gradient.T @ x[rows]
         ctx.save_for_backward(grad_x, grad_head.to(head.dtype))

@@ -116,6 +116,8 @@ class LocalTarget(ModelParts):
 
     def _choose_path(self) -> None:
         """The packed forward if it gives the model's own logits, else the library's."""
+        if self.device.type == "cuda":  # cuDNN plans anew for every length of a cache: half of a decoding step
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.library: LibraryForward | None = None
         lean = lean_layers(self.layers)
         for module in (self.head,) if lean else (self.head, self.decoder):

@@ -12,13 +12,14 @@ a bounded number of queries at a time and is what the kernels are held against.
 Shapes: T tokens, R chains, I earlier steps, N query heads, M key heads, D head dimension.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from draftsmith.decoding import flash
+from draftsmith.drafts.fusion import fused
 from draftsmith.drafts.packing import PackIndex, Segment
 
 PLAIN_ROWS = 1024  # queries whose scores exist at once on the plain way
@@ -31,6 +32,10 @@ Part = tuple[Tensor, Tensor]
 
 def has_cpu_flash(query: Tensor) -> bool:
     return query.device.type == "cpu"
+
+
+def _fp32_zeros(like: Iterable[Tensor]) -> list[Tensor]:
+    return [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in like]
 
 
 def _rows(index: PackIndex) -> Iterator[tuple[Segment, slice]]:
@@ -67,9 +72,9 @@ def _cpu_forward(query: Tensor, key0: Tensor, value0: Tensor, index: PackIndex, 
         yield rows, parts
 
 
-def _cpu_backward(grad: Tensor, saved: tuple[Tensor, ...], into: list[Tensor], index: PackIndex, scale: float) -> None:
+def _cpu_backward(grad: Tensor, saved: tuple[Tensor, ...], index: PackIndex, scale: float) -> list[Tensor]:
     query, key0, value0, out, lse = saved
-    grad_query, grad_key0, grad_value0 = into
+    grad_query, grad_key0, grad_value0 = into = _fp32_zeros(saved[:3])
     kv_heads = key0.shape[1]
     groups = query.shape[1] // kv_heads
     for segment, rows in _rows(index):
@@ -81,6 +86,7 @@ def _cpu_backward(grad: Tensor, saved: tuple[Tensor, ...], into: list[Tensor], i
             grad_query[rows] += gq[0].transpose(0, 1)
             grad_key0[keys] += gk[0].unflatten(0, (kv_heads, groups)).sum(1, dtype=torch.float32).transpose(0, 1)
             grad_value0[keys] += gv[0].unflatten(0, (kv_heads, groups)).sum(1, dtype=torch.float32).transpose(0, 1)
+    return into
 
 
 # --- CUDA's flash kernel ------------------------------------------------------------------------------------------
@@ -92,13 +98,14 @@ def _cuda_forward(query: Tensor, key0: Tensor, value0: Tensor, index: PackIndex,
     yield slice(None), [(out, lse.transpose(0, 1))]
 
 
-def _cuda_backward(grad: Tensor, saved: tuple[Tensor, ...], into: list[Tensor], index: PackIndex, scale: float) -> None:
+def _cuda_backward(grad: Tensor, saved: tuple[Tensor, ...], index: PackIndex, scale: float) -> list[Tensor]:
     query, key0, value0, out, lse = saved
     k, v, s = key0[index.key_rows], value0[index.key_rows], lse.transpose(0, 1).contiguous()
     gq, gk, gv = flash.backward(grad, query, k, v, out, s, index.sequences, scale)
-    into[0] += gq
-    into[1].index_add_(0, index.key_rows, gk.float())  # segments of one document share keys
-    into[2].index_add_(0, index.key_rows, gv.float())
+    into = _fp32_zeros(saved[1:3])
+    for whole, part in zip(into, (gk, gv), strict=True):
+        whole.index_add_(0, index.key_rows, part.float())  # segments of one document share keys
+    return [gq, *into]
 
 
 # --- plain PyTorch ------------------------------------------------------------------------------------------------
@@ -140,10 +147,9 @@ def _plain_forward(query: Tensor, key0: Tensor, value0: Tensor, index: PackIndex
         yield rows, [(_ungrouped(out, count), _ungrouped(lse, count))]
 
 
-def _plain_backward(
-    grad: Tensor, saved: tuple[Tensor, ...], into: list[Tensor], index: PackIndex, scale: float
-) -> None:
+def _plain_backward(grad: Tensor, saved: tuple[Tensor, ...], index: PackIndex, scale: float) -> list[Tensor]:
     query, key0, value0, out, lse = saved
+    into = _fp32_zeros(saved[:3])
     kv_heads = key0.shape[1]
     delta = (grad.float() * out.float()).sum(-1, keepdim=True)
     for rows, keys in _chunks(index):
@@ -155,11 +161,12 @@ def _plain_backward(
         through = (g @ v.transpose(1, 2)).sub_(_grouped(delta[rows], kv_heads)).mul_(weights).mul_(scale)
         into[0][rows] += _ungrouped(through @ k, count)
         into[1][keys] += (through.transpose(1, 2) @ q).transpose(0, 1)
+    return into
 
 
 def _way(query: Tensor) -> tuple[Any, Any]:
-    """(forward, backward) over step 0's keys. A forward yields rows with the parts of their keys; a backward adds to
-    the fp32 gradients of query, key0 and value0, given the output and log-sum-exp over *all* keys."""
+    """(forward, backward) over step 0's keys. A forward yields rows with the parts of their keys; a backward gives the
+    gradients of query, key0 and value0 that go through them, from the output and log-sum-exp over *all* keys."""
     if has_cpu_flash(query):
         return _cpu_forward, _cpu_backward
     return (_cuda_forward, _cuda_backward) if flash.takes(query) else (_plain_forward, _plain_backward)
@@ -173,50 +180,30 @@ class ChainAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key0: Tensor, value0: Tensor, own_keys: Tensor, own_values: Tensor, index: PackIndex
     ) -> Tensor:
         chains, heads, dim = query.shape
-        groups = heads // key0.shape[1]
         scale = dim**-0.5
         attend, ctx.attend_backward = _way(query)
         out = query.new_empty(chains, heads, dim)
         lse = torch.empty(chains, heads, dtype=torch.float32, device=query.device)
         for rows, parts in attend(query, key0, value0, index, scale):
-            sums = [s for _, s in parts]
-            total = torch.logaddexp(*sums) if len(sums) > 1 else sums[0]
-            if len(own_keys):
-                mine = _own_scores(query[rows], own_keys[:, rows], scale)
-                total = torch.logaddexp(total, mine.logsumexp(0))
-            weighted = [o.float() * (s - total).exp()[..., None] for o, s in parts]
-            merged = torch.stack(weighted).sum(0) if len(weighted) > 1 else weighted[0]
-            if len(own_keys):
-                weights = (mine - total).exp().unflatten(2, (-1, groups))
-                merged += torch.einsum("irmg,irmd->rmgd", weights, own_values[:, rows].float()).flatten(1, 2)
-            out[rows], lse[rows] = merged.to(out.dtype), total
+            if len(parts) > 1 or len(own_keys):
+                parts = merged(query[rows], own_keys[:, rows], own_values[:, rows], parts, scale)
+            [(attended, lse[rows])] = parts
+            out[rows] = attended.to(out.dtype)
         ctx.save_for_backward(query, key0, value0, own_keys, own_values, out, lse)
-        ctx.index, ctx.scale, ctx.groups = index, scale, groups
+        ctx.index, ctx.scale = index, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         query, key0, value0, own_keys, own_values, out, lse = ctx.saved_tensors
-        scale, groups = ctx.scale, ctx.groups
-        kv_heads = key0.shape[1]
-        grad = grad.contiguous()
-        into = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (query, key0, value0)]
-        ctx.attend_backward(grad, (query, key0, value0, out, lse), into, ctx.index, scale)
-        grad_query, grad_key0, grad_value0 = into
+        scale, grad = ctx.scale, grad.contiguous()
+        grad_query, grad_key0, grad_value0 = ctx.attend_backward(
+            grad, (query, key0, value0, out, lse), ctx.index, scale
+        )
         grad_own_keys = grad_own_values = None
         if len(own_keys):
-            grad_f = grad.float()
-            weights = (_own_scores(query, own_keys, scale) - lse).exp()
-            delta = (grad_f * out.float()).sum(-1)
-            grouped_grad = grad_f.unflatten(1, (kv_heads, groups))
-            grouped_query = query.float().unflatten(1, (kv_heads, groups))
-            values = own_values.float()
-            reach = torch.einsum("rmgd,irmd->irmg", grouped_grad, values).flatten(2)
-            grad_scores = (weights * (reach - delta) * scale).unflatten(2, (kv_heads, groups))
-            grad_query += torch.einsum("irmg,irmd->rmgd", grad_scores, own_keys.float()).flatten(1, 2)
-            grad_own_keys = torch.einsum("irmg,rmgd->irmd", grad_scores, grouped_query).to(own_keys.dtype)
-            weights = weights.unflatten(2, (kv_heads, groups))
-            grad_own_values = torch.einsum("irmg,rmgd->irmd", weights, grouped_grad).to(own_values.dtype)
+            through, grad_own_keys, grad_own_values = own_gradients(grad, query, out, lse, own_keys, own_values, scale)
+            grad_query = grad_query + through
         return (
             grad_query.to(query.dtype),
             grad_key0.to(key0.dtype),
@@ -227,7 +214,51 @@ class ChainAttention(torch.autograd.Function):
         )
 
 
+def _contract(a: Tensor, b: Tensor, over: str) -> Tensor:
+    """Sum of a * b over one of the dimensions I, R, M, G (queries of a key head) and D, to which both are broadcast."""
+    if torch.compiler.is_compiling():  # a product of matrices would end the kernel
+        return (a * b).sum("irmgd".index(over))
+    return torch.einsum(f"irmgd,irmgd->{'irmgd'.replace(over, '')}", a, b)
+
+
+def _by_key_head(x: Tensor, own: Tensor) -> Tensor:
+    """fp32 [1, R, M, G, D] of the queries' rows [R, N, D]."""
+    return x.float().unflatten(1, (own.shape[2], -1))[None]
+
+
 def _own_scores(query: Tensor, own_keys: Tensor, scale: float) -> Tensor:
-    """[I, R, N]"""
-    grouped = query.float().unflatten(1, (own_keys.shape[2], -1))
-    return torch.einsum("rmgd,irmd->irmg", grouped, own_keys.float()).flatten(2) * scale
+    """[I, R, M, G]"""
+    return _contract(_by_key_head(query, own_keys), own_keys.float()[..., None, :], "d") * scale
+
+
+@fused
+def merged(query: Tensor, own_keys: Tensor, own_values: Tensor, parts: list[Part], scale: float) -> list[Part]:
+    """Attention over all parts and the chains' own keys, as one part."""
+    sums = [s for _, s in parts]
+    total = torch.logaddexp(*sums) if len(sums) > 1 else sums[0]
+    if len(own_keys):
+        mine = _own_scores(query, own_keys, scale).flatten(2)
+        total = torch.logaddexp(total, mine.logsumexp(0))
+    weighted = [o.float() * (s - total).exp()[..., None] for o, s in parts]
+    out = torch.stack(weighted).sum(0) if len(weighted) > 1 else weighted[0]
+    if len(own_keys):
+        weights = (mine - total).exp().unflatten(2, (own_keys.shape[2], -1))
+        out = out + _contract(weights[..., None], own_values.float()[..., None, :], "i").flatten(1, 2)
+    return [(out, total)]
+
+
+@fused
+def own_gradients(
+    grad: Tensor, query: Tensor, out: Tensor, lse: Tensor, own_keys: Tensor, own_values: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What goes through the chains' own keys: gradients of the query (fp32), own keys and own values."""
+    grad_g, query_g = _by_key_head(grad, own_keys), _by_key_head(query, own_keys)
+    keys, values = own_keys.float()[..., None, :], own_values.float()[..., None, :]
+    weights = (_own_scores(query, own_keys, scale) - lse.unflatten(1, (own_keys.shape[2], -1))).exp()
+    delta = (grad_g * _by_key_head(out, own_keys)).sum(-1)
+    scores = (weights * (_contract(grad_g, values, "d") - delta) * scale)[..., None]
+    return (
+        _contract(scores, keys, "i").flatten(1, 2),
+        _contract(scores, query_g, "g").to(own_keys.dtype),
+        _contract(weights[..., None], grad_g, "g").to(own_values.dtype),
+    )

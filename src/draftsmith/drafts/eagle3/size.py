@@ -13,7 +13,8 @@ from draftsmith.drafts.objectives import chunk_rows
 
 NEWTON_SCHULZ = 5  # iterations of Muon, each of about 4 m m n + 2 m m m operations for an m x n matrix
 # Counted on real-size steps (tests/unit/test_planned_bytes.py): bytes of a logit while its loss and gradient are made,
-# times that plain attention holds the scores of a chunk of queries in its backward, bytes that a CPU's norms keep.
+# times that plain attention holds the scores of a chunk of queries in its backward, bytes that a CPU's norms keep. On a
+# GPU the compiled loss holds no more than the logits and their gradient.
 LOGIT_BYTES = {"soft_ce": 19, "lk_alpha": 25, "lk_lambda": 35}
 SCORES, CPU_NORMS = 2.3, 20
 
@@ -75,12 +76,13 @@ class Eagle3Size(DraftSize):
         h, wide, heads = c.hidden_size, c.intermediate_size, c.num_attention_heads
         q, kv = heads * c.head_dim, c.num_key_value_heads * c.head_dim
         tokens = max(train.pack_tokens, train.max_document_tokens)  # a document longer than a pack is one by itself
-        depth = each * (6 * h + 2 * q + 4 * wide) + 4 * heads + (0 if gpu else CPU_NORMS * h)
+        depth = each * (6 * h + 2 * q + (3 if gpu else 4) * wide) + 4 * heads + (0 if gpu else CPU_NORMS * h)
         own_keys = each * depths * (depths - 1) * kv  # every depth stacks those of the depths before it
         once = each * (len(c.taps) * c.tap_size + 4 * h + q + 4 * kv + c.draft_vocab_size)
         held = tokens * (depths * depth + own_keys + once)
         rows = min(chunk_rows(torch.device("cuda" if gpu else "cpu"), c.draft_vocab_size), tokens * depths)
-        loss = rows * c.draft_vocab_size * LOGIT_BYTES[train.objective] + 4 * self.head + tokens * depths * each * h
+        logit = 2 * each if gpu else LOGIT_BYTES[train.objective]
+        loss = rows * c.draft_vocab_size * logit + 4 * self.head + tokens * depths * each * h
         flash = not gpu or (each == 2 and c.head_dim % 8 == 0 and c.head_dim <= 256)
         scores = 0.0 if flash else SCORES * PLAIN_ROWS * train.max_document_tokens * heads * 4
         return held + max(loss, scores)
