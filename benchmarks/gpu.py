@@ -5,8 +5,8 @@
 The target is a stub of the right widths (random weights, four thin layers), so what is timed is a trainer's own step:
 capture, teacher, forward, backward, clip, AdamW. Rows are random tokens whose first fifth is a prompt. Every setting
 runs in a process of its own; one that fails is told with its last line. MFU (docs/gpu.md) is told for draftsmith where
-the peak of the GPU is known. The peers (benchmarks/install_peers.sh, but with a CUDA build of torch) run by peers.py and
-compile for minutes before their first step; without --peers they are left out, and the file says so.
+the peak of the GPU is known. The peers (benchmarks/install_peers.sh, but with a CUDA build of torch) run by peers.py
+and compile for minutes before their first step; without --peers they are left out, and the file says so.
 
 benchmarks/results/h100.json is what one H100 gave: please send yours.
 """

@@ -1,4 +1,4 @@
-"""What is compiled on a GPU is what plain PyTorch computes; here by a compiler that makes the same graphs and no code."""
+"""What is compiled on a GPU is what plain PyTorch computes; by a compiler that makes those graphs and no code."""
 
 import pytest
 import torch

@@ -292,7 +292,7 @@ def test_loops_are_found_where_they_begin(ids, onset):
 
 
 def test_a_loop_is_seen_at_the_look_after_it_became_one():
-    """The quick look against the whole one, on noisy loops of every length of period that is looked for, and one more."""
+    """The quick look against the whole one, on noisy loops of every period that is looked for, and one more."""
     random, found = Random(0), 0
     for case in range(300):
         period, at, letters = 1 + case % 65, random.randrange(150), random.choice([2, 5, 1000])
