@@ -1,6 +1,7 @@
 """Stand-ins that speak like vLLM and SGLang, and the faults that real servers do not show on demand."""
 
 import contextlib
+import itertools
 import json
 import socket
 import threading
@@ -202,5 +203,34 @@ def tiny_engine(target: LocalTarget, name: str, keep: tuple[Path, tuple[int, ...
                 return 200, {"meta_info": {"input_token_logprobs": [[None, ids[0], None], *rows]}}
             written, reason = write(ids, settings, settings["max_new_tokens"], settings.get("sampling_seed", 0))
             return 200, {"output_ids": written, "meta_info": {"finish_reason": {"type": reason}}}
+
+    return answer
+
+
+def steps_of(length, depth=3):
+    """Accepted draft tokens of every step of a made-up draft, whose chains are right for 3, 0 and 1 tokens in turn."""
+    steps, left = [], length - 1  # the first token is the prompt's
+    for right in itertools.cycle((depth, 0, 1)):
+        if left <= 0:
+            return steps
+        steps.append(min(right, left - 1))
+        left -= steps[-1] + 1
+
+
+def drafting(engine, changed=lambda ids: ids):
+    """A stand-in that drafts, told as vLLM and SGLang tell it; `changed`: what becomes of its answers."""
+
+    def answer(path, body, name):
+        status, told = engine(path, body, name)
+        if "choices" in told and "prompt_logprobs" not in body:
+            choice = told["choices"][0]
+            choice["token_ids"] = changed(choice["token_ids"])
+            steps = steps_of(len(choice["token_ids"]))
+            told["metrics"] = {"speculative_decoding": {"per_step_accepted": steps}}
+        if "output_ids" in told:
+            told["output_ids"] = changed(told["output_ids"])
+            steps = steps_of(len(told["output_ids"]))
+            told["meta_info"]["spec_correct_drafts_histogram"] = [steps.count(n) for n in range(4)]
+        return status, told
 
     return answer

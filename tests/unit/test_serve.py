@@ -11,15 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import save_tiny_target, tiny_recipe, write_prompts
-from servers import ENGINE, FaultyServer, serving, tiny_engine
+from models import WORDS, save_tiny_target, tiny_recipe, write_prompts
+from servers import ENGINE, FaultyServer, drafting, serving, tiny_engine
 
 from draftsmith.core.errors import ServeError
-from draftsmith.core.records.data import CompletionsSummary
+from draftsmith.core.records.base import write_rows
+from draftsmith.core.records.data import CompletionsSummary, Prompt
 from draftsmith.core.records.run import Manifest
 from draftsmith.core.run_files import summary
 from draftsmith.engines import SERVERS
+from draftsmith.engines.base import Setup
 from draftsmith.engines.process import launch, running
+from draftsmith.evaluation.evaluate import Evaluation
 from draftsmith.runs.pipeline import run_pipeline
 from draftsmith.runs.run import Run
 from draftsmith.targets.local import LocalTarget
@@ -161,7 +164,7 @@ def test_commands_are_the_engines_own():
 
 
 IN_FRONT = """
-import http.server, os, sys, urllib.request
+import http.server, json, os, sys, urllib.request
 port = sys.argv[sys.argv.index("--port") + 1]
 with open(sys.argv[1], "a") as notes:
     notes.write(os.environ.get("CUDA_VISIBLE_DEVICES", "all") + "\\n")
@@ -172,6 +175,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer(self.rfile.read(int(self.headers["Content-Length"])))
     def answer(self, body):
         content = b""
+        if body and b'"max_tokens"' in body and b"prompt_logprobs" not in body:
+            with open(sys.argv[1] + ".asked", "a") as notes:
+                notes.write(f"{port} {json.loads(body)['max_tokens']}\\n")
         if self.path != "/health":
             with urllib.request.urlopen(urllib.request.Request(sys.argv[2] + self.path, body)) as answer:
                 content = answer.read()
@@ -231,6 +237,32 @@ def test_gpus_answer_by_vllm_where_it_is_installed(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert run("sh", "none").tell_engine("regenerate") == "embedded"
     assert "GPUs" not in capsys.readouterr().err
+
+
+def test_evaluation_asks_servers_on_all_cards_and_times_one(tmp_path):
+    model, notes, script = save_tiny_target(tmp_path / "model"), tmp_path / "notes", tmp_path / "engine.py"
+    script.write_text(IN_FRONT)
+    engine = tiny_engine(LocalTarget(model, dtype="fp32", device="cpu"), model)
+    with serving(FaultyServer(drafting(engine))) as (url,):
+        serve = {"program": f"{sys.executable} {script} {notes} {url}", "port": (first := two_free_ports())}
+        prompts = write_prompts(tmp_path / "p.jsonl", 20)
+        asked = {"evaluate.temperatures": [0.0], "evaluate.speed_prompts": 4, "evaluate.batches": [4], "serve": serve}
+        recipe = tiny_recipe(model, prompts, **asked)
+        rows = tmp_path / "rows.jsonl"
+        write_rows(
+            rows,
+            [
+                Prompt(id=str(i), category="c", source="s", messages=[{"role": "user", "content": WORDS[i]}])
+                for i in range(12)
+            ],
+        )
+        setup = Setup(recipe, tmp_path / "no-draft", tmp_path, groups=["0", "1"])
+        results = Evaluation(SERVERS["vllm"], setup, rows, tmp_path).run(Run(recipe, tmp_path, ["test"]).created_with)
+    assert notes.read_text().split() == ["0", "1", "0", "1"]  # the target alone, then with the draft
+    lines = [tuple(map(int, line.split())) for line in notes.with_suffix(".asked").read_text().splitlines()]
+    assert {port for port, length in lines if length == recipe.evaluate.max_new_tokens} == {first, first + 1}
+    assert {port for port, length in lines if length in (1, 8)} == {first}  # before what is timed
+    assert results.speed[0].batch == 4
 
 
 def test_addresses_and_secrets_stand_in_commands_as_shells_and_urls_have_them(monkeypatch):

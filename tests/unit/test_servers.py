@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import save_tiny_target, tiny_recipe, tiny_target, write_prompts
 from safetensors.torch import load_file, save_file
-from servers import FaultyServer, serving, tiny_engine
+from servers import FaultyServer, drafting, serving, steps_of, tiny_engine
 
 from draftsmith.core import run_files
 from draftsmith.core.errors import DraftsmithError, TargetError
@@ -455,35 +455,6 @@ def test_a_server_that_never_draws_is_noticed(model, target, prompts, tmp_path, 
                 questions = evaluation.questions(session)
                 assert evaluation.draws(session, questions, 1.0) == draws
                 assert evaluation.draws(session, questions, 0.1), "a low temperature may well draw the greedy text"
-
-
-def steps_of(length, depth=3):
-    """Accepted draft tokens of every step of a made-up draft, whose chains are right for 3, 0 and 1 tokens in turn."""
-    steps, left = [], length - 1  # the first token is the prompt's
-    for right in itertools.cycle((depth, 0, 1)):
-        if left <= 0:
-            return steps
-        steps.append(min(right, left - 1))
-        left -= steps[-1] + 1
-
-
-def drafting(engine, changed=lambda ids: ids):
-    """A stand-in that drafts, told as vLLM and SGLang tell it; `changed`: what becomes of its answers."""
-
-    def answer(path, body, name):
-        status, told = engine(path, body, name)
-        if "choices" in told and "prompt_logprobs" not in body:
-            choice = told["choices"][0]
-            choice["token_ids"] = changed(choice["token_ids"])
-            steps = steps_of(len(choice["token_ids"]))
-            told["metrics"] = {"speculative_decoding": {"per_step_accepted": steps}}
-        if "output_ids" in told:
-            told["output_ids"] = changed(told["output_ids"])
-            steps = steps_of(len(told["output_ids"]))
-            told["meta_info"]["spec_correct_drafts_histogram"] = [steps.count(n) for n in range(4)]
-        return status, told
-
-    return answer
 
 
 def evaluated(model, engine, urls, prompts_file, out, **changes):

@@ -35,6 +35,11 @@ class Session(Protocol):
         """Prompts worth giving it at once."""
         ...
 
+    @property
+    def one(self) -> "Session":
+        """A single server of those that answer, which is what a speed is told of."""
+        ...
+
     def generate(
         self,
         prompts: list[list[int]],
@@ -70,6 +75,8 @@ class Setup:
     target: LocalTarget | None = None
     reading: Reading | None = None
     """How to take the taps of a draft that others made."""
+    groups: Sequence[str] = ()
+    """Cards (CUDA_VISIBLE_DEVICES) of each server that is started; none: one server that sees whatever there is."""
 
 
 class Engine(ABC):

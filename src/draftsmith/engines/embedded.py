@@ -37,6 +37,10 @@ class EmbeddedSession:
     def capacity(self) -> int:
         return 1 if self.drafter else self.target.batch_size
 
+    @property
+    def one(self) -> "EmbeddedSession":
+        return self
+
     def generate(
         self,
         prompts: list[list[int]],

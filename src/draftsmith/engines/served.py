@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -66,15 +67,24 @@ class ServedTarget(WeightsOnlyTarget):
         self._lost: list[str] = []  # requests for hidden states that were given up
         self._folders: set[Path] = set()
         self._proof, self._proven = threading.Lock(), False
+        self._first: Callable[[], ServedTarget] = partial(
+            ServedTarget, target, server.model_copy(update={"urls": server.urls[:1], "last_urls": ()}), engine, device
+        )
         self.last: ServedTarget | None = None
         if server.last_urls:
             others = server.model_copy(update={"urls": server.last_urls, "last_urls": ()})
             self.last = ServedTarget(target, others, engine, device)
             self.last.identity_logprobs = self.identity_logprobs  # one list: both groups have the same weights
 
+    @cached_property
+    def one(self) -> "ServedTarget":
+        """The first replica alone."""
+        return self if len(self.settings.urls) == 1 else self._first()
+
     def close(self) -> None:
-        if self.last is not None:
-            self.last.close()
+        for other in (self.last, self.__dict__.get("one")):
+            if other is not None and other is not self:
+                other.close()
         for folder in self._folders:
             sweep(folder, self._lost)
         self.pool.close()

@@ -36,11 +36,8 @@ class ServerEngine(Engine):
     """Why, for the model card."""
 
     @contextlib.contextmanager
-    def open(
-        self, setup: Setup, shape: Shape | None, url: str | None = None, groups: Sequence[str] = ()
-    ) -> Iterator[ServedTarget]:
-        """On GPUs each server takes all the memory there is, so sessions are opened one at a time. `groups`: cards
-        (CUDA_VISIBLE_DEVICES), a server is started on each of them; left out: one that sees whatever there is."""
+    def open(self, setup: Setup, shape: Shape | None, url: str | None = None) -> Iterator[ServedTarget]:
+        """On GPUs each server takes all the memory there is, so sessions are opened one at a time."""
         recipe, serve = setup.recipe, setup.recipe.serve
         if url is None and serve.engine != self.name and (serve.program or serve.extra):
             raise ServeError(
@@ -48,20 +45,18 @@ class ServerEngine(Engine):
                 f"started; give --serve.engine {self.name} and its own"
             )
         with contextlib.ExitStack() as stack:
-            urls = (url,) if url else self._start(stack, setup, shape, groups or ("",))
+            urls = (url,) if url else self._start(stack, setup, shape)
             most = max(recipe.server.concurrency, *recipe.evaluate.batches)
-            most = max(most, recipe.regenerate.batch_size) if groups else most
+            most = max(most, recipe.regenerate.batch_size) if setup.groups else most
             server = recipe.server.model_copy(update={"urls": urls, "last_urls": (), "concurrency": most})
             yield stack.enter_context(contextlib.closing(ServedTarget(recipe.target, server, self, recipe.device)))
 
-    def _start(
-        self, stack: contextlib.ExitStack, setup: Setup, shape: Shape | None, groups: Sequence[str]
-    ) -> tuple[str, ...]:
+    def _start(self, stack: contextlib.ExitStack, setup: Setup, shape: Shape | None) -> tuple[str, ...]:
         """URLs of servers on ports that follow each other; they load side by side."""
         recipe, serve = setup.recipe, setup.recipe.serve
         purpose: Purpose = "draft" if shape else "plain"
         loading = []
-        for number, cards in enumerate(groups):
+        for number, cards in enumerate(setup.groups or ("",)):
             changed = {"engine": self.name, "port": serve.port + number, **({"shape": shape} if shape else {})}
             chosen = recipe.model_copy(update={"serve": serve.model_copy(update=changed)})
             launched = launch(self, chosen, resolve_model(recipe.target.model), setup.draft, purpose, ())

@@ -135,7 +135,7 @@ class Evaluation:
                             found[name].append(entry)
                     if number:  # greedy texts do not depend on how drafts are taken
                         continue
-                    speed += self._speeds(drafted, questions, shape, plain)
+                    speed += self._speeds(drafted.one, questions, shape, plain)
                     if plain is not None:
                         proof = partial(self._identity, drafted, questions, shape, plain.outputs)
                         proofs += filter(None, [self.once(f"lossless-{shape}", Lossless, proof)])
@@ -311,7 +311,7 @@ class Evaluation:
             questions = self.questions(alone)
             chosen = questions[: settings.lossless_prompts]
             outputs = complete(alone, chosen, "lossless, plain", Sampling(), settings.lossless_tokens, 1)
-            timed = {batch: self._timed([alone], questions, batch, "plain")[0] for batch in self.batches}
+            timed = {batch: self._timed([alone.one], questions, batch, "plain")[0] for batch in self.batches}
         return PlainReference(outputs=[answer.ids for answer in outputs], timed=timed)
 
     def _identity(

@@ -254,11 +254,15 @@ class Run:
         from draftsmith.engines.base import Setup
 
         self.release_target()
-        together = self.recipe.serve.tensor_parallel
-        groups = [",".join(self.cards[i : i + together]) for i in range(0, len(self.cards), together)]
-        whole = [group for group in groups if group.count(",") == together - 1]
-        with SERVERS[name].open(Setup(self.recipe, Path(), logs), None, groups=whole) as target:
+        with SERVERS[name].open(Setup(self.recipe, Path(), logs, groups=self.card_groups), None) as target:
             yield target
+
+    @property
+    def card_groups(self) -> list[str]:
+        """Cards of each server that this machine has room for, serve.tensor_parallel of them."""
+        together = self.recipe.serve.tensor_parallel
+        groups = [self.cards[i : i + together] for i in range(0, len(self.cards), together)]
+        return [",".join(group) for group in groups if len(group) == together]
 
     def release_target(self) -> None:
         """Let go of a target on a card, as an engine that is started takes all of it."""

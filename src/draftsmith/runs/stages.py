@@ -1,7 +1,7 @@
 """The stages of a run: what each of them does, and what decides that it has to be done again."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def _evaluate(run: Run, out: Path) -> None:
         say(f"evaluate: this target's cache cannot be cut back in this process, so {name} verifies its drafts")
     if name in SERVERS and run.recipe.evaluate.url is None:
         run.release_target()
-    setup = run.setup(name, out)
+    setup = replace(run.setup(name, out), groups=run.card_groups)
     Evaluation(ENGINES[name], setup, run.files.evaluation_prompts, out, sets).run(run.created_with)
 
 
