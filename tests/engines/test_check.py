@@ -172,9 +172,12 @@ def test_vllm_accepts_at_every_position_what_the_embedded_engine_accepts_greedy_
     own, theirs = (Results.load(run.files.results[name]).acceptance for name in ("embedded", "vllm"))
     assert [entry.drafts for entry in own] == [entry.drafts for entry in theirs] == ["greedy", "sampled"]
     assert own[1].tau_with_loops > own[0].tau_with_loops + 0.05
+    assert None not in (*own[1].acceptance_by_depth, *theirs[1].acceptance_by_depth)
     for a, b in zip(own, theirs, strict=True):
-        assert [depth is None for depth in a.acceptance_by_depth] == [False, False, False, True, True]
-        for depth, (ours, vllms) in enumerate(zip(a.acceptance_by_depth[:3], b.acceptance_by_depth[:3], strict=True)):
+        for depth, (ours, vllms) in enumerate(zip(a.acceptance_by_depth, b.acceptance_by_depth, strict=True)):
             steps = [sum(row.reached[depth] for row in entry.prompts) for entry in (a, b)]
-            noise = 4 * (ours * (1 - ours) * sum(1 / n for n in steps)) ** 0.5
+            if not all(steps):  # first choices are hardly ever drawn from text as random as this one's
+                continue
+            share = (ours * steps[0] + vllms * steps[1]) / sum(steps)
+            noise = 4 * (share * (1 - share) * sum(1 / n for n in steps)) ** 0.5
             assert vllms == pytest.approx(ours, abs=noise), f"{a.how}, depth {depth + 1}"
