@@ -6,7 +6,7 @@ else that it touches. The functions that are marked stand as plain PyTorch and r
 
 import logging
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -39,7 +39,7 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
         if not compiles(args[0]):
             return function(*args, **kwargs)
         if compiled is None:
-            logging.getLogger("torch.utils._sympy.interp").setLevel(logging.ERROR)  # of bounds, nobody's fault
+            _prepare()
             compiled = torch.compile(function, dynamic=True, backend=BACKEND)
         from torch._dynamo.exc import TorchDynamoException
 
@@ -50,6 +50,12 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return run
+
+
+@cache
+def _prepare() -> None:
+    logging.getLogger("torch.utils._sympy.interp").setLevel(logging.ERROR)  # of bounds, nobody's fault
+    say("compiling for this GPU, half a minute once")
 
 
 def _give_up(error: Exception) -> None:
