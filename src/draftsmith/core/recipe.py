@@ -38,7 +38,7 @@ class Template(Model):
     @model_validator(mode="after")
     def _has_content(self) -> "Template":
         if "{content}" not in self.user:
-            raise ValueError(f"template.user: {self.user!r} does not contain {{content}}")
+            raise ValueError(f"target.template.user: {self.user!r} does not contain {{content}}")
         return self
 
 
