@@ -56,6 +56,17 @@ def refused(work: Callable[[], Any], seconds: float = SECONDS) -> str:
     return str(error)
 
 
+def told(work: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    return refused(lambda: work(*arguments, **options))
+
+
+def read(pattern: str, text: str) -> Any:
+    """What a line says to give: the pattern's group, or several."""
+    found = re.search(pattern, text)
+    assert found, f"{pattern} is not in: {text}"
+    return found[1] if len(found.groups()) == 1 else found.groups()
+
+
 def _done(work: Callable[[], Any], seconds: float) -> tuple[str, DraftsmithError | None]:
     def stop(*_: Any) -> None:
         raise TooSlow

@@ -1,10 +1,10 @@
-"""What an error says to do about a key, a flag, a row, a file or a server is done, and then it works.
+"""What an error says to do about a key, a flag, a row or a file is done, and then it works.
 
 What is given is read out of the error itself, so a key or name that is wrong there fails here.
 """
 
 import json
-import re
+import math
 import shutil
 import sys
 from collections import Counter
@@ -12,40 +12,26 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 import yaml
 from models import save_tiny_target, tiny_lm, tiny_recipe, tiny_target, tiny_tokenizer
+from outcomes import read, told
 
 from draftsmith import cli
-from draftsmith.core.errors import DraftsmithError
 from draftsmith.core.recipe_file import dump_recipe, parse_recipe
 from draftsmith.core.records.data import Prompt
 from draftsmith.core.sources import EvaluationSet, Source
+from draftsmith.data.licences import licence_of
 from draftsmith.data.prompts import read_source
 from draftsmith.data.regenerate import open_conversations
 from draftsmith.data.sets import read_set
 from draftsmith.data.templates import ChatFormat
 from draftsmith.data.vocabulary import choose
 from draftsmith.drafts import METHODS
+from draftsmith.runs.plan import source_size
 from draftsmith.runs.run import Run
-from draftsmith.targets.identity import weights_hash
-from draftsmith.targets.parts import resolve_device
-
-ROOT = Path(__file__).parents[2]
-
-
-def told(work, *arguments, **options):
-    """The line that ends it."""
-    with pytest.raises(DraftsmithError) as caught:
-        work(*arguments, **options)
-    return str(caught.value)
-
-
-def read(pattern, text):
-    """What the pattern finds in an error: a group, or several."""
-    found = re.search(pattern, text)
-    assert found, f"{pattern} is not in: {text}"
-    return found[1] if len(found.groups()) == 1 else found.groups()
-
+from draftsmith.targets.identity import require_same_logprobs, weights_hash
+from draftsmith.targets.parts import resolve_device, tell_slow_products
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
@@ -459,3 +445,51 @@ def test_weights_are_fetched_again_as_it_is_told(tmp_path):
     torn = read(r"^target\.model: (\S+) is no safetensors file .*; fetch it again$", told(weights_hash, model))
     shutil.copy2(tmp_path / "kept" / Path(torn).name, torn)
     assert weights_hash(model) == wanted
+
+
+def test_a_number_format_has_the_range_that_it_is_told_to_have(tmp_path):
+    model = save_tiny_target(tmp_path / "model")
+    lm = tiny_lm()
+    lm.model.norm.weight.data.mul_(3e4)
+    lm.save_pretrained(model)
+
+    def logprobs(**changes):
+        return Run(tiny_recipe(model, "p", **changes), tmp_path / "run", ["test"]).target.identity_logprobs
+
+    line = told(logprobs, **{"target.dtype": "fp16"})
+    key = read(r"gives no numbers in fp16; give a (target\.\w+) of a wider range$", line)
+    for wider in ("bf16", "fp32"):
+        assert all(map(math.isfinite, logprobs(**{key: wider})))
+    # where the target wrote completions before, or another server did
+    line = told(require_same_logprobs, [-1.0], [math.nan], "target.model: m")
+    assert read(r"give a (target\.\w+) of a wider range$", line) == key
+
+
+def test_a_slow_number_format_is_changed_by_the_flags_that_are_told(recipe_file, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"architecture": "x86_64"}, raising=False)
+    tell_slow_products(torch.device("cpu"), "bf16")
+    flags = read(r"; give (--.*)$", capsys.readouterr().err.strip())
+    recipe = cli.parse(["run", recipe_file, "--target.dtype", "bf16", *flags.split()])[1]
+    assert recipe.train.dtype == "fp32"
+    tell_slow_products(torch.device("cpu"), recipe.target.dtype)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_licence_is_set_or_left_out_as_it_is_told():
+    line = told(licence_of, "owner/unknown")
+    key, one, other = read(r"then set (card\.\w+) to what .*, such as (\S+) or (\w+)\)$", line)
+    assert key == "card.licence"
+    assert licence_of("owner/unknown", one).id == one
+    assert licence_of("owner/unknown", other).id == other
+    line = told(licence_of, "MiniMaxAI/MiniMax-M2.7", "mit")
+    assert read(r"^(card\.\w+): .*; .*: leave it out$", line) == key
+    assert licence_of("MiniMaxAI/MiniMax-M2.7").id == "other"
+
+
+def test_a_limit_to_plan_with_is_given_to_the_source_that_is_named(monkeypatch):
+    monkeypatch.setattr("draftsmith.data.sources._streamed", lambda *_: iter([("1", {"prompt": "a b c"})] * 50))
+    key, name, limit = read(
+        r"^(prompts\.\w+): .* of (\S+) is not .*; give it a (\w+) ", told(source_size, Source(name="a/b"), 1)
+    )
+    recipe = tiny_recipe("m", "p", **{key: [{"name": name, limit: 9}]})
+    assert source_size(recipe.prompts.sources[0], 1)[0] == 9

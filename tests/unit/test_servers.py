@@ -240,7 +240,7 @@ def test_what_cannot_be_right_is_refused_in_one_line(model, target, prompts, tmp
             assert "\n" not in str(caught.value)
         long = recipe_for(model, [good])
         long = long.model_copy(update={"regenerate": long.regenerate.model_copy(update={"max_new_tokens": 500})})
-        with pytest.raises(TargetError, match=r"takes 200 tokens, .*; give a smaller max_new_tokens"):
+        with pytest.raises(TargetError, match=r"takes 200 tokens, .*; give a smaller regenerate.max_new_tokens"):
             regenerate(long, prompts, tmp_path / "long")
         # Weights that were changed between two runs are noticed by what the first one kept.
         regenerate(recipe_for(model, [good]), prompts, tmp_path / "kept")

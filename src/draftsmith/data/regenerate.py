@@ -147,7 +147,13 @@ class Tally:
         self._empty += not row.spans
 
     def finish(self, out: Path) -> CompletionsSummary:
-        """Write the files. No loss token at all is a `DataError`."""
+        """Write the files. No completion, or no loss token at all, is a `DataError`."""
+        if not any(self._finish_reasons.values()):
+            lost = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.most_common())
+            raise DataError(
+                f"regenerate: no prompt can be asked ({lost}); raise regenerate.max_prompt_tokens where the target's "
+                "context allows it, or give other prompts.sources"
+            )
         if not self.tokens:
             raise DataError(
                 "regenerate: the completions hold no loss tokens; check target.template (does a stop text come at "

@@ -115,6 +115,8 @@ def started(launched: Launch, log: Path | None = None) -> Iterator[subprocess.Po
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
     except OSError as error:
+        if kept:
+            kept.close()
         raise ServeError(
             f"serve.program: cannot start {launched.command[0]!r}: {error.strerror}; install the engine or "
             'name it, for example --serve.program "/opt/engine/bin/vllm serve"'

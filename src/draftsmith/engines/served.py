@@ -163,7 +163,11 @@ class ServedTarget(WeightsOnlyTarget):
         """One completion; raises `TargetError` once `server.attempts` have failed."""
 
         async def ask(replica: Replica) -> Generation:
-            self._require_room(replica, len(ids) + max_new_tokens, "give a smaller max_new_tokens")
+            self._require_room(
+                replica,
+                len(ids) + max_new_tokens,
+                "give a smaller regenerate.max_new_tokens or evaluate.max_new_tokens",
+            )
             asked = self.engine.completion(replica.name, ids, sampling, max_new_tokens, ends.texts, seed, ignore_end)
             answer, _ = await self._post(replica, asked)
             await self._let_go(answer)

@@ -77,7 +77,10 @@ class Evaluation:
         longest = longest_prompt(self.recipe.regenerate, session.identity.max_position_embeddings)
         opened = self._opened(session, self.available, self.settings.prompts, longest, self.recipe.prompts.skip_bad)
         if not opened:
-            raise DataError("evaluate: no evaluation prompt is shorter than regenerate.max_prompt_tokens; raise it")
+            raise DataError(
+                f"evaluate: no evaluation prompt fits into {longest} tokens; raise regenerate.max_prompt_tokens where "
+                "the target's context allows it, or give other prompts.evaluation"
+            )
         return opened
 
     def asked(self, session: Session) -> dict[str, list[Question]]:

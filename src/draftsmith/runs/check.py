@@ -37,7 +37,7 @@ def check(run: Run, engine: EngineName, directory: Path | None = None) -> bool:
     for problem in found:
         say(f"check: {directory}: {problem}")
     if found:
-        say("check: the directory is damaged; export again: draftsmith export RECIPE")
+        say("check: the directory is damaged; export again: draftsmith run RECIPE --redo export")
         return False
     say(f"check: {directory} is what {checkpoints} exports to")
     agreements = agreements_with(run, engine, vocabulary, directory)

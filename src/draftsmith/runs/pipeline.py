@@ -181,7 +181,9 @@ def run_pipeline(run: Run, only: str | None = None, redo: str | None = None) -> 
 
         require_tracker(run.recipe.train.track)
     if redo is not None and redo not in [stage.name for stage in chosen]:
-        raise RecipeError(f"--redo: {redo} given, but only {only} runs here; redo a stage with: draftsmith run RECIPE")
+        raise RecipeError(
+            f"--redo: {redo} given, but only {only} runs here; redo it with: draftsmith run RECIPE --redo {redo}"
+        )
     if not run.processes.main:
         for stage in chosen:
             run.processes.wait()  # until the stage's directory is ready

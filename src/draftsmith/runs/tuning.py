@@ -120,7 +120,10 @@ def tune(run: Run, name: Decodes, budget_s: float) -> Tuned:
         starts_s = time.monotonic() - started if plain else 0.0
         tried = halve(seeds, trial, len(prompts), budget_s - starts_s, len(prompts) if plain else FIRST_PROMPTS)
     if not tried:
-        raise DataError("tune: no shape could be measured in the time given; raise --budget-s")
+        raise DataError(
+            "tune: no shape could be measured; raise --budget-s, or evaluate.max_new_tokens, as answers of less than "
+            f"{SHORTEST_TIMED} tokens are not timed"
+        )
     if not timing.temperature:
         tried = [one.model_copy(update={"drafts": "greedy"}) for one in tried]
     return Tuned(

@@ -134,19 +134,20 @@ class LocalTarget(ModelParts):
         for layer in self.layers:
             vars(layer).pop("forward", None)
         self.lm.set_attn_implementation(own)
+        document, wanted = [i % self.identity.vocab_size for i in range(1, 12)], torch.zeros(1)
         try:
             with torch.inference_mode():
-                self.library = LibraryForward(self._forward, self.config, self.device)
-                document = [i % self.identity.vocab_size for i in range(1, 12)]
                 wanted = self.lm(input_ids=torch.tensor([document], device=self.device), use_cache=False).logits[0]
+                self.library = LibraryForward(self._forward, self.config, self.device)
                 got = self.capture([document], (0,)).last_TH
             _require_equal(self.logits(got), wanted)
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError) as error:
             if out_of_memory(error):
                 raise
-            raise TargetError(
-                f"target.model: {self.identity.architecture} cannot be driven by draftsmith: {first_line(error)}"
-            ) from None
+            told = f"cannot be driven by draftsmith: {first_line(error)}"
+            if not bool(wanted.isfinite().all()):
+                told = f"gives no numbers in {self.identity.dtype}; give a target.dtype of a wider range"
+            raise TargetError(f"target.model: {self.identity.architecture} {told}") from None
         decoding = "verifies chains" if self.library.can_cut_back else "leaves speculative decoding to an engine"
         say(
             f"target: {self.identity.architecture} runs by transformers' own forward, one text at a time, and "

@@ -130,7 +130,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path.parent}: cannot read {path.name}: {error}") from None
+        raise CheckpointError(
+            f"{path.parent}: cannot read {path.name}: {error}; delete the directory to use the one before"
+        ) from None
 
 
 def load_weights(path: Path, draft: nn.Module) -> None:

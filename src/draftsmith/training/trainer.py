@@ -122,8 +122,7 @@ class Trainer:
         """Completions that are held out, a random choice, and those to train on; counts and says what is left out."""
         longest = self.settings.max_document_tokens
         rows = [c for c in every if trainable(c, longest)]
-        self.left_out = len(every) - len(rows)
-        self.cut = sum(len(c.ids) > longest for c in rows)
+        self.left_out, self.cut = len(every) - len(rows), sum(len(c.ids) > longest for c in rows)
         if self.left_out or self.cut:
             say(
                 f"train: {self.left_out} of {len(every)} completions carry no loss within train.max_document_tokens "
@@ -131,7 +130,9 @@ class Trainer:
             )
         rows.sort(key=lambda c: digest(self.recipe.seed, c.id))  # held-out completions are a random choice
         if len(rows) < 2:
-            raise DataError(f"train: {len(rows)} completions carry a loss; at least 2 are needed, regenerate more")
+            raise DataError(
+                f"train: {len(rows)} completions have a loss, 2 have to; raise train.max_document_tokens or add prompts"
+            )
         held_out = min(self.settings.held_out, len(rows) // 2)
         return rows[:held_out], rows[held_out:]
 
