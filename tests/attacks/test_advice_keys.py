@@ -35,6 +35,7 @@ from draftsmith.targets.parts import resolve_device, tell_slow_products
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
+LEFT_OUT = object()
 HAND = {"user": "Q: {content} A:"}
 RECIPES = {  # (what is wrong, what is read out of the error, what it says to give)
     "a template without content": (
@@ -86,7 +87,7 @@ RECIPES = {  # (what is wrong, what is read out of the error, what it says to gi
     "a key that is none": (
         {"train.epoch": 2},
         r"(train)\.epoch: unknown key; did you mean '(\w+)'\?",
-        lambda part, key: {f"{part}.{key}": 2},
+        lambda part, key: {"train.epoch": LEFT_OUT, f"{part}.{key}": 2},
     ),
     "a password": (
         {"server.urls": ["http://me:secret@host"]},
@@ -141,7 +142,8 @@ RECIPES = {  # (what is wrong, what is read out of the error, what it says to gi
 def test_a_recipe_is_mended_as_it_is_told(case):
     wrong, pattern, mend = RECIPES[case]
     found = read(pattern, told(tiny_recipe, "m", "p", **wrong))
-    tiny_recipe("m", "p", **mend(*([found] if isinstance(found, str) else found)))
+    changes = wrong | mend(*([found] if isinstance(found, str) else found))
+    tiny_recipe("m", "p", **{key: value for key, value in changes.items() if value is not LEFT_OUT})
 
 
 def test_a_key_that_is_missing_is_given():
@@ -273,7 +275,7 @@ def test_a_source_is_mended_as_it_is_told(tmp_path, case):
     rows, wrong, pattern, mend = ROWS[case]
     name = rows_file(tmp_path / "rows.jsonl", *rows)
     found = read(pattern, told(prompts_in, name=name, **wrong))
-    assert prompts_in(name=name, **mend(*([found] if isinstance(found, str) else found))) == ["a b"]
+    assert prompts_in(name=name, **wrong | mend(*([found] if isinstance(found, str) else found))) == ["a b"]
 
 
 def test_the_line_that_is_named_is_mended(tmp_path):
@@ -405,7 +407,7 @@ def test_a_draft_fits_its_target_as_it_is_told(case):
         return METHODS["eagle3"].config(recipe.draft, tiny_lm().config, layers, 40)
 
     found = read(pattern, told(config, wrong))
-    assert config(mend(*([found] if isinstance(found, str) else found))).draft_vocab_size == 40
+    assert config(wrong | mend(*([found] if isinstance(found, str) else found))).draft_vocab_size == 40
 
 
 def test_a_device_is_one_of_those_that_are_told():
@@ -459,7 +461,7 @@ def test_a_number_format_has_the_range_that_it_is_told_to_have(tmp_path):
     line = told(logprobs, **{"target.dtype": "fp16"})
     key = read(r"gives no numbers in fp16; give a (target\.\w+) of a wider range$", line)
     for wider in ("bf16", "fp32"):
-        assert all(map(math.isfinite, logprobs(**{key: wider})))
+        assert all(map(math.isfinite, logprobs(**{"target.dtype": "fp16"} | {key: wider})))
     # where the target wrote completions before, or another server did
     line = told(require_same_logprobs, [-1.0], [math.nan], "target.model: m")
     assert read(r"give a (target\.\w+) of a wider range$", line) == key

@@ -1,8 +1,6 @@
-"""What an error of a stage, a draft, a server or an engine says to do is done, and then it works."""
+"""What an error of a stage or of a draft says to do is done, and then it works."""
 
-import contextlib
 import json
-import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,26 +9,26 @@ import pytest
 import torch
 from models import save_tiny_target, tiny_draft, tiny_recipe, write_prompts
 from outcomes import read, told
-from servers import ENGINE, FaultyServer, serving, tiny_engine
 
 from draftsmith import cli
 from draftsmith.core.files import read_json, write_json
-from draftsmith.core.recipe_file import dump_recipe
 from draftsmith.core.shape import Shape
+from draftsmith.core.sources import EvaluationSet
 from draftsmith.data.prompts import gather
 from draftsmith.data.regenerate import Regeneration, longest_prompt
+from draftsmith.data.sets import PLACEHOLDER, read_set
 from draftsmith.data.templates import ChatFormat
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.drafts.directories import inspect_draft, load_draft, write_draft
-from draftsmith.engines import ENGINES, SERVERS
+from draftsmith.engines import ENGINES
 from draftsmith.engines.base import Setup
 from draftsmith.engines.embedded import EmbeddedSession
-from draftsmith.engines.process import launch, running
-from draftsmith.engines.served import ServedTarget
 from draftsmith.evaluation.evaluate import Evaluation
 from draftsmith.hardware.accept_length import MeasuredProfile
+from draftsmith.publishing.publish import publish
 from draftsmith.runs.run import Run
+from draftsmith.runs.stages import starting_draft
 from draftsmith.targets.local import LocalTarget
 from draftsmith.training.start import first_draft
 from draftsmith.training.trainer import Trainer
@@ -63,9 +61,10 @@ def regenerated(gathered, target, out, **changes):
 
 
 def test_prompts_that_are_all_too_long_are_asked_where_that_is_told_to_allow_it(gathered, target, tmp_path):
-    line = told(regenerated, gathered, target, tmp_path / "a", **{"regenerate.max_prompt_tokens": 2})
+    wrong = {"regenerate.max_prompt_tokens": 2}
+    line = told(regenerated, gathered, target, tmp_path / "a", **wrong)
     lost, key = read(r"\((\d+) longer than .*\); raise (regenerate\.\w+) where ", line)
-    assert regenerated(gathered, target, tmp_path / "b", **{key: 50}).completions == int(lost)
+    assert regenerated(gathered, target, tmp_path / "b", **wrong | {key: 50}).completions == int(lost)
 
 
 def test_a_template_that_stops_at_once_is_changed_as_it_is_told(gathered, target, tmp_path, monkeypatch):
@@ -73,7 +72,9 @@ def test_a_template_that_stops_at_once_is_changed_as_it_is_told(gathered, target
     letters = {"user": "{content}", "assistant": " <assistant>", "stop": list("abcdefghijklmnopqrstuvwxyz<")}
     line = told(regenerated, gathered, target, tmp_path / "a", **{"target.template": letters})
     key = read(r"check (target\.\w+) \(does a stop text come at once\?\)$", line)
-    assert regenerated(gathered, target, tmp_path / "b", **{key: letters | {"stop": []}}).completion_tokens
+    assert regenerated(
+        gathered, target, tmp_path / "b", **{"target.template": letters} | {key: letters | {"stop": []}}
+    ).completion_tokens
 
 
 def test_documents_that_are_all_cut_away_are_trained_on_where_that_is_told_to_allow_it(gathered, target, tmp_path):
@@ -84,8 +85,9 @@ def test_documents_that_are_all_cut_away_are_trained_on_where_that_is_told_to_al
         recipe = tiny_recipe(target.identity.model, "p", **changes)
         return Trainer(recipe, target, target.config, tmp_path / "completions", vocabulary, tmp_path / "train").rows
 
-    line = told(split, **{"train.max_document_tokens": 3})
-    assert len(split(**{read(r"; raise (train\.\w+) or add prompts$", line): 64})) > 2
+    wrong = {"train.max_document_tokens": 3}
+    key = read(r"; raise (train\.\w+) or add prompts$", told(split, **wrong))
+    assert len(split(**wrong | {key: 64})) > 2
 
 
 def test_a_disk_without_room_for_hidden_states_is_done_without(gathered, target, tmp_path, monkeypatch):
@@ -98,7 +100,7 @@ def test_a_disk_without_room_for_hidden_states_is_done_without(gathered, target,
         Trainer(recipe, target, target.config, tmp_path / "completions", vocabulary, tmp_path / "train").train()
 
     key, other = read(r"^(train\.\w+): offline needs .*; use (\w+)$", told(trained, **{"train.capture": "offline"}))
-    trained(**{key: other})
+    trained(**{"train.capture": "offline"} | {key: other})
 
 
 def test_evaluation_asks_where_it_is_told_to_raise_what_is_asked(gathered, model, target):
@@ -107,8 +109,9 @@ def test_evaluation_asks_where_it_is_told_to_raise_what_is_asked(gathered, model
         evaluation = Evaluation(ENGINES["embedded"], setup, gathered / "evaluation.jsonl", gathered)
         return evaluation.questions(EmbeddedSession(target))
 
-    key = read(r"; raise (regenerate\.\w+) where ", told(questions, **{"regenerate.max_prompt_tokens": 2}))
-    assert len(questions(**{key: 50})) == 6
+    wrong = {"regenerate.max_prompt_tokens": 2}
+    key = read(r"; raise (regenerate\.\w+) where ", told(questions, **wrong))
+    assert len(questions(**wrong | {key: 50})) == 6
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "embedded"])
@@ -142,6 +145,21 @@ def test_a_context_that_is_full_is_left_free_by_the_key_that_is_named(target):
     section, name = key.split(".")
     assert write(longest_prompt(getattr(tiny_recipe("m", "p"), section), 256))
     assert name == "max_prompt_tokens"
+
+
+def test_a_tap_beyond_the_targets_layers_is_one_of_them(target):
+    line = told(target.check_taps, [6])
+    target.check_taps([int(layer) for layer in read(r"^draft\.taps: 6 given; .* has layers (\d)\.\.(\d)$", line)])
+
+
+def test_a_set_is_prepared_as_it_is_told(tmp_path):
+    def asked(text):
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps({"question_id": 1, "category": "qa", "turns": [text]}))
+        return read_set(EvaluationSet(name="speed-bench", path=path), tmp_path / "no", tmp_path / "sets", False).prompts
+
+    assert read(r"; (prepare) the set as its page says; ", told(asked, f"{PLACEHOLDER} FROM THE SOURCE"))
+    assert asked("1 + 1?")[0].users == ["1 + 1?"]
 
 
 ENGINE_OF = {
@@ -220,9 +238,19 @@ def test_a_draft_is_given_as_it_was_before_quantisation(exported):
     assert problems(exported) == []
 
 
-def test_inspecting_a_directory_as_it_is_told_names_the_problem(exported, monkeypatch, capsys):
+REFUSED = {
+    "load": load_draft,
+    "publish": lambda directory: publish(directory, "owner/name", False, False),
+    "go on from": lambda directory: starting_draft(
+        Run(tiny_recipe("m", "p", **{"train.from_draft": str(directory)}), directory / "run", ["test"])
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_inspecting_a_directory_as_it_is_told_names_the_problem(exported, monkeypatch, capsys, case):
     write_json(exported / "config.json", read_json(exported / "config.json") | {"num_hidden_layers": 2})
-    problem, command = read(r"^\S+: (.*); run: draftsmith (.*)$", told(load_draft, exported))
+    problem, command = read(r"/draft: (.*); (?:run|see): draftsmith (.*)$", told(REFUSED[case], exported))
     monkeypatch.setattr(sys, "argv", ["draftsmith", *command.split()])
     assert cli.main() == 1
     assert f"problem: {problem}" in capsys.readouterr().out
@@ -255,241 +283,3 @@ def test_a_draft_to_go_on_from_fits_where_the_key_is_left_out(exported, target, 
     assert left_out in wrong
     default = False if left_out == "draft.fc_norm" else None
     assert (first(wrong | {left_out: default}) is None) == bool(leave)
-
-
-# --- servers ----------------------------------------------------------------------------------------------------------
-
-
-def recipe_for(model, urls, **changes):
-    server = {"urls": urls, "deadline_s": 5.0, "attempts": 1, "backoff_s": 0.01}
-    named = {f"server.{name}": value for name, value in server.items()}
-    return tiny_recipe(model, "unused", **{"target.engine": "vllm", "regenerate.max_new_tokens": 4} | named | changes)
-
-
-def answered(model, urls, **changes):
-    """Token ids of an answer as `regenerate` asks for it."""
-    recipe = recipe_for(model, urls, **changes)
-    with contextlib.closing(ServedTarget(recipe.target, recipe.server, SERVERS[recipe.target.engine], "cpu")) as served:
-        (answer,) = served.generate([[1, 5, 9]], Sampling(), recipe.regenerate.max_new_tokens)
-    return answer[1].ids
-
-
-def captured(model, urls, **changes):
-    """Shape of the hidden states that training asks for."""
-    recipe = recipe_for(model, urls, **changes)
-    document = [5] * min(250, recipe.train.max_document_tokens)
-    with contextlib.closing(ServedTarget(recipe.target, recipe.server, SERVERS[recipe.target.engine], "cpu")) as served:
-        return list(served.capture([document], recipe.draft.taps).taps_TKH.shape)
-
-
-@pytest.fixture
-def states(tmp_path):
-    (tmp_path / "states").mkdir()
-    return tmp_path / "states"
-
-
-def test_a_url_is_given_where_there_is_none(model, target):
-    key, engine = read(
-        r"^(server\.\w+): none given; target\.engine (\w+) needs at least one URL$", told(answered, model, [])
-    )
-    with serving(FaultyServer(tiny_engine(target, model))) as urls:
-        assert answered(model, [], **{key: urls, "target.engine": engine})
-
-
-def test_a_server_has_the_name_that_it_is_told_to_be_started_with(model, target):
-    with serving(FaultyServer(tiny_engine(target, "else"))) as urls:
-        flag, name = read(r"; give another URL, or start it with (--\S+) (\S+)$", told(answered, model, urls))
-    assert flag == "--served-model-name"  # of both engines
-    with serving(FaultyServer(tiny_engine(target, name))) as urls:
-        assert answered(model, urls)
-
-
-def test_a_server_of_the_other_engine_is_called_so(model, target):
-    whole = tiny_engine(target, model)
-
-    def sglang(path, body, name):
-        return (200, {}) if path == "/v1/completions" else whole(path, body, name)
-
-    with serving(FaultyServer(sglang)) as urls:
-        key = read(r"as the engine of (target\.\w+) does; is it another one\?$", told(answered, model, urls))
-        assert answered(model, urls, **{key: "sglang"})
-
-
-@pytest.mark.parametrize("number", [0, 1, 2])
-def test_a_request_has_room_where_its_key_is_lowered(model, target, number, states):
-    """regenerate's, evaluate's and train's."""
-    with serving(FaultyServer(tiny_engine(target, model, (states, (1, 3, 4))))) as urls:
-        if number == 2:
-            line = told(captured, model, urls, **{"train.max_document_tokens": 250})
-            key, other = read(r"takes 200 tokens, .*; give a smaller (train\.\w+), or .* larger (serve\.\w+)$", line)
-            assert captured(model, urls, **{key: 64})[0] == 64
-        else:
-            line = told(answered, model, urls, **{"regenerate.max_new_tokens": 250})
-            *keys, other = read(r"; give a smaller (\w+\.\w+) or (\w+\.\w+), or .* larger (serve\.\w+)$", line)
-            assert keys == ["regenerate.max_new_tokens", "evaluate.max_new_tokens"]
-            assert answered(model, urls, **{keys[0]: 4})
-    flags = SERVERS["vllm"].arguments(recipe_for(model, [], **{other: 300}), model, Path(), "plain", ())[0]
-    assert flags[flags.index("--max-model-len") + 1] == "300"
-
-
-def test_a_key_is_put_where_it_is_told(model, target, monkeypatch):
-    server = FaultyServer(tiny_engine(target, model))
-    honest = server.answer
-
-    def locked(path, body, name):
-        return honest(path, body, name) if server.keys[-1] == "Bearer secret" else (401, {"error": "no key"})
-
-    server.answer = locked
-    with serving(server) as urls:
-        for settings in ({}, {"server.api_key_env": "OUR_KEY"}):
-            line = told(answered, model, urls, **settings)
-            variable, key = read(r"; put the key into the environment variable (\w+) \((server\.\w+)\)$", line)
-            monkeypatch.setenv(variable, "secret")
-            assert answered(model, urls, **{**settings, **({key: variable} if settings else {})})
-
-
-def test_hidden_states_are_kept_by_a_server_that_is_started_as_it_is_told(model, target, states):
-    with serving(FaultyServer(tiny_engine(target, model))) as urls:
-        line = told(captured, model, urls)
-    command, key, value = read(r"start it with `draftsmith (serve .*)`, or train with (target\.\w+) (\w+)$", line)
-    assert Run(recipe_for(model, [], **{key: value}), states, ["test"]).target.capture([[5]], ()).last_TH.shape
-    layers = layers_kept(command, model, states)
-    with serving(FaultyServer(tiny_engine(target, model, (states, layers)))) as urls:
-        assert captured(model, urls)[1:] == [3, 32]
-
-
-def layers_kept(command, model, states):
-    """Taps that the server of this command keeps."""
-    path = states / "recipe.yaml"
-    path.write_text(dump_recipe(recipe_for(model, [], **{"serve.states": str(states)})))
-    command, recipe = cli.parse(command.replace("RECIPE", str(path)).split())
-    words = Run(recipe, states, ["test"]).serving(command.purpose).command
-    speculative = json.loads(words[words.index("--speculative-config") + 1])
-    *taps, last = speculative["draft_model_config"]["hf_config"]["eagle_aux_hidden_state_layer_ids"]
-    assert last == 6, "the last layer's output is kept as well"
-    return tuple(taps)
-
-
-def test_a_server_keeps_the_layers_that_it_is_told_to_be_started_with(model, target, states):
-    with serving(FaultyServer(tiny_engine(target, model, (states, (1, 3))))) as urls:
-        key, command = read(
-            r"^(draft\.\w+): .*; start it with the layers that `draftsmith (serve .*)` names$",
-            told(captured, model, urls),
-        )
-    assert key == "draft.taps"
-    with serving(FaultyServer(tiny_engine(target, model, (states, layers_kept(command, model, states))))) as urls:
-        assert captured(model, urls)[1:] == [3, 32]
-
-
-def test_hidden_states_are_found_in_the_folder_that_is_told_to_be_given(model, target, states, tmp_path):
-    whole = tiny_engine(target, model, (states, (1, 3, 4)))
-
-    def elsewhere(path, body, name):
-        """As a server on another machine names them."""
-        status, answer = whole(path, body, name)
-        if "kv_transfer_params" in answer:
-            kept = Path(answer["kv_transfer_params"]["hidden_states_path"])
-            answer["kv_transfer_params"]["hidden_states_path"] = f"/elsewhere/{kept.name}"
-        return status, answer
-
-    with serving(FaultyServer(elsewhere)) as urls:
-        key, where, purpose = read(
-            r"^(server\.\w+): .* in (\S+), which .*, a server of `serve --purpose (\w+)`$", told(captured, model, urls)
-        )
-        assert where == "/elsewhere"
-        assert captured(model, urls, **{key: str(states)})
-        assert told(answered, model, urls).startswith(key)
-        assert answered(model, urls, **{key: str(states)})
-    flags = SERVERS["vllm"].arguments(recipe_for(model, []), model, Path(), purpose, ())[0]
-    assert "--kv-transfer-config" not in flags
-    with serving(FaultyServer(tiny_engine(target, model))) as urls:
-        assert answered(model, urls)
-
-
-def test_an_answer_is_waited_for_as_long_as_the_key_that_is_named_says(model, target):
-    with serving(FaultyServer(tiny_engine(target, model), lambda n: "late" if n == 1 else None, 0.7)) as urls:
-        line = told(answered, model, urls, **{"server.deadline_s": 0.5})
-        key = read(r"no answer within 0\.5 s \((server\.\w+)\)", line)
-        attempts = read(r"^(server\.\w+): 1 attempts failed, ", line)
-    with serving(FaultyServer(tiny_engine(target, model), lambda n: "late" if n == 1 else None, 0.7)) as urls:
-        assert answered(model, urls, **{key: 10})
-    with serving(FaultyServer(tiny_engine(target, model), lambda n: "late" if n == 1 else None, 0.7)) as urls:
-        assert answered(model, urls, **{"server.deadline_s": 0.5, attempts: 3})
-
-
-# --- engines ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def started(tmp_path):
-    """`started(**serve)` starts a stand-in for an engine, waits until it is healthy and stops it."""
-    (tmp_path / "engine.py").write_text(ENGINE)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    usual = {"serve.program": f"{sys.executable} {tmp_path / 'engine.py'} {tmp_path / 'pids'}", "serve.port": port}
-
-    @contextlib.contextmanager
-    def alive(**changes):
-        recipe = tiny_recipe("m", "p", **usual | changes)
-        with running(launch(SERVERS["vllm"], recipe, "m", Path("d"), "plain", ()), recipe.serve.patience_s) as process:
-            yield process.poll() is None
-
-    def start(**changes):
-        with alive(**changes) as lives:
-            return lives
-
-    start.alive, start.program = alive, usual["serve.program"]
-    return start
-
-
-def test_an_engine_is_named_as_it_is_told(started):
-    flag, example = read(
-        r'; install the engine or name it, for example --(\S+) "(.*)"$',
-        told(started, **{"serve.program": "no-such serve"}),
-    )
-    assert example.split()[1] == "serve"
-    assert started(**{flag: started.program})
-
-
-def test_another_port_is_given_as_it_is_told(started):
-    with started.alive(), socket.socket() as free:
-        flag = read(r"; stop it, or give another --(\S+)$", told(started))
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        assert started(**{flag: port})
-    assert started()
-
-
-def test_a_variable_is_exported_as_it_is_told(started, monkeypatch):
-    extra = {"serve.extra": "--api-key $OUR_KEY"}
-    variable = read(r"^serve\.extra: \$(\w+) is not set in the environment; export it$", told(started, **extra))
-    monkeypatch.setenv(variable, "secret")
-    assert started(**extra)
-
-
-def test_an_engine_is_given_the_time_that_it_is_told_to_be_given(started):
-    wrong = {"serve.patience_s": 0.001}
-    key = read(
-        r"^(serve\.\w+): the engine did not answer within .*; give it more or see its log$", told(started, **wrong)
-    )
-    assert started(**{key: 30})
-
-
-def test_a_purpose_that_an_engine_has_is_taken(model, tmp_path):
-    run = Run(tiny_recipe(model, "p"), tmp_path, ["test"])
-    purpose = read(r"; use --purpose (\w+)$", told(run.serving, "last"))
-    assert run.serving(purpose).command
-
-
-def test_another_engines_own_program_is_given_as_it_is_told(model, target, tmp_path):
-    wrong = {"serve.engine": "vllm", "serve.extra": "--x", "evaluate.engine": "sglang"}
-
-    def opened(changes):
-        setup = Setup(tiny_recipe(model, "p", **changes), tmp_path, tmp_path)
-        with SERVERS["sglang"].open(setup, None):
-            return True
-
-    flag, name = read(r"; give --(\S+) (\w+) and its own$", told(opened, wrong))
-    assert told(opened, wrong | {flag: name, "serve.program": "no-such"}).startswith("serve.program: cannot start")

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -262,15 +263,18 @@ def test_torn_completions_are_made_again_and_no_other(copied, capsys):
     assert weights(directory) == wanted
 
 
-def test_a_torn_checkpoint_may_be_deleted(copied):
+@pytest.mark.parametrize("name", ["state.json", "draft.safetensors", "optimizer.safetensors"])
+def test_a_torn_checkpoint_may_be_deleted(copied, name):
     recipe, directory = copied
     wanted, metrics = weights(directory), (directory / "train" / "metrics.jsonl").read_bytes()
     unfinish(directory, "train")
     newest = sorted((directory / "train").glob("checkpoint-*"))[-1]
-    halved(newest / "state.json")
-    with pytest.raises(DraftsmithError, match=r"cannot read state.json: .*delete the directory to use the one before"):
+    halved(newest / name)
+    told = rf"^(.*/checkpoint-\d+): cannot read {name}: .*delete the directory to use the one before$"
+    with pytest.raises(DraftsmithError, match=told) as caught:
         again(recipe, directory)
-    shutil.rmtree(newest)
+    shutil.rmtree(re.match(told, str(caught.value))[1])
+    assert not newest.exists()
     again(recipe, directory)
     assert weights(directory) == wanted
     assert (directory / "train" / "metrics.jsonl").read_bytes() == metrics
