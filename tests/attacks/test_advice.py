@@ -23,7 +23,7 @@ from draftsmith.core.recipe_file import dump_recipe, load_recipe
 from draftsmith.core.records.machine import Probe, Tried, Tuned
 from draftsmith.core.shape import Shape
 from draftsmith.data.licences import licence_of
-from draftsmith.hardware import probe, tune
+from draftsmith.hardware import interconnect, probe, tune
 from draftsmith.publishing.card import base_model, write_card
 from draftsmith.runs.estimates import card_prediction
 from draftsmith.runs.pipeline import run_pipeline
@@ -55,6 +55,7 @@ def world(finished, tmp_path, monkeypatch):
     quick = {"ROUNDS": 1, "WIDTHS": (1, 2, 3, 4, 8), "CONTEXT": 16, "LONG_CONTEXT": 48, "LOOP_TOKENS": 8}
     for name, value in quick.items():
         monkeypatch.setattr(probe, name, value)
+    monkeypatch.setattr(interconnect, "all_reduce_latency", lambda *_: ())  # of two processes, which take long to start
     return tmp_path / "world"
 
 
@@ -400,7 +401,7 @@ def test_a_probe_is_made_as_it_is_told(world, call):
 
 
 def test_tuning_is_given_the_time_or_the_length_that_it_is_told_to_be_given(world, call, monkeypatch):
-    words = ["tune", "recipe.yaml", *SHORT]
+    words = ["tune", "recipe.yaml", *SHORT, "--evaluate.prompts", "1"]
     for wrong in (["--budget-s", "0.001"], ["--evaluate.max-new-tokens", "2"]):
         code, told = call(*words, *wrong)
         flag, key, least = read(r"; raise (--\S+), or (evaluate\.\w+), as answers of less than (\d+) tokens", told)
