@@ -436,6 +436,16 @@ def test_a_step_that_cannot_be_dealt_out_is_given_as_it_is_told(world, call):
     assert "cannot be dealt out" not in call.out
 
 
+def test_a_draft_that_no_card_can_be_of_is_inspected_as_it_is_told(world, call):
+    config = world / "run" / "export" / "draft" / "config.json"
+    write_json(config, read_json(config) | {"num_hidden_layers": 2})
+    code, told = call("card", "recipe.yaml")
+    assert code == 2
+    problem, command = read(r": (num_hidden.*); see: draftsmith (.*)$", told)
+    assert call(*command.split())[0] == 1
+    assert f"problem: {problem}" in call.out
+
+
 LARGE = ["plan", str(RECIPES / "qwen3-8b-eagle3.yaml"), "--hardware", "h100-1"]
 
 

@@ -1,6 +1,7 @@
 """What an error of a stage or of a draft says to do is done, and then it works."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 import torch
 from models import save_tiny_target, tiny_draft, tiny_recipe, write_prompts
 from outcomes import read, told
+from safetensors.torch import load_file, save_file
 
 from draftsmith import cli
 from draftsmith.core.files import read_json, write_json
@@ -52,6 +54,14 @@ def gathered(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("gathered")
     gather(tiny_recipe(model, write_prompts(out / "rows.jsonl")), out)
     return out
+
+
+def test_a_source_that_cannot_be_read_is_another(model, tmp_path):
+    (tmp_path / "torn.jsonl.gz").write_bytes(b"\x1f\x8b torn")
+    line = told(gather, tiny_recipe(model, str(tmp_path / "torn.jsonl.gz")), tmp_path / "out")
+    assert read(r"; give another (source)$", line)
+    gather(tiny_recipe(model, write_prompts(tmp_path / "rows.jsonl")), tmp_path / "out")
+    assert (tmp_path / "out" / "prompts.jsonl").stat().st_size
 
 
 def regenerated(gathered, target, out, **changes):
@@ -196,6 +206,47 @@ def test_a_server_to_evaluate_is_asked_by_the_engine_that_is_told_to_be_given(tm
     assert engine(**url, **{read(r"give --(\S+) too$", told(engine, **url)): "vllm"}) == "vllm"
 
 
+def test_what_engines_alone_verify_is_given_to_one_as_it_is_told(target, tmp_path, monkeypatch):
+    monkeypatch.setattr(target, "library", SimpleNamespace(can_cut_back=False))
+    setup = Setup(tiny_recipe("m", "p"), tmp_path, tmp_path, target)
+    flag, *names = read(
+        r"; give --(evaluate\.engine) (\w+) or (\w+)$", told(ENGINES["embedded"].draftable, [Shape(3, 1, 4)], setup)
+    )
+    for name in names:
+        run = Run(tiny_recipe("m", "p", **{flag: name}), tmp_path, ["test"])
+        assert ENGINES[run.evaluation_engine].draftable([Shape(3, 1, 4)], setup) == [Shape(3, 1, 4)]
+
+
+def trained(gathered, target, out, processes=None, **changes):
+    if not (gathered / "completions").exists():
+        regenerated(gathered, target, gathered / "completions")
+    recipe = tiny_recipe(target.identity.model, "p", **changes)
+    vocabulary = DraftVocabulary(torch.arange(40), 64)
+    return Trainer(recipe, target, target.config, gathered / "completions", vocabulary, out, processes)
+
+
+def test_another_training_goes_where_it_is_told_to(gathered, target, tmp_path):
+    trained(gathered, target, tmp_path / "a").train()
+    other = {"train.learning_rate": 1e-3}
+    assert read(
+        r"; give another --(\w+), or train anew", told(trained(gathered, target, tmp_path / "a", **other).train)
+    )
+    assert trained(gathered, target, tmp_path / "b", **other).train().steps > 0
+    assert trained(gathered, target, tmp_path / "a").train().steps > 0, "nothing there was lost"
+
+
+def test_weights_in_parts_are_trained_as_it_is_told(gathered, target, tmp_path):
+    """Of several processes only their number is asked for here; tests/golden trains with them."""
+    sharded = []
+    several = SimpleNamespace(size=2, main=True, shard=lambda *parts: sharded.append(parts))
+    wrong = {"train.shard": True, "train.optimizer": "muon", "train.accumulate": 2}
+    line = told(trained, gathered, target, tmp_path, several, **wrong)
+    one, adamw, other, false = read(r"; give (train\.\w+) (\w+) or (train\.\w+) (\w+)$", line)
+    assert trained(gathered, target, tmp_path, several, **wrong | {one: adamw}).sharded
+    assert not trained(gathered, target, tmp_path, several, **wrong | {other: json.loads(false)}).sharded
+    assert len(sharded) == 1
+
+
 # --- drafts -----------------------------------------------------------------------------------------------------------
 
 
@@ -283,3 +334,32 @@ def test_a_draft_to_go_on_from_fits_where_the_key_is_left_out(exported, target, 
     assert left_out in wrong
     default = False if left_out == "draft.fc_norm" else None
     assert (first(wrong | {left_out: default}) is None) == bool(leave)
+
+
+def widen(directory, target):
+    draft, ids = load_draft(directory)
+    wide = type(draft)(draft.config.model_copy(update={"hidden_size": 64, "target_hidden_size": 32}))
+    shutil.rmtree(directory)
+    write_draft(directory, wide, ids, 6, {})
+
+
+def give_an_embedding(directory, target):
+    tensors = load_file(directory / "model.safetensors")
+    save_file({**tensors, "embed_tokens.weight": torch.ones(64, 32)}, directory / "model.safetensors", {"format": "pt"})
+
+
+OTHERS = {"of another width": widen, "with an embedding of its own": give_an_embedding}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_another_draft_to_go_on_from_is_taken(exported, target, tmp_path, case):
+    ids, usual = load_draft(exported)[1], load_draft(exported)[0].config
+    shutil.copytree(exported, tmp_path / "like")
+    OTHERS[case](exported, target)
+
+    def first(directory):
+        changes = {"draft.intermediate_size": None, "draft.taps": None, "train.from_draft": str(directory)}
+        return first_draft(tiny_recipe("m", "p", **changes), target, usual, ids)[1]
+
+    assert read(r"; (go on from one like that|give another)$", told(first, exported))
+    assert first(tmp_path / "like")
