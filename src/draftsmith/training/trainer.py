@@ -106,9 +106,7 @@ class Trainer:
         self.sharded = settings.shard and processes.size > 1
         if self.sharded:
             if settings.optimizer == "muon":
-                raise DataError(
-                    "train.shard: Muon needs whole matrices; give train.optimizer adamw or train.shard false"
-                )
+                raise DataError("train.shard: not with Muon; give train.optimizer adamw or train.shard false")
             processes.shard(self.loss, self.dtype)
         self.optimizers = make_optimizers(self.draft, settings, self.dtype)
         self.head_rows = target.head_rows(vocabulary.ids_D).contiguous()
