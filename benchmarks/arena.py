@@ -179,7 +179,7 @@ def train_ours(work: Path, cell: Path, train: JsonObject, seed: int, seconds: fl
         done = timings[: state.step]
         summed = {"tokens": sum(t.tokens for t in done), "wall_s": sum(t.seconds for t in done)}
         drafts.append({"share": share, **summed, "cpu_s": sum(t.cpu_seconds or 0.0 for t in done)})
-    told = {"version": "this commit", "steps": every * shares, "above_target_bytes": peak - after_target}
+    told = {"version": commit(), "steps": every * shares, "above_target_bytes": peak - after_target}
     files.write_json(cell / "train.json", {**told, "drafts": drafts})
 
 

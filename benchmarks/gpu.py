@@ -170,6 +170,8 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
+    from draftsmith.runs.run import commit
+
     if not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py: no CUDA device")
     if options.ours:
@@ -190,6 +192,7 @@ def main() -> None:
         told = row.get("failed") or f"{row['tokens_per_s']:,.0f} tokens/s, {row['peak_bytes'] / 1e9:.1f} GB{share}"
         print(f"{row['system']:<12} {row['draft']:<13} {row['documents']:>2} x {row['length']:<5} {told}")
     about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "draftsmith": version("draftsmith")}
+    about |= {"commit": commit(), "command": " ".join(["python", *sys.argv])}
     about["peers"] = "timed" if options.peers else "not installed here: no --peers"
     options.out.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
     print(f"written to {options.out}: please send it")

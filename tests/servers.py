@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
+from models import tiny_recipe
 from safetensors.torch import save_file
 
 from draftsmith.decoding.sampling import Sampling
@@ -234,3 +235,8 @@ def drafting(engine, changed=lambda ids: ids):
         return status, told
 
     return answer
+
+
+def recipe_for(model, urls, engine="vllm", **changes):
+    server = {"urls": urls, "concurrency": 3, "deadline_s": 5.0, "attempts": 6, "backoff_s": 0.01, **changes}
+    return tiny_recipe(model, "unused", **{"target.engine": engine, "server": server, "regenerate.max_new_tokens": 12})

@@ -143,7 +143,7 @@ def test_a_recipe_is_mended_as_it_is_told(case):
     wrong, pattern, mend = RECIPES[case]
     found = read(pattern, told(tiny_recipe, "m", "p", **wrong))
     changes = wrong | mend(*([found] if isinstance(found, str) else found))
-    tiny_recipe("m", "p", **{key: value for key, value in changes.items() if value is not LEFT_OUT})
+    assert tiny_recipe("m", "p", **{key: value for key, value in changes.items() if value is not LEFT_OUT}).name
 
 
 def test_a_key_that_is_missing_is_given():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import save_tiny_target, tiny_draft, tiny_recipe, write_prompts
+from models import tiny_draft, tiny_recipe, write_prompts
 from outcomes import read, told
 from safetensors.torch import load_file, save_file
 
@@ -31,21 +31,10 @@ from draftsmith.hardware.accept_length import MeasuredProfile
 from draftsmith.publishing.publish import publish
 from draftsmith.runs.run import Run
 from draftsmith.runs.stages import starting_draft
-from draftsmith.targets.local import LocalTarget
 from draftsmith.training.start import first_draft
 from draftsmith.training.trainer import Trainer
 
 # --- stages, each as a function ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny_target(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def target(model):
-    return LocalTarget(model, dtype="fp32", device="cpu")
 
 
 @pytest.fixture(scope="module")

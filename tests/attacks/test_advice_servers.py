@@ -24,18 +24,6 @@ from draftsmith.engines.served import ServedTarget
 from draftsmith.evaluation.evaluate import Evaluation
 from draftsmith.hardware import probe
 from draftsmith.runs.run import Run
-from draftsmith.targets.local import LocalTarget
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny_target(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def target(model):
-    return LocalTarget(model, dtype="fp32", device="cpu")
-
 
 # --- servers ----------------------------------------------------------------------------------------------------------
 

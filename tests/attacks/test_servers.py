@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import save_tiny_target, tiny_recipe
+from models import tiny_recipe
 from servers import ENGINE, FaultyServer, serving, tiny_engine
 
 from draftsmith.core.errors import DraftsmithError, ServeError, TargetError
@@ -32,20 +32,9 @@ from draftsmith.engines.process import launch, running
 from draftsmith.engines.served import ServedTarget
 from draftsmith.runs.probing import probe_server
 from draftsmith.runs.run import Run
-from draftsmith.targets.local import LocalTarget
 
 ONE_AT_A_TIME = threading.Lock()
 TAPS, PROMPT, LENGTH, VOCABULARY = (1, 3, 4), [1, 5, 9], 3, 64
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny_target(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def target(model):
-    return LocalTarget(model, dtype="fp32", device="cpu")
 
 
 def recipe_for(model, urls, engine="vllm", **changes):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import VOCAB, tiny_target, trained_draft
+from models import VOCAB, trained_draft
 
 from draftsmith.core.records.machine import Probe
 from draftsmith.core.shape import Shape
@@ -10,11 +10,13 @@ from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.speculate import Decoder
 from draftsmith.decoding.stopping import Ends
 from draftsmith.drafts.directories import ReadyDraft
+from draftsmith.drafts.eagle3.drafter import Eagle3Drafter
 from draftsmith.evaluation.acceptance import count
 from draftsmith.evaluation.profile import DEPTH, accept_profile, rank_table, walks_of
 from draftsmith.hardware.accept_length import MeasuredProfile, SampledProfile
-from draftsmith.hardware.cost_model import MeasuredCosts, predict
+from draftsmith.hardware.cost_model import MeasuredCosts
 from draftsmith.hardware.probe import embedded_times, page
+from draftsmith.targets.local import LocalTarget
 
 GENERATOR = torch.Generator().manual_seed(7)
 PROMPTS = [torch.randint(1, VOCAB, (11 + i,), generator=GENERATOR).tolist() for i in range(8)]
@@ -93,17 +95,41 @@ def test_ranks_count_where_the_choices_before_were_right():
     assert table[2][:2] == [1 / 2, 1 / 2]
 
 
-def test_a_probe_tells_the_time_of_a_step():
+def test_a_probe_tells_the_time_of_a_step(monkeypatch):
+    """On a clock that only the parts move on, as another program may take any of the machine's own time."""
+    now = [0.0]
+
+    def takes(owner, name, seconds_of):
+        work = getattr(owner, name)
+
+        def timed(*given):
+            now[0] += seconds_of(*given)
+            return work(*given)
+
+        monkeypatch.setattr(owner, name, timed)
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    takes(LocalTarget, "verify", lambda _, cache, length, ids, *rest: 10e-3 + 1e-3 * len(ids) + 10e-6 * length)
+    takes(Decoder, "_verify", lambda *given: 2e-3)  # what a loop adds
+    takes(Eagle3Drafter, "extend", lambda _, taps, next_ids: 2e-3 + 0.5e-3 * len(next_ids))
+    takes(Eagle3Drafter, "propose", lambda _, root, shape, *rest: 1e-3 + (shape.steps - 1) * shape.topk * 3e-3)
     target, draft, ids = trained_draft()
-    drafter = ready(target, draft, ids).drafter()
-    predicted_s, real_s = [], []
-    for _ in range(3):  # other work on the machine only ever slows: the fastest of each is compared
-        probe = Probe(engine="embedded", machine="here", times=embedded_times(target, drafter, PROMPTS[1]))
-        step = predict(MeasuredCosts(probe), MeasuredProfile([["111"] * 20]), Shape(3, 1, 4))
-        predicted_s.append(step.verify_s + step.draft_s + step.overhead_s)
-        answers = decoded(tiny_target(), draft, ids, Shape(3, 1, 4))
-        real_s.append(min(answer.seconds / len(answer.verified) for answer in answers))
-    assert [tokens for tokens, _ in probe.times.forward][:3] == [1, 2, 3]
-    assert all(seconds > 0 for _, seconds in probe.times.forward)
-    assert min(predicted_s) == pytest.approx(min(real_s), rel=0.6)
+    shape, length = Shape(3, 1, 4), 60
+    probe = Probe(
+        engine="embedded",
+        machine="here",
+        times=embedded_times(target, ready(target, draft, ids).drafter(), PROMPTS[1]),
+    )
+    answers = decoded(target, draft, ids, shape, length)
+    steps = sum(len(answer.verified) for answer in answers)
+    tau = 1 + sum(sum(answer.verified) for answer in answers) / steps
+    costs = MeasuredCosts(probe)
+    assert costs.draft_s(shape, tau, 1, 128) == pytest.approx(2e-3 + 0.5e-3 * tau + 1e-3 + 2 * 3e-3)
+    assert costs.forward_s(4, 1, 128) == pytest.approx(14e-3 + 128 * 10e-6)
+    assert costs.overhead_s(shape) == pytest.approx(2e-3, rel=0.05)
+    # a context below the probe's is told as the probe's
+    beyond = 128 * 10e-6 - sum(10e-6 * (len(p) + length / 2) for p in PROMPTS) / len(PROMPTS)
+    step = costs.forward_s(4, 1, 128) + costs.draft_s(shape, tau, 1, 128) + costs.overhead_s(shape)
+    assert step - beyond == pytest.approx(sum(answer.seconds for answer in answers) / steps, rel=0.01)
+    assert costs.forward_s(4, 1, 1128) - costs.forward_s(4, 1, 128) == pytest.approx(1000 * 10e-6)
     assert "forward ms" in page(probe)

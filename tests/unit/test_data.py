@@ -308,6 +308,13 @@ def test_a_loop_is_seen_at_the_look_after_it_became_one():
                 found += 1
                 break
     assert 150 < found < 300
+    for after in range(16):  # one that ends as soon as it is one, so many tokens before a look
+        for period in (1, 11, 12, 64):
+            looping = [i % period for i in range(period + max(2 * period, 24))]
+            before = list(range(1000, 1000 + (-len(looping) - after) % 16 + 16))
+            ids = [*before, *looping, *range(2000, 2000 + after)]
+            assert loops(ids)
+            assert not loops([*before[:-1], 3000, *looping[1:], *range(2000, 2000 + after)])
 
 
 def test_summary_counts_what_happened(regenerated):

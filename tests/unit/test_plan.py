@@ -1,5 +1,6 @@
 """Plans against arithmetic done by hand and against the recorded run of recipes/gemma3-270m-cpu.yaml."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ from draftsmith.runs.plan import against, page, page_against, plan
 from draftsmith.runs.run import Run
 from draftsmith.targets.configs import target_config
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
 GEMMA = AutoConfig.for_model(  # of gemma3-270m, which need not be installed to plan for it
     "gemma3_text",
     vocab_size=262144,
@@ -62,7 +64,18 @@ def test_the_reference_run_is_that_of_a_quarter_billion_draft():
     assert told.numbers["target weights"] / 8 < told.numbers["target"] < told.numbers["target weights"] / 4
     text = page(told)
     assert "sets the pace" in text
-    assert "no GPU run of draftsmith stands behind these hours yet" in text
+    assert "minutes on one H100 are all that stands behind these hours" in text
+
+
+def test_a_small_draft_on_a_gpu_waits_for_the_host():
+    """Against the steps of an H100, which were timed beside other jobs: between the fastest and the usual one."""
+    timed = json.loads((ROOT / "benchmarks" / "results" / "h100.json").read_text())["small_draft"]
+    recipe = load_recipe(RECIPES / "smollm2-135m-gpu.yaml")
+    run = Run(recipe, Path("nowhere"), [])
+    told = plan_of(run, roofline(run, preset("h100-1")))
+    assert 0.9 * timed["fastest_step_s"] < told.numbers["train"] / recipe.train.max_steps < timed["step_s"]
+    assert "launching kernels sets the pace" in page(told)
+    assert "the target sets the pace" in page(planned("qwen3-8b-eagle3", "h100-1"))
 
 
 def test_what_does_not_fit_is_said_with_what_would():

@@ -246,6 +246,7 @@ def _loops(
     """Seconds of a real step beyond its parts: plain, and by verified tokens of a chain and of a wide tree."""
     plain, drafting = Decoder(target), Decoder(target, drafter)
     loops: dict[Shape | None, list[float]] = {None: [], REFERENCE: [], WIDE: []}
+    context = CONTEXT + LOOP_TOKENS // 2
     with Meter("loops", ROUNDS * len(loops), "loops") as meter:
         for _ in range(ROUNDS):
             for shape, beyond in loops.items():
@@ -254,9 +255,9 @@ def _loops(
                 meter.advance(1)
                 steps = len(answer.verified) if shape else len(answer.ids) - 1
                 assert answer.seconds is not None, "this decoder tells"
-                known = costs.forward_s(shape.draft_tokens if shape else 1, 1, CONTEXT)
+                known = costs.forward_s(shape.draft_tokens if shape else 1, 1, context)
                 if shape:
-                    known += costs.draft_s(shape, answer.tau, 1, CONTEXT)
+                    known += costs.draft_s(shape, answer.tau, 1, context)
                 beyond.append(answer.seconds / steps - known)
     rest = {shape: max(0.0, statistics.median(beyond)) for shape, beyond in loops.items()}
     return rest[None], tuple((float(shape.draft_tokens), rest[shape]) for shape in (REFERENCE, WIDE))

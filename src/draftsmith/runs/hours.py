@@ -9,6 +9,9 @@ from draftsmith.runs.plan import GPU_FLOPS_S, Plan, Sizes, duration, source_size
 TRAIN_SHARE = 0.55
 # This process launches some 45 kernels a layer and step one by one, where engines replay a graph.
 EAGER_LAYER_S = 0.6e-3
+# A GPU waits for the host where a pack is small: launches of one depth, forward and backward (benchmarks/results/
+# h100.json, small_draft: its step less the target's layers, by depths).
+DEPTH_S = 6e-3
 REFILL = 0.88  # of a batch's rows that write: a quarter of them ends before new prompts are read
 # An evaluation: speed-up of drafted greedy decoding (none at temperatures above 0), answers as shares of
 # max_new_tokens, and the time to read the weights in two formats and warm up; runs of the two Gemma recipes.
@@ -34,6 +37,8 @@ def put_hours(out: Plan, s: Sizes, costs: Costs) -> float:
     # servers work while the trainer does; in one process they take turns
     train_s = max(limits.values()) if s.served else compute_s + capture_s
     slowest = max(limits, key=lambda name: limits[name])
+    if (launches_s := _launches_s(s)) > train_s:
+        train_s, slowest = launches_s, "launching kernels"
     parts = f"trainer alone {duration(compute_s)}, hidden states {duration(capture_s)}"
     pace = f"{s.trained / train_s:,.0f} tokens/s; {slowest} sets the pace ({parts})"
     out.put("hours", "train", train_s, f"{duration(train_s)}: {pace}")
@@ -57,7 +62,7 @@ def put_hours(out: Plan, s: Sizes, costs: Costs) -> float:
     if s.gpu and not s.served:
         out.assumptions.append(f"steps in this process take {EAGER_LAYER_S * 1e3} ms a layer more than a graph's")
     if machine.flops_s > GPU_FLOPS_S:
-        out.assumptions.append("no GPU run of draftsmith stands behind these hours yet: take them as the least")
+        out.assumptions.append("minutes on one H100 are all that stands behind these hours: take them as the least")
     return s.token_bytes * s.trained / max(compute_s, capture_s)
 
 
@@ -75,6 +80,13 @@ def _rate(s: Sizes, costs: Costs, here: bool) -> float:
         full = settings.shard_prompts / s.batch * s.answer
         occupancy = REFILL * full / (full + (settings.max_new_tokens - s.answer) / 2)
     return s.replicas * s.batch * occupancy / _step_s(s, costs, s.batch, here)
+
+
+def _launches_s(s: Sizes) -> float:
+    """For which a GPU would wait in a training without arithmetic."""
+    layers = 0 if s.served else s.target.layers
+    packs = s.steps * s.accumulate / s.trainers
+    return packs * (DEPTH_S * s.recipe.train.ttt_steps + EAGER_LAYER_S * layers) if s.gpu else 0.0
 
 
 def _training_flops(s: Sizes) -> float:

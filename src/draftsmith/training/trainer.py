@@ -110,9 +110,8 @@ class Trainer:
             processes.shard(self.loss, self.dtype)
         self.optimizers = make_optimizers(self.draft, settings, self.dtype)
         self.head_rows = target.head_rows(vocabulary.ids_D).contiguous()
-        everything = torch.arange(vocabulary.target_size)
         full = settings.full_teacher and rows < vocabulary.target_size  # of a whole vocabulary the two are one
-        self.full_head = target.head_rows(everything) if full else None
+        self.full_head = target.head_rows(torch.arange(vocabulary.target_size)) if full else None
         self.step = 0
         self.quarantined: list[str] = []
         self.sums = Sums()
@@ -122,7 +121,8 @@ class Trainer:
         """Completions that are held out, a random choice, and those to train on; counts and says what is left out."""
         longest = self.settings.max_document_tokens
         rows = [c for c in every if trainable(c, longest)]
-        self.left_out, self.cut = len(every) - len(rows), sum(len(c.ids) > longest for c in rows)
+        self.left_out = len(every) - len(rows)
+        self.cut = sum(len(c.ids) > longest for c in rows)
         if self.left_out or self.cut:
             say(
                 f"train: {self.left_out} of {len(every)} completions carry no loss within train.max_document_tokens "
