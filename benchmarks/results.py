@@ -336,7 +336,7 @@ def ablations() -> str:
     for name in sorted(changed, key=lambda name: (name != OURS, name)):
         last = means[name][max(means[name])]
         base = means[OURS][max(means[OURS])]
-        what = ", ".join(f"`{key} {value}`" for key, value in changed[name].items()) or "the recipe"
+        what = ", ".join(f"`{key} {value}`" for key, value in changed[name].items()) or "nothing"
         taus = [f"{last[k]:.3f} ({last[k] - base[k]:+.3f})" for k in (GREEDY, "unlike T=0", "all T=1 greedy", SAMPLED)]
         rows.append([what, str(last["seeds"]), f"{last['tokens'] / 1000:.0f} k", f"{last['cpu_s']:.0f}", *taus])
     head = ["changed", "seeds", "tokens", "CPU s", "T=0", "foreign, T=0", "T=1", "T=1, sampled drafts"]
@@ -344,9 +344,10 @@ def ablations() -> str:
         "# Ablations",
         "",
         "Made by `python benchmarks/results.py render` from `benchmarks/results/arena.json`: one switch each of "
-        f"`recipes/smollm2-135m-cpu.yaml`, {told['seconds']:g} CPU seconds of training (`python benchmarks/arena.py "
-        "--only NAME`), tau of the chain 3/1/4, in brackets the difference to the recipe. What did not help stays "
-        "here; what was not run is not here. Seeds differ by about as much as the rows of `docs/results.md` show.",
+        "`recipes/smollm2-135m-cpu.yaml` with packs of 512 tokens, "
+        f"{told['seconds']:g} CPU seconds of training (`python benchmarks/arena.py --only NAME`), tau of the chain "
+        "3/1/4, in brackets the difference to the first row. What did not help stays here; what was not run is not "
+        "here. Seeds differ by about as much as the rows of `docs/results.md` show.",
         "",
         *table(head, rows),
     ]
