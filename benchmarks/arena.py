@@ -155,7 +155,7 @@ def train_ours(work: Path, cell: Path, train: JsonObject, seed: int, seconds: fl
         recipe = load_recipe(RECIPE, flags(seed, {**train, **more}))
         return Trainer(recipe, target, target.config, run.completions, vocabulary, out)
 
-    trial = trainer(cell / "trial", max_steps=5)
+    trial = trainer(cell / "trial", max_steps=14)
     capture, spent = trial._capture_source(), []
     for [indices] in trial.steps:
         started = time.process_time()
