@@ -13,9 +13,10 @@ draft that is thrown away. At SHARES of the steps the draft is exported as engin
 The peers train with their own model, loss, optimiser, schedule and defaults (specforge-tuned: another learning rate and
 depth). Bypassed of them: launchers, data preparation, capture servers and loaders, FSDP; what a CPU forces is marked in
 peers.py (loss and attention without Triton and flex attention; Muon iterates in fp32, which makes speculators faster
-here). speculators packs 1,024 tokens a step instead of 8,192 and has its norm where SGLang has it; SpecForge takes its
-default of one document a step, with fp32 weights. Ours is the train stage's own trainer with 512 tokens a step, and
-capture online instead of offline, so that everyone pays for the target's forward. Drafts are written for engines.
+here). speculators packs 1,024 tokens a step instead of 8,192, as ours does, and has its norm where SGLang has it;
+SpecForge takes its default of one document a step, with fp32 weights. Ours is the train stage's own trainer, with a
+learning rate for so few steps and capture online instead of offline, so that everyone pays for the target's forward.
+Drafts are written for engines.
 
 All drafts are judged on the same text: what the target writes to prompts that nobody trained on, half of them unlike
 those (arena_prompts.jsonl: translation, summaries, retrieval), without text after the onset of a loop. A chain's tau is
@@ -80,11 +81,11 @@ PEERS: dict[str, list[str]] = {
     "specforge-tuned": ["--peer", "specforge", "--lr", "1e-3", "--ttt-steps", "3"],
     "speculators": ["--peer", "speculators", "--optimizer", "muon", "--ttt-steps", "3", "--batch", "2"],
 }
-BASE: JsonObject = {"pack_tokens": 512}  # the recipe's hour has steps enough at 1,024; in minutes more steps count
+BASE: JsonObject = {"learning_rate": 8e-3}  # the recipe's 4e-3 is for 600 steps; minutes are some 50
 OURS: dict[str, JsonObject] = {  # one switch each
     "draftsmith": {},
-    "pack-1024": {"pack_tokens": 1024},
-    "lr-8e-3": {"learning_rate": 8e-3},
+    "lr-4e-3": {"learning_rate": 4e-3},
+    "pack-512": {"pack_tokens": 512, "learning_rate": 4e-3},  # twice the steps, so half the rate
     "lk_lambda": {"objective": "lk_lambda"},
     "lk_alpha": {"objective": "lk_alpha"},
     "true-teacher": {"true_probabilities": True},

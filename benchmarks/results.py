@@ -344,7 +344,7 @@ def ablations() -> str:
         "# Ablations",
         "",
         "Made by `python benchmarks/results.py render` from `benchmarks/results/arena.json`: one switch each of "
-        "`recipes/smollm2-135m-cpu.yaml` with packs of 512 tokens, "
+        "`recipes/smollm2-135m-cpu.yaml` with `train.learning_rate 0.008`, "
         f"{told['seconds']:g} CPU seconds of training (`python benchmarks/arena.py --only NAME`), tau of the chain "
         "3/1/4, in brackets the difference to the first row. What did not help stays here; what was not run is not "
         "here. Seeds differ by about as much as the rows of `docs/results.md` show.",
