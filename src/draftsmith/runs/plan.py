@@ -8,7 +8,6 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 from draftsmith.core import run_files
@@ -121,181 +120,81 @@ class Sizes:
     trainers: int
     completion_tokens: float | None
 
-    @cached_property
-    def served(self) -> bool:
-        return self.recipe.target.engine != "transformers"
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        self.served = recipe.target.engine != "transformers"
+        self.gpu = self.machine.gpus > 1 or self.machine.flops_s > GPU_FLOPS_S
+        self.decodes_here = not self.served and recipe.regenerate.engine in ("auto", "embedded")
+        self.replicas = max(1, len(recipe.server.urls)) if self.served else 1
+        self.draft: DraftSize = METHODS[recipe.draft.method].size(self.config)
+        self._texts()
+        self._decoding()
+        self._training()
 
-    @cached_property
-    def gpu(self) -> bool:
-        return self.machine.gpus > 1 or self.machine.flops_s > GPU_FLOPS_S
+    def _texts(self) -> None:
+        """Mean tokens of a prompt, an answer and a document; how many of them."""
+        prompts, settings, train = self.recipe.prompts, self.recipe.regenerate, self.recipe.train
+        sources = [source_size(source, prompts.max_turns) for source in prompts.sources]
+        conversations = sum(rows for rows, _, _ in sources)
+        self.turns = sum(rows * turns for rows, turns, _ in sources) / max(1, conversations)
+        self.prompt = sum(rows * tokens for rows, _, tokens in sources) / max(1, conversations)
+        self.answer = self.completion_tokens or COMPLETION_SHARE * settings.max_new_tokens
+        if not prompts.evaluation:
+            conversations = max(1, conversations - 3 * prompts.held_out)
+        every = conversations * self.turns
+        self.answers = min(every, (settings.max_tokens or float("inf")) / self.answer)
+        if not self.served:  # whole shards are decoded
+            self.answers = min(every, math.ceil(self.answers / settings.shard_prompts) * settings.shard_prompts)
+        self.written = self.answers * self.answer
+        self.document = min(self.turns * (self.prompt + TEMPLATE_TOKENS + self.answer), train.max_document_tokens)
+        answered = self.answers / self.turns
+        # tokens of all documents that are trained on
+        self.epoch = (answered - min(train.held_out, answered / 2)) * self.document
 
-    @cached_property
-    def decodes_here(self) -> bool:
-        return not self.served and self.recipe.regenerate.engine in ("auto", "embedded")
+    def _decoding(self) -> None:
+        recipe, target, settings = self.recipe, self.target, self.recipe.regenerate
+        products = 2 * (target.body.parameters + target.head.parameters)
+        # beside fp32 weights on a CPU: those that it multiplies with (decoding/products.py)
+        self.packed = products if recipe.target.dtype == "fp32" and not (self.served or self.gpu) else 0.0
+        self.batch = recipe.server.concurrency if self.served else min(settings.batch_size, settings.shard_prompts)
+        # cached tokens of a sequence that is being answered, on average
+        self.length = self.prompt + TEMPLATE_TOKENS + self.answer / 2
+        self.cache = self.batch * target.cache_bytes(self.length)
+        if self.decodes_here:  # engines page it; here every row is as long as the longest text of a batch can be
+            columns = min(settings.max_prompt_tokens + settings.max_new_tokens, self.config.max_position_embeddings)
+            self.cache = self.batch * columns * target.kv_bytes_per_token
+        # the proof: the target in fp32, on a card in place of the one that is served, with its cache and the draft
+        length = self.prompt + TEMPLATE_TOKENS + recipe.evaluate.lossless_tokens
+        cache = min(recipe.evaluate.lossless_prompts, 64) * length * target.kv_bytes_per_token
+        self.proof = 4 * (target.parameters + self.draft.parameters) + cache * 4 / BYTES[recipe.target.dtype]
+        if not self.gpu:
+            self.proof = self.proof + products + target.bytes + self.packed
 
-    @cached_property
-    def replicas(self) -> int:
-        return max(1, len(self.recipe.server.urls)) if self.served else 1
-
-    @cached_property
-    def draft(self) -> DraftSize:
-        return METHODS[self.recipe.draft.method].size(self.config)
-
-    # --- texts: mean tokens of a prompt, an answer and a document; how many of them
-
-    @cached_property
-    def _sources(self) -> list[tuple[int, float, float]]:
-        return [source_size(source, self.recipe.prompts.max_turns) for source in self.recipe.prompts.sources]
-
-    def _mean(self, column: int) -> float:
-        rows = sum(source[0] for source in self._sources)
-        return sum(source[0] * source[column] for source in self._sources) / max(1, rows)
-
-    @cached_property
-    def turns(self) -> float:
-        return self._mean(1)
-
-    @cached_property
-    def prompt(self) -> float:
-        return self._mean(2)
-
-    @cached_property
-    def answer(self) -> float:
-        return self.completion_tokens or COMPLETION_SHARE * self.recipe.regenerate.max_new_tokens
-
-    @cached_property
-    def answers(self) -> float:
-        settings = self.recipe.regenerate
-        conversations = sum(rows for rows, _, _ in self._sources)
-        if not self.recipe.prompts.evaluation:
-            conversations = max(1, conversations - 3 * self.recipe.prompts.held_out)
-        wanted = min(conversations * self.turns, (settings.max_tokens or float("inf")) / self.answer)
-        if self.served:
-            return wanted
-        whole = math.ceil(wanted / settings.shard_prompts) * settings.shard_prompts  # whole shards are decoded
-        return min(conversations * self.turns, whole)
-
-    @cached_property
-    def written(self) -> float:
-        return self.answers * self.answer
-
-    @cached_property
-    def document(self) -> float:
-        whole = self.turns * (self.prompt + TEMPLATE_TOKENS + self.answer)
-        return min(whole, self.recipe.train.max_document_tokens)
-
-    @cached_property
-    def epoch(self) -> float:
-        """Tokens of all documents that are trained on."""
-        conversations = self.answers / self.turns
-        return (conversations - min(self.recipe.train.held_out, conversations / 2)) * self.document
-
-    # --- training
-
-    @cached_property
-    def fill(self) -> float:
-        return max(0.5, 1 - PACK_WASTE * self.document / self.recipe.train.pack_tokens)
-
-    @cached_property
-    def accumulate(self) -> int:
-        return math.ceil(self.recipe.train.accumulate / self.trainers) * self.trainers  # dealt out to all trainers
-
-    @cached_property
-    def step_tokens(self) -> float:
-        return self.recipe.train.pack_tokens * self.fill * self.accumulate
-
-    @cached_property
-    def steps(self) -> float:
-        steps = max(1.0, self.recipe.train.epochs * self.epoch // self.step_tokens)
-        return min(steps, self.recipe.train.max_steps or steps)
-
-    @cached_property
-    def trained(self) -> float:
-        return self.steps * self.step_tokens
-
-    @cached_property
-    def token_bytes(self) -> float:
-        """Hidden states of one token."""
-        taps = len(self.config.taps)
-        return hidden_state_bytes(1, taps, self.config.hidden_size, self.recipe.target.dtype)
-
-    @cached_property
-    def states(self) -> float:
-        return self.epoch * self.token_bytes
-
-    @cached_property
-    def optimiser(self) -> float:
-        return self.draft.optimiser_bytes(self.recipe.train)
-
-    @cached_property
-    def trainer_state(self) -> float:
-        """Weights in fp32 and bf16, gradients, moments."""
-        return 10 * self.draft.parameters + self.optimiser
-
-    @cached_property
-    def activations(self) -> float:
-        return self.draft.activation_bytes(self.recipe.train, self.gpu)
-
-    @cached_property
-    def packs_ahead(self) -> int:
-        """Packs whose hidden states wait beside the one that is trained on."""
-        return self.recipe.server.packs_ahead if self.served else int(self.gpu)
-
-    @cached_property
-    def ahead(self) -> float:
-        return self.packs_ahead * self.recipe.train.pack_tokens * self.token_bytes
-
-    @cached_property
-    def target_beside(self) -> float:
-        """What the trainer has of the target: all of it and what one of its layers makes of a pack, or both its ends;
-        with them the draft's rows of the head, or all of them a second time."""
+    def _training(self) -> None:
         train, target = self.recipe.train, self.target
+        self.fill = max(0.5, 1 - PACK_WASTE * self.document / train.pack_tokens)
+        self.accumulate = math.ceil(train.accumulate / self.trainers) * self.trainers  # dealt out to all trainers
+        step_tokens = train.pack_tokens * self.fill * self.accumulate
+        steps = max(1.0, train.epochs * self.epoch // step_tokens)
+        self.steps = min(steps, train.max_steps or steps)
+        self.trained = self.steps * step_tokens
+        # hidden states: of one token, of all, and of the packs that wait beside the one that is trained on
+        taps, width = len(self.config.taps), self.config.hidden_size
+        self.token_bytes = hidden_state_bytes(1, taps, width, self.recipe.target.dtype)
+        self.states = self.epoch * self.token_bytes
+        self.packs_ahead = self.recipe.server.packs_ahead if self.served else int(self.gpu)
+        self.ahead = self.packs_ahead * train.pack_tokens * self.token_bytes
+        # weights in fp32 and bf16, gradients, moments
+        self.optimiser = self.draft.optimiser_bytes(train)
+        self.trainer_state = 10 * self.draft.parameters + self.optimiser
+        self.activations = self.draft.activation_bytes(train, self.gpu)
+        # What the trainer has of the target: all of it and what one of its layers makes of a pack, or both its ends;
+        # with them the draft's rows of the head, or all of them a second time.
         ends = target.embedding.parameters + (0.0 if target.tied else target.head.parameters)
         rows = 2 * (target.head.parameters if train.full_teacher else self.draft.head)
         made = 2 * train.pack_tokens * target.active_body / (target.layers * target.hidden)
-        return rows + (2 * ends if self.served else target.bytes + self.packed + made)
-
-    @cached_property
-    def trainer(self) -> float:
-        return self.trainer_state + self.activations + self.ahead + self.target_beside
-
-    # --- the target
-
-    @cached_property
-    def packed(self) -> float:
-        """Beside fp32 weights on a CPU: those that it multiplies with (decoding/products.py)."""
-        here = self.recipe.target.dtype == "fp32" and not (self.served or self.gpu)
-        return 2 * (self.target.body.parameters + self.target.head.parameters) if here else 0.0
-
-    @cached_property
-    def batch(self) -> int:
-        settings = self.recipe.regenerate
-        return self.recipe.server.concurrency if self.served else min(settings.batch_size, settings.shard_prompts)
-
-    @cached_property
-    def length(self) -> float:
-        """Cached tokens of a sequence that is being answered, on average."""
-        return self.prompt + TEMPLATE_TOKENS + self.answer / 2
-
-    @cached_property
-    def cache(self) -> float:
-        """Engines page it; here every row is as long as the longest text of a batch can be, in all layers."""
-        if not self.decodes_here:
-            return self.batch * self.target.cache_bytes(self.length)
-        settings = self.recipe.regenerate
-        columns = min(settings.max_prompt_tokens + settings.max_new_tokens, self.config.max_position_embeddings)
-        return self.batch * columns * self.target.kv_bytes_per_token
-
-    @cached_property
-    def proof(self) -> float:
-        """The target in fp32, on a card in place of the one that is served, with its cache and the draft."""
-        settings = self.recipe.evaluate
-        columns = self.prompt + TEMPLATE_TOKENS + settings.lossless_tokens
-        cache = min(settings.lossless_prompts, 64) * columns * self.target.kv_bytes_per_token
-        exact = 4 * (self.target.parameters + self.draft.parameters) + cache * 4 / BYTES[self.recipe.target.dtype]
-        if self.gpu:
-            return exact
-        return exact + 2 * (self.target.body.parameters + self.target.head.parameters) + self.target.bytes + self.packed
+        self.target_beside = rows + (2 * ends if self.served else target.bytes + self.packed + made)
+        self.trainer = self.trainer_state + self.activations + self.ahead + self.target_beside
 
 
 def plan(
