@@ -170,7 +170,7 @@ def train_ours(work: Path, cell: Path, train: JsonObject, seed: int, seconds: fl
     training = trainer(cell / "train", max_steps=steps, evaluate_every=steps, **kept)
     training.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    timings = list(StepTiming.read_rows(run_files.step_timing(cell / "train")))
+    timings = list(StepTiming.read_rows(cell / "train" / run_files.STEP_TIMING))
     drafts = []
     for path in checkpoint_paths(cell / "train"):
         state = load_state(path)
@@ -292,7 +292,7 @@ def result(work: Path, seconds: float, command: str) -> JsonObject:
     texts, run = files.read_json(work / "texts.json"), RunFiles(work / "run")
     data = {
         "completions": files.digest(*run_files.shards(run.completions)),
-        "completion_tokens": files.read_json(run_files.summary(run.completions))["completion_tokens"],
+        "completion_tokens": files.read_json(run.completions / run_files.SUMMARY)["completion_tokens"],
         "prompts": len(texts["prompts"]),
         "judged_tokens": {name: sum(map(len, texts[name])) for name in ("greedy", "drawn")},
     }

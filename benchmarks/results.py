@@ -54,8 +54,8 @@ def collect(directory: Path) -> Path:
     for name, path in run.results.items():
         lean = {"profile": None, "sampled_profile": None}
         told[name] = Results.load(path).model_copy(update=lean).model_dump(mode="json")
-    told["training"] = TrainingSummary.load(run_files.summary(run.train)).model_dump(mode="json")
-    told["completions"] = CompletionsSummary.load(run_files.summary(run.completions)).model_dump(mode="json")
+    told["training"] = TrainingSummary.load(run.train / run_files.SUMMARY).model_dump(mode="json")
+    told["completions"] = CompletionsSummary.load(run.completions / run_files.SUMMARY).model_dump(mode="json")
     told["stages"] = Manifest.load(run.manifest).model_dump(mode="json")["stages"]
     path = RESULTS / f"{directory.name}.json"
     write_json(path, told)

@@ -17,7 +17,7 @@ from draftsmith.core.records.base import write_rows
 from draftsmith.core.records.data import Prompt
 from draftsmith.core.records.evaluation import Results
 from draftsmith.core.records.run import StageState
-from draftsmith.core.run_files import stage_state
+from draftsmith.core.run_files import STATE
 from draftsmith.core.shape import Shape
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.drafts.directories import write_draft
@@ -72,8 +72,8 @@ def trained(request, tmp_path_factory):
     learned = sorted(Prompt.read_rows(run.files.training_prompts), key=lambda prompt: prompt.id)[:12]
     write_rows(run.files.evaluation_prompts, learned)
     place = run.files.stage("prompts")
-    state = StageState.load(stage_state(place))
-    state.model_copy(update={"outputs": outputs_of(place)}).save(stage_state(place))  # as if it had written them
+    state = StageState.load(place / STATE)
+    state.model_copy(update={"outputs": outputs_of(place)}).save(place / STATE)  # as if it had written them
     return recipe, out / "run"
 
 

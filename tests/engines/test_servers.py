@@ -145,7 +145,7 @@ def test_training_from_a_server_equals_training_in_process(tmp_path):
     alone = Run(recipe_for(model, prompts, [], "transformers"), tmp_path / "run", ["test"])
     alone.files.train.mkdir()
     next(stage for stage in STAGES if stage.name == "train").run(alone, alone.files.train)
-    curves = [list(MetricsRow.read_rows(run_files.metrics(train))) for train in (served, alone.files.train)]
+    curves = [list(MetricsRow.read_rows(train / run_files.METRICS)) for train in (served, alone.files.train)]
     losses = [[row.loss for row in curve if row.loss is not None] for curve in curves]
     assert len(losses[0]) >= 4
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -100,7 +100,7 @@ def results(**changes):
 
 def save(run, engine, found):
     """As `evaluate` does on that engine."""
-    found.save(run_files.results(run.files.stage("evaluate", engine)))
+    found.save(run.files.stage("evaluate", engine) / run_files.RESULTS)
 
 
 def save_training(files, vocabulary):
@@ -115,7 +115,7 @@ def save_training(files, vocabulary):
         left_out={},
         by_category={},
         by_source={"gsm8k": 7473, "ours": 10912},
-    ).save(run_files.summary(files.stage("prompts")))
+    ).save(files.stage("prompts") / run_files.SUMMARY)
     CompletionsSummary(
         completion_tokens=291375,
         completions=3059,
@@ -124,7 +124,7 @@ def save_training(files, vocabulary):
         prompts_too_long=0,
         prompts_refused=0,
         tokens_by_category={},
-    ).save(run_files.summary(files.completions))
+    ).save(files.completions / run_files.SUMMARY)
     Coverage(
         name="v",
         sizes=[vocabulary],
@@ -147,7 +147,7 @@ def save_training(files, vocabulary):
         tau_held_out=2.3,
         best=None,
         checkpoint="checkpoint-003400",
-    ).save(run_files.summary(files.train))
+    ).save(files.train / run_files.SUMMARY)
 
 
 @pytest.fixture
@@ -263,7 +263,7 @@ def test_predictions_rest_on_an_engine_that_drafts_trees_before_one_that_does_no
 
 def test_a_set_aside_evaluation_is_not_told(make):
     run = make()
-    results().save(run_files.results(run.files.root / "evaluate-vllm.a95163c3"))
+    results().save(run.files.root / "evaluate-vllm.a95163c3" / run_files.RESULTS)
     assert "| vLLM" not in make_card(run, NOTHING)
 
 

@@ -10,7 +10,7 @@ from draftsmith.core.errors import DraftsmithError
 from draftsmith.core.recipe_file import load_recipe, parse_recipe
 from draftsmith.core.records.machine import Probe
 from draftsmith.core.records.training import TrainingSummary
-from draftsmith.core.run_files import RunFiles, summary
+from draftsmith.core.run_files import SUMMARY, RunFiles
 from draftsmith.drafts import METHODS
 from draftsmith.drafts.eagle3.model import Eagle3Config
 from draftsmith.drafts.eagle3.shape import draft_config
@@ -152,7 +152,7 @@ def test_a_finished_run_is_set_beside_its_plan(tmp_path):
         tau_held_out=None,
         best=None,
         checkpoint="checkpoint-017000",
-    ).save(summary(finished.train))
+    ).save(finished.train / SUMMARY)
     rows = against(told, finished)
     assert [what for what, _, _ in rows] == ["draft parameters", "training steps", "tokens trained on"]
     assert "1.00" in page_against(rows).splitlines()[1]

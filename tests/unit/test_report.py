@@ -122,7 +122,7 @@ def results(**changes: object) -> Results:
 
 def save(run: RunFiles, found: Results, engine: Decodes = "embedded") -> None:
     """As `evaluate` does on that engine."""
-    found.save(run_files.results(run.stage("evaluate", engine)))
+    found.save(run.stage("evaluate", engine) / run_files.RESULTS)
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def run(tmp_path: Path) -> RunFiles:
         left_out={},
         by_category={"chat": 700, "code": 534},
         by_source={"test": 1234},
-    ).save(run_files.summary(files.stage("prompts")))
+    ).save(files.stage("prompts") / run_files.SUMMARY)
     rows = [completion(f"{c}-{i}", c) for c in ("chat", "code") for i in "ab"]
     write_rows(files.completions / "00000.jsonl", rows)
     CompletionsSummary(
@@ -151,8 +151,8 @@ def run(tmp_path: Path) -> RunFiles:
         prompts_too_long=0,
         prompts_refused=0,
         tokens_by_category={"chat": 6, "code": 6},
-    ).save(run_files.summary(files.completions))
-    Timing(completion_tokens=12, seconds=3.0, tokens_per_s=4.0).save(run_files.timing(files.completions))
+    ).save(files.completions / run_files.SUMMARY)
+    Timing(completion_tokens=12, seconds=3.0, tokens_per_s=4.0).save(files.completions / run_files.TIMING)
     vocabulary = DraftVocabulary(torch.arange(7), 128)
     vocabulary.save(files.vocabulary)
     Coverage(
@@ -166,9 +166,9 @@ def run(tmp_path: Path) -> RunFiles:
     ).save(files.coverage)
     held_out = HeldOut(match=[0.6, 0.5], alpha=[0.58, 0.49], tau={2: 1.77}, verifications=300)
     logged = [MetricsRow(step=s, loss=5.0 / s, alpha=[0.1 * s, 0.05 * s]) for s in (1, 2, 3)]
-    write_rows(run_files.metrics(files.train), [*logged, MetricsRow(step=3, held_out=held_out)])
+    write_rows(files.train / run_files.METRICS, [*logged, MetricsRow(step=3, held_out=held_out)])
     steps = [StepTiming(step=s, tokens=500, seconds=2.0) for s in (1, 2, 3)]
-    write_rows(run_files.step_timing(files.train), steps)
+    write_rows(files.train / run_files.STEP_TIMING, steps)
     TrainingSummary(
         steps=3,
         parameters=13_000_000,
@@ -182,7 +182,7 @@ def run(tmp_path: Path) -> RunFiles:
         tau_held_out=1.77,
         best=None,
         checkpoint="checkpoint-000003",
-    ).save(run_files.summary(files.train))
+    ).save(files.train / run_files.SUMMARY)
     save(files, results())
     return files
 
@@ -264,7 +264,7 @@ def test_what_engines_measured_stands_beside_the_embedded_figures(run: RunFiles)
         lossless=LOSSLESS.model_copy(update={"differences": [parted, parted], "dtype": "bf16"}),
     )
     save(run, served, "vllm")
-    served.save(run_files.results(run.root / "evaluate-vllm.0123abcd"))  # kept aside, of another recipe
+    served.save(run.root / "evaluate-vllm.0123abcd" / run_files.RESULTS)  # kept aside, of another recipe
     page = report(run)
     assert page.count("<th>vllm (bf16), 3/1/4, T=0</th><td>1.87 [") == 1
     assert "<th>vllm, 3/1/4</th><td>4</td><td>20.0</td><td>24.6</td><td>1.19\N{MULTIPLICATION SIGN}</td>" in page

@@ -79,7 +79,7 @@ def finished(run: RunFiles) -> None:
                 )
             ],
             profile=Profile(prompts=1, positions=1, table=[[1.0]], walks=[["1"]]),
-        ).save(run_files.results(run.stage("evaluate", engine)))
+        ).save(run.stage("evaluate", engine) / run_files.RESULTS)
     TrainingSummary(
         steps=3400,
         parameters=13_029_760,
@@ -93,7 +93,7 @@ def finished(run: RunFiles) -> None:
         tau_held_out=2.3,
         best=None,
         checkpoint="checkpoint-003400",
-    ).save(run_files.summary(run.train))
+    ).save(run.train / run_files.SUMMARY)
     CompletionsSummary(
         completion_tokens=291375,
         completions=3059,
@@ -102,7 +102,7 @@ def finished(run: RunFiles) -> None:
         prompts_too_long=0,
         prompts_refused=0,
         tokens_by_category={},
-    ).save(run_files.summary(run.completions))
+    ).save(run.completions / run_files.SUMMARY)
     stages = {"train": StageRun(ran=True, why="no output yet", seconds=236.2)}
     Manifest(created_with=made_by, stages=stages).save(run.manifest)
 

@@ -18,7 +18,7 @@ from draftsmith.core.errors import ServeError
 from draftsmith.core.records.base import write_rows
 from draftsmith.core.records.data import CompletionsSummary, Prompt
 from draftsmith.core.records.run import Manifest
-from draftsmith.core.run_files import summary
+from draftsmith.core.run_files import SUMMARY
 from draftsmith.engines import SERVERS
 from draftsmith.engines.base import Setup
 from draftsmith.engines.process import launch, running
@@ -220,7 +220,7 @@ def test_gpus_answer_by_vllm_where_it_is_installed(tmp_path, monkeypatch, capsys
             run_pipeline(served, stage)
         assert "target" not in served.__dict__
         assert sorted(notes.read_text().split()) == ["3,4", "5,6"]  # the fifth card makes no pair
-        written = CompletionsSummary.load(summary(served.files.completions))
+        written = CompletionsSummary.load(served.files.completions / SUMMARY)
         assert written.completions == 14
         assert served.evaluation_engine == "vllm"
         assert "regenerate: vLLM decodes; --regenerate.engine embedded" in capsys.readouterr().err

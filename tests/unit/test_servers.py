@@ -258,7 +258,7 @@ def test_training_from_servers_gives_the_loss_curve_of_training_in_process(model
     for stage in ("prompts", "regenerate", "vocab"):  # who runs the target does not change what it wrote
         shutil.copytree(served.files.stage(stage), local.files.stage(stage))
     run_pipeline(local, "train")
-    curves = [list(MetricsRow.read_rows(run_files.metrics(run.files.train))) for run in (served, local)]
+    curves = [list(MetricsRow.read_rows(run.files.train / run_files.METRICS)) for run in (served, local)]
     losses = [[row.loss for row in curve if row.loss is not None] for curve in curves]
     assert len(losses[0]) >= 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

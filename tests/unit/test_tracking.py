@@ -10,7 +10,7 @@ from models import save_tiny_target, tiny_recipe, write_prompts
 
 from draftsmith.core.errors import RecipeError
 from draftsmith.core.records.training import HeldOut, MetricsRow
-from draftsmith.core.run_files import metrics
+from draftsmith.core.run_files import METRICS
 from draftsmith.runs.pipeline import run_pipeline
 from draftsmith.runs.run import Run
 from draftsmith.training import tracking
@@ -64,7 +64,7 @@ def train(out: Path, name: str | None, step: int = 0) -> float:
     started = time.monotonic()
     with tracked(recipe(name), out, step, main=True):
         for row in ROWS[step:]:
-            append_row(metrics(out), row)
+            append_row(out / METRICS, row)
     return time.monotonic() - started
 
 
@@ -78,7 +78,7 @@ def test_nothing_that_a_tracker_does_stops_training_and_what_it_lacks_is_counted
         monkeypatch.setattr(tracking, "FINISH_S", 1)
     seconds = train(tmp_path, "wandb")
     told = [text for text in capsys.readouterr().err.splitlines() if text.startswith("track: ")]
-    assert len(list(MetricsRow.read_rows(metrics(tmp_path)))) == len(ROWS)
+    assert len(list(MetricsRow.read_rows(tmp_path / METRICS))) == len(ROWS)
     assert seconds < 30
     expected = {
         "takes all": None,
@@ -105,7 +105,7 @@ def test_a_run_that_goes_on_sends_what_is_new_under_the_same_id(monkeypatch, tmp
     journal = fake(monkeypatch, tmp_path)
     train(tmp_path, "wandb")
     before = journal.read_text().splitlines()
-    metrics(tmp_path).write_bytes(ROWS[0].line())  # as `truncate_rows` leaves it
+    (tmp_path / METRICS).write_bytes(ROWS[0].line())  # as `truncate_rows` leaves it
     train(tmp_path, "wandb", step=1)
     rows = [json.loads(text) for text in journal.read_text().splitlines()]
     assert [row[1] for row in rows if row[0] == "log"] == [1, 2, 2, 3, 2, 2, 3]
@@ -119,7 +119,7 @@ def test_a_secret_is_not_sent(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
     told = tiny_recipe("org/hf_verysecret", "p", **{"train.track": "wandb"})
     with tracked(told, tmp_path, 0, main=True):
-        append_row(metrics(tmp_path), ROWS[0])
+        append_row(tmp_path / METRICS, ROWS[0])
     assert "verysecret" not in journal.read_text()
     assert '"target.model": "org/***"' in journal.read_text()
 
@@ -127,7 +127,7 @@ def test_a_secret_is_not_sent(monkeypatch, tmp_path):
 def test_only_the_first_process_tells_a_tracker(monkeypatch, tmp_path):
     journal = fake(monkeypatch, tmp_path)
     with tracked(recipe("wandb"), tmp_path, 0, main=False):
-        append_row(metrics(tmp_path), ROWS[0])
+        append_row(tmp_path / METRICS, ROWS[0])
     assert not journal.exists()
 
 
@@ -167,7 +167,7 @@ def test_a_run_writes_tensorboard_events_that_are_its_metrics_and_no_output_of_t
     run = Run(told, tmp_path / "run", ["test"])
     for stage in ("prompts", "regenerate", "vocab", "train"):
         run_pipeline(run, stage)
-    rows = list(MetricsRow.read_rows(metrics(run.files.train)))
+    rows = list(MetricsRow.read_rows(run.files.train / METRICS))
     events = EventAccumulator(str(run.files.train / "tracking"))
     events.Reload()
     written = {scalar.step: scalar.tensor_proto.float_val[0] for scalar in events.Tensors("loss")}

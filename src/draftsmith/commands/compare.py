@@ -33,7 +33,7 @@ class Compare(RecipeCommand):
         prompts, own = run.files.evaluation_prompts, run.files.draft
         if not prompts.exists():
             raise DataError(f"compare: {prompts} is missing; run: draftsmith prompts RECIPE")
-        directories = list(dict.fromkeys([*([own] if run_files.weights(own).exists() else []), *self.drafts]))
+        directories = list(dict.fromkeys([*([own] if (own / run_files.WEIGHTS).exists() else []), *self.drafts]))
         if len(directories) < 2:
             raise DataError(
                 f"compare: {len(directories)} draft found; give others with --drafts DIRECTORY [DIRECTORY ...]"

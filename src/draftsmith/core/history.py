@@ -10,7 +10,7 @@ from draftsmith.core.recipe_file import parse_recipe
 from draftsmith.core.records.base import Decodes
 from draftsmith.core.records.evaluation import Results
 from draftsmith.core.records.run import Output, StageState
-from draftsmith.core.run_files import RunFiles, stage_state, weights
+from draftsmith.core.run_files import STATE, WEIGHTS, RunFiles
 
 PARTS = {  # of the recipe, that a stage decides
     "prompts": ("prompts",),
@@ -27,7 +27,7 @@ def recipe_that_ran(run: RunFiles, recipe: Recipe) -> Recipe:
     """The recipe with every part as its stage ran with it: what was done, not what was typed last."""
     values = recipe.model_dump(mode="json")
     for stage, parts in PARTS.items():
-        state = StageState.readable(stage_state(run.stage(stage)))
+        state = StageState.readable(run.stage(stage) / STATE)
         if state is not None and state.finished:
             values |= {part: state.recipe[part] for part in parts if part in state.recipe}
     return parse_recipe(values, str(run.root))
@@ -40,7 +40,7 @@ def target_part(recipe: JsonObject) -> JsonObject:
 
 def draft_digest(draft: Path) -> str | None:
     """Content of an exported draft's weights."""
-    return digest(weights(draft)) if weights(draft).is_file() else None
+    return digest(draft / WEIGHTS) if (draft / WEIGHTS).is_file() else None
 
 
 def results_of(run: RunFiles) -> dict[Decodes, Results]:

@@ -12,13 +12,18 @@ RUN/
     compare/ predict/ probe.json probe-ENGINE.json tune-ENGINE.json
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 from draftsmith.core.recipe import EngineName
 from draftsmith.core.records.base import Decodes
 
+STATE = "stage.json"  # of every stage
+SUMMARY = "summary.json"  # what a stage says of its output
+TIMING, IDENTITY = "timing.json", "identity.json"  # of completions
+METRICS, STEP_TIMING = "metrics.jsonl", "timing.jsonl"  # of training
+WEIGHTS = "model.safetensors"  # of a draft
+RESULTS = "results.json"  # of an evaluation
 DECODERS: tuple[Decodes, ...] = ("embedded", *get_args(EngineName))
 
 
@@ -27,54 +32,22 @@ def shards(completions: Path) -> list[Path]:
     return sorted(completions.glob("[0-9]*.jsonl"))
 
 
-def stage_state(directory: Path) -> Path:
-    return directory / "stage.json"
-
-
-def summary(directory: Path) -> Path:
-    """What a stage says of its output."""
-    return directory / "summary.json"
-
-
-def timing(completions: Path) -> Path:
-    return completions / "timing.json"
-
-
-def identity_check(completions: Path) -> Path:
-    return completions / "identity.json"
-
-
-def metrics(train: Path) -> Path:
-    return train / "metrics.jsonl"
-
-
-def step_timing(train: Path) -> Path:
-    return train / "timing.jsonl"
-
-
-def weights(draft: Path) -> Path:
-    return draft / "model.safetensors"
-
-
-def results(evaluation: Path) -> Path:
-    return evaluation / "results.json"
-
-
-@dataclass(frozen=True)
 class RunFiles:
-    root: Path
-
-    @property
-    def recipe(self) -> Path:
-        return self.root / "recipe.yaml"
-
-    @property
-    def manifest(self) -> Path:
-        return self.root / "manifest.json"
-
-    @property
-    def report(self) -> Path:
-        return self.root / "report.html"
+    def __init__(self, root: Path):
+        self.root = root
+        self.recipe = root / "recipe.yaml"
+        self.manifest = root / "manifest.json"
+        self.report = root / "report.html"
+        self.training_prompts = self.stage("prompts") / "prompts.jsonl"
+        self.evaluation_prompts = self.stage("prompts") / "evaluation.jsonl"
+        self.completions = self.stage("regenerate")
+        self.vocabulary = self.stage("vocab") / "vocab.safetensors"
+        self.coverage = self.stage("vocab") / "coverage.json"
+        self.train = self.stage("train")
+        self.draft = self.stage("export") / "draft"  # for every engine
+        self.card = self.draft / "README.md"
+        self.sets = root / "sets"
+        self.comparison = root / "compare" / "compare.json"
 
     def stage(self, name: str, engine: Decodes = "embedded") -> Path:
         """The directory of a stage; of `evaluate` the engine's own."""
@@ -83,42 +56,9 @@ class RunFiles:
         return self.root / {"regenerate": "completions"}.get(name, name)
 
     @property
-    def training_prompts(self) -> Path:
-        return self.stage("prompts") / "prompts.jsonl"
-
-    @property
-    def evaluation_prompts(self) -> Path:
-        return self.stage("prompts") / "evaluation.jsonl"
-
-    @property
-    def completions(self) -> Path:
-        return self.stage("regenerate")
-
-    @property
-    def vocabulary(self) -> Path:
-        return self.stage("vocab") / "vocab.safetensors"
-
-    @property
-    def coverage(self) -> Path:
-        return self.stage("vocab") / "coverage.json"
-
-    @property
-    def train(self) -> Path:
-        return self.stage("train")
-
-    @property
-    def draft(self) -> Path:
-        """The exported draft, for every engine."""
-        return self.stage("export") / "draft"
-
-    @property
-    def card(self) -> Path:
-        return self.draft / "README.md"
-
-    @property
     def results(self) -> dict[Decodes, Path]:
         """Of every engine that evaluated, the embedded one first."""
-        found = {engine: results(self.stage("evaluate", engine)) for engine in DECODERS}
+        found = {engine: self.stage("evaluate", engine) / RESULTS for engine in DECODERS}
         return {engine: path for engine, path in found.items() if path.exists()}
 
     def probe(self, engine: Decodes = "embedded") -> Path:
@@ -129,11 +69,3 @@ class RunFiles:
 
     def prediction(self, name: str) -> Path:
         return self.root / "predict" / f"{name}.json"
-
-    @property
-    def sets(self) -> Path:
-        return self.root / "sets"
-
-    @property
-    def comparison(self) -> Path:
-        return self.root / "compare" / "compare.json"

@@ -246,7 +246,7 @@ def gather(recipe: Recipe, out: Path) -> PromptsSummary:
     )
     _write(out / "prompts.jsonl", _with_own_ids(kept))
     _write(out / "evaluation.jsonl", _with_own_ids(held_out))
-    summary.save(run_files.summary(out))
+    summary.save(out / run_files.SUMMARY)
     say(
         f"prompts: {summary.prompts} to train on, {summary.evaluation_prompts} to evaluate; dropped "
         f"{duplicates} duplicates, {summary.contaminated_dropped} that occur in the evaluation set, "

@@ -168,11 +168,11 @@ class Tally:
             prompts_refused=self.left_out["refused by the chat template"],
             tokens_by_category=dict(sorted(self._by_category.items())),
         )
-        summary.save(run_files.summary(out))
+        summary.save(out / run_files.SUMMARY)
         if self.written:
             seconds = time.monotonic() - self.started
             timing = Timing(completion_tokens=self.written, seconds=seconds, tokens_per_s=self.written / seconds)
-            timing.save(run_files.timing(out))
+            timing.save(out / run_files.TIMING)
         reasons = ", ".join(f"{n} {reason}" for reason, n in self._finish_reasons.items() if n)
         say(
             f"regenerate: {self.tokens:,} completion tokens in {summary.completions:,} completions ({reasons}; "
@@ -324,7 +324,7 @@ class Regeneration:
 
     def _keep_identity(self) -> None:
         """Who writes the completions is who they are trained with."""
-        path = run_files.identity_check(self.out)
+        path = self.out / run_files.IDENTITY
         if not path.exists():
             target, logprobs = self.target, self.target.identity_logprobs
             require_same_logprobs(logprobs, logprobs, f"target.model: {target.identity.model}")  # they are numbers

@@ -12,7 +12,7 @@ from draftsmith.core import files
 from draftsmith.core.errors import CheckpointError
 from draftsmith.core.files import JsonObject, save_tensors, write_json
 from draftsmith.core.records.run import TargetIdentity
-from draftsmith.core.run_files import weights
+from draftsmith.core.run_files import WEIGHTS
 from draftsmith.core.taps import Taps
 from draftsmith.decoding.speculate import Drafter
 from draftsmith.drafts import METHODS
@@ -74,7 +74,7 @@ def inspect_draft(directory: Path) -> DraftReport:
 def write_draft(directory: Path, draft: Draft, ids_D: Tensor, layers: int, provenance: JsonObject) -> None:
     """Write what `Method.files` makes for a target of so many layers, and read it back strictly."""
     config, tensors = METHODS[draft.method].files(draft, ids_D, layers, provenance)
-    save_tensors(weights(directory), tensors, {"format": "pt"})
+    save_tensors(directory / WEIGHTS, tensors, {"format": "pt"})
     write_json(directory / "config.json", config)
     if problems := inspect_draft(directory).blocking():
         raise CheckpointError(f"{directory}: the export does not hold: {problems[0]}")

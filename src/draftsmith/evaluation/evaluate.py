@@ -164,7 +164,7 @@ class Evaluation:
             sampled_profile=sampled_profile,
             sets=self.measured_sets(asked, found),
         )
-        results.save(run_files.results(self.out))
+        results.save(self.out / run_files.RESULTS)
         return results
 
     def _told_settings(self, questions: list[Question], window: int) -> EvaluationSettings:

@@ -199,9 +199,9 @@ def make_card(run: FinishedRun, prediction: Predictions) -> str:
         prompts=prompts,
         sources=sources,
         data=data_licences([name for name, _ in sources], recipe.card.data_licences),
-        completions=CompletionsSummary.load(run_files.summary(run.files.completions)),
+        completions=CompletionsSummary.load(run.files.completions / run_files.SUMMARY),
         sampling=_sampling(recipe),
-        training=TrainingSummary.load(run_files.summary(run.files.train)),
+        training=TrainingSummary.load(run.files.train / run_files.SUMMARY),
     )
 
 
@@ -214,10 +214,10 @@ def _contexts(found: list[Results]) -> list[int]:
 def _records(run: RunFiles, results: list[Path]) -> dict[str, Any]:
     """The run's files that the card's numbers are read from, as Markdown."""
     paths = {
-        "prompts": run_files.summary(run.stage("prompts")),
-        "completions": run_files.summary(run.completions),
+        "prompts": run.stage("prompts") / run_files.SUMMARY,
+        "completions": run.completions / run_files.SUMMARY,
         "coverage": run.coverage,
-        "train": run_files.summary(run.train),
+        "train": run.train / run_files.SUMMARY,
         "prediction": run.prediction("card"),
     }
     shown = {name: Verbatim(f"`{path.relative_to(run.root)}`") for name, path in paths.items()}
@@ -225,7 +225,7 @@ def _records(run: RunFiles, results: list[Path]) -> dict[str, Any]:
 
 
 def _prompts(run: FinishedRun) -> PromptsSummary:
-    return PromptsSummary.load(run_files.summary(run.files.training_prompts.parent))
+    return PromptsSummary.load(run.files.training_prompts.parent / run_files.SUMMARY)
 
 
 def write_card(run: FinishedRun, prediction: Predictions) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 from draftsmith.core.recipe import Recipe
 from draftsmith.core.recipe_file import load_recipe
 from draftsmith.core.records.evaluation import Results
-from draftsmith.core.run_files import results
+from draftsmith.core.run_files import RESULTS
 from draftsmith.core.shape import DraftSampling, Shape
 from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
@@ -46,7 +46,7 @@ def evaluate(recipe: Recipe | Path | str, out: Path | None = None) -> Results:
     """Prompts to measured draft; returns what `evaluate/results.json` holds."""
     finished = _run(recipe, out, "evaluate")
     stage = next(stage for stage in STAGES if stage.name == "evaluate")
-    return Results.load(results(stage_directory(finished, stage)))
+    return Results.load(stage_directory(finished, stage) / RESULTS)
 
 
 def decode(

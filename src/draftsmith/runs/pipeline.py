@@ -51,7 +51,7 @@ def reason_to_run(run: Run, stage: Stage, key: str | None) -> str | None:
     if stage.always:
         return "always written anew"
     out = stage_directory(run, stage)
-    state = StageState.readable(run_files.stage_state(out))
+    state = StageState.readable(out / run_files.STATE)
     if state is None:
         return "no output yet"
     if not state.finished:
@@ -137,7 +137,7 @@ def run_stage(run: Run, stage: Stage) -> StageRun:
         say(f"{stage.name}: up to date")
         return StageRun(ran=False, why="inputs, recipe and format unchanged", seconds=0.0)
     continued = files.digest(FORMAT, stage.resume_key(run), *stage.inputs(run)) if stage.resume_key else key
-    path = run_files.stage_state(out)
+    path = out / run_files.STATE
     old = StageState.readable(path)
     if old is None and path.exists():
         say(f"{stage.name}: nobody knows what made the old output; it is kept in {_set_aside(out, 'unknown')}")
@@ -188,7 +188,7 @@ def run_pipeline(run: Run, only: str | None = None, redo: str | None = None) -> 
         for stage in chosen:
             run.processes.wait()  # until the stage's directory is ready
             out = stage_directory(run, stage)
-            if stage.name == "train" and not StageState.load(run_files.stage_state(out)).finished:
+            if stage.name == "train" and not StageState.load(out / run_files.STATE).finished:
                 with _within_memory(run, stage):
                     stage.run(run, out)
                 run.release_target()

@@ -324,9 +324,9 @@ def against(plan: Plan, run: RunFiles) -> list[tuple[str, float, float]]:
         return [path.stat().st_size for path in paths]
 
     real: dict[str, float] = {}
-    if written := CompletionsSummary.found(run_files.summary(run.completions)):
+    if written := CompletionsSummary.found(run.completions / run_files.SUMMARY):
         real |= {"completions": written.completions, "completion tokens": written.completion_tokens}
-    if trained := TrainingSummary.found(run_files.summary(run.train)):
+    if trained := TrainingSummary.found(run.train / run_files.SUMMARY):
         real |= {"draft parameters": trained.parameters, "training steps": trained.steps}
         real |= {"tokens trained on": trained.tokens}
     kept = [sum(bytes_of(checkpoint.iterdir())) for checkpoint in run.train.glob("checkpoint-*")]
@@ -336,10 +336,10 @@ def against(plan: Plan, run: RunFiles) -> list[tuple[str, float, float]]:
     # of a stage that was skipped or went on, the manifest knows only the last sitting
     if manifest := Manifest.found(run.manifest):
         real |= {name: stage.seconds for name, stage in manifest.stages.items() if stage.ran}
-    if decoded := Timing.found(run_files.timing(run.completions)):
+    if decoded := Timing.found(run.completions / run_files.TIMING):
         real["regenerate"] = decoded.seconds
-    if run_files.step_timing(run.train).exists():
-        stepped = sum(row.seconds for row in StepTiming.read_rows(run_files.step_timing(run.train)))
+    if (run.train / run_files.STEP_TIMING).exists():
+        stepped = sum(row.seconds for row in StepTiming.read_rows(run.train / run_files.STEP_TIMING))
         real["train"] = max(real.get("train", 0.0), stepped)
     return [(what, plan.numbers[what], float(real[what])) for what in MEASURED if real.get(what)]
 

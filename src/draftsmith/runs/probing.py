@@ -2,7 +2,6 @@
 
 import contextlib
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from draftsmith.core.errors import TargetError
 from draftsmith.core.recipe import EngineName, PromptsRecipe
 from draftsmith.core.records.data import Prompt
 from draftsmith.core.records.machine import Probe
+from draftsmith.core.run_files import RunFiles
 from draftsmith.core.shape import Shape
 from draftsmith.data.prompts import gather
 from draftsmith.data.regenerate import open_conversations
@@ -70,7 +70,7 @@ def prompts_to_read(run: Run, count: int) -> list[list[int]]:
     with tempfile.TemporaryDirectory() as scratch:
         held_out = run.files.evaluation_prompts
         if not held_out.exists():
-            held_out = replace(run.files, root=Path(scratch)).evaluation_prompts
+            held_out = RunFiles(Path(scratch)).evaluation_prompts
             gather(run.recipe.model_copy(update={"prompts": PromptsRecipe()}), held_out.parent)
         chosen = balanced(list(Prompt.read_rows(held_out)), count)
     settings = run.recipe.target
@@ -81,7 +81,7 @@ def prompts_to_read(run: Run, count: int) -> list[list[int]]:
 def _any_draft(run: Run) -> ReadyDraft:
     """The run's draft, or an untrained one of the recipe's shape: a step takes the same time."""
     recipe, target = run.recipe, run.target
-    if run_files.weights(run.files.draft).exists():
+    if (run.files.draft / run_files.WEIGHTS).exists():
         return ready_draft(target, run.files.draft)
     rows, method = min(recipe.vocab.size, target.identity.vocab_size), METHODS[recipe.draft.method]
     draft = method.build(method.config(recipe.draft, target.config, target.identity.num_layers, rows))

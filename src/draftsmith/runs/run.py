@@ -107,10 +107,10 @@ class Run:
 
     def _known_target(self) -> IdentityCheck | None:
         """Who wrote the completions; None where the recipe's target is another one, so that they are made anew."""
-        state = StageState.readable(run_files.stage_state(self.files.completions))
+        state = StageState.readable(self.files.completions / run_files.STATE)
         if state is not None and target_part(state.recipe) != target_part(self.recipe.model_dump(mode="json")):
             return None
-        return IdentityCheck.readable(run_files.identity_check(self.files.completions))
+        return IdentityCheck.readable(self.files.completions / run_files.IDENTITY)
 
     def require_same_target(self) -> None:
         """Raises `TargetError` where another model, tokenizer or template lies by now under the name of the target that
@@ -324,7 +324,7 @@ class Run:
 
     def require_whole_export(self) -> None:
         """Raises `DataError` where the exported draft is not as it was written."""
-        state = StageState.readable(run_files.stage_state(self.files.draft.parent))
+        state = StageState.readable(self.files.draft.parent / run_files.STATE)
         if state is not None and (damage := changed(self.files.draft.parent, state.outputs)):
             raise DataError(f"{damage[0]} changed since `export` wrote it; make it anew: draftsmith run RECIPE")
 

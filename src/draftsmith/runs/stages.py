@@ -197,7 +197,7 @@ STAGES = (
         "write the engine directory",
         lambda run: {},
         lambda run: [
-            run_files.summary(run.files.train),
+            run.files.train / run_files.SUMMARY,
             *sorted(run.files.train.glob("checkpoint-*/draft.safetensors")),
             *run.files.train.glob("best/draft.safetensors"),
         ],
@@ -207,7 +207,7 @@ STAGES = (
         "evaluate",
         "measure accept length, speed and losslessness",
         _evaluation_key,
-        lambda run: [run_files.weights(run.files.draft), run.files.evaluation_prompts],
+        lambda run: [run.files.draft / run_files.WEIGHTS, run.files.evaluation_prompts],
         _evaluate,
         # Sets are measured one by one, so another one continues it.
         lambda run: _evaluation_key(run, "sets"),
@@ -218,7 +218,7 @@ STAGES = (
         "write report.html",
         lambda run: {},
         lambda run: [
-            path for path in (*run.files.results.values(), run_files.metrics(run.files.train)) if path.exists()
+            path for path in (*run.files.results.values(), run.files.train / run_files.METRICS) if path.exists()
         ],
         _report,
         always=True,

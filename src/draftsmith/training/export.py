@@ -54,7 +54,7 @@ def export(checkpoints: Path, vocabulary: DraftVocabulary, directory: Path, prov
     }
     shutil.rmtree(directory, ignore_errors=True)
     write_draft(directory, draft, vocabulary.ids_D, target.num_layers, provenance)
-    size = run_files.weights(directory).stat().st_size
+    size = (directory / run_files.WEIGHTS).stat().st_size
     best = f", held-out tau {state.best.tau_held_out:.2f}, the highest" if state.best else ""
     say(f"export: {directory} ({size / 1e6:.1f} MB, step {state.step:,}{best})")
     unable = [engine.title for engine in SERVERS.values() if not engine.serves(draft.config.taps)]

@@ -61,7 +61,7 @@ class _Tracker:
     """The process, and what it says."""
 
     def __init__(self, recipe: Recipe, name: str, out: Path, step: int):
-        self.name, self.metrics, self.step, self.sent = name, run_files.metrics(out), step, 0
+        self.name, self.metrics, self.step, self.sent = name, out / run_files.METRICS, step, 0
         folder = out / "tracking"
         folder.mkdir(exist_ok=True)
         mark = folder / "id"  # a run that goes on is the same one there

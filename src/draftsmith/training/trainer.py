@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -172,7 +172,7 @@ class Trainer:
                 meter.advance(1, size, f"loss {self.sums.last_loss:.3f}{share}")
                 used = time.process_time() - cpu
                 timing = StepTiming(step=self.step, tokens=size, seconds=spent, cpu_seconds=used)
-                self._write(run_files.step_timing, timing)
+                self._write(run_files.STEP_TIMING, timing)
                 if self.step % settings.log_every == 0 or last:
                     self._log()
                 if self.step % settings.evaluate_every == 0 or last:
@@ -195,7 +195,7 @@ class Trainer:
             checkpoint=checkpoint_paths(self.out)[-1].name,
         )
         if processes.main:
-            summary.save(run_files.summary(self.out))
+            summary.save(self.out / run_files.SUMMARY)
         return summary
 
     def _optimiser_step(self, packs: list[Pack], capture: CaptureSource, rounds: int = 0) -> None:
@@ -368,15 +368,15 @@ class Trainer:
         ids_D, inputs = self.vocabulary.ids_D, self._heldout_inputs(source)
         result = evaluate_heldout(cast, inputs, ids_D, steps, self.processes.sum)
         self.taus.append(result.tau[min(3, steps)])
-        self._write(run_files.metrics, MetricsRow(step=self.step, held_out=result))
+        self._write(run_files.METRICS, MetricsRow(step=self.step, held_out=result))
         if self.taus[-1] > max(self.taus[:-1], default=0.0):
             best, masters = Best(step=self.step, tau_held_out=self.taus[-1]), whole_weights(self.draft)
             if self.processes.main:
                 save_best(self.out, masters, TrainingState(belongs=self._belongs(), step=self.step, best=best))
 
-    def _write(self, place: Callable[[Path], Path], row: MetricsRow | StepTiming) -> None:
+    def _write(self, name: str, row: MetricsRow | StepTiming) -> None:
         if self.processes.main:
-            append_row(place(self.out), row)
+            append_row(self.out / name, row)
 
     def _log(self) -> None:
         sums = self.sums
@@ -387,7 +387,7 @@ class Trainer:
             learning_rate=sums.learning_rate,
             alpha=[a / max(1, n) for a, n in zip(sums.alpha, sums.alpha_count, strict=True)],
         )
-        self._write(run_files.metrics, row)
+        self._write(run_files.METRICS, row)
         self.sums = Sums()
 
     @property
@@ -418,7 +418,7 @@ class Trainer:
             sums=self.sums,
             quarantined=self.processes.union(self.quarantined),
         )
-        for rows in (run_files.metrics(self.out), run_files.step_timing(self.out)):
+        for rows in (self.out / run_files.METRICS, self.out / run_files.STEP_TIMING):
             if self.processes.main and rows.exists():
                 sync(rows)  # a run goes on from the checkpoint with the rows before it
         save_checkpoint(
@@ -446,5 +446,5 @@ class Trainer:
             say(f"train: continuing from {paths[-1].name}")
         self.processes.meet()
         if self.processes.main:
-            truncate_rows(run_files.metrics(self.out), MetricsRow, self.step)
-            truncate_rows(run_files.step_timing(self.out), StepTiming, self.step)
+            truncate_rows(self.out / run_files.METRICS, MetricsRow, self.step)
+            truncate_rows(self.out / run_files.STEP_TIMING, StepTiming, self.step)
