@@ -83,12 +83,13 @@ def execute(arguments: list[str]) -> int:
     command, recipe = parse(arguments)
     if arguments[0] not in ("serve", "publish", "inspect"):  # those need no model library
         quiet_libraries()
+    if recipe is not None:
+        from draftsmith.runs.pipeline import command_line
+        from draftsmith.runs.run import Run
+
     terminal.on_interrupt(signal.default_int_handler)  # from here on there are things to put in order
     if recipe is None:
         return command()
-    from draftsmith.runs.pipeline import command_line
-    from draftsmith.runs.run import Run
-
     run = Run(recipe, command.out or Path("runs") / recipe.name, command_line())
     writing = run.lock if command.writes and run.processes.main else contextlib.nullcontext()
     with contextlib.closing(run), writing:

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
 
 from draftsmith.core import run_files
 from draftsmith.core.errors import DataError, TargetError
@@ -26,12 +28,22 @@ from draftsmith.core.records.run import Hardware, Provenance, StageState
 from draftsmith.core.run_files import RunFiles
 from draftsmith.core.secrets import masked
 from draftsmith.core.shape import DraftSampling, Shape
-
-if TYPE_CHECKING:
-    from draftsmith.engines.base import Setup
-    from draftsmith.engines.process import Launch
-    from draftsmith.engines.server import Purpose
-    from draftsmith.training.processes import ProcessGroup
+from draftsmith.core.taps import default_taps
+from draftsmith.data.sets import read_set
+from draftsmith.drafts.directories import exported_taps
+from draftsmith.engines import ENGINES, SERVERS
+from draftsmith.engines.base import Setup
+from draftsmith.engines.process import Launch, launch
+from draftsmith.engines.served import ServedTarget
+from draftsmith.engines.server import Purpose
+from draftsmith.evaluation.draft_sampling import more_accepted
+from draftsmith.hardware.sizes import TargetSize
+from draftsmith.hardware.tune import fastest
+from draftsmith.targets.configs import target_config
+from draftsmith.targets.identity import require_same_logprobs, template_hash, tokenizer_hash, weights_hash
+from draftsmith.targets.local import LocalTarget
+from draftsmith.targets.parts import card_room, load_tokenizer, resolve_device, resolve_model
+from draftsmith.training.processes import ProcessGroup
 
 PACKAGES = ("draftsmith", "torch", "transformers", "safetensors", "pydantic", "numpy")
 
@@ -52,8 +64,6 @@ def commit() -> str | None:
 
 
 def hardware() -> Hardware:
-    import torch
-
     gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -70,9 +80,7 @@ class Run:
         self.lock = RunLock(directory)
 
     @cached_property
-    def processes(self) -> "ProcessGroup":
-        from draftsmith.training.processes import ProcessGroup
-
+    def processes(self) -> ProcessGroup:
         return ProcessGroup(self.recipe.train.timeout_min)
 
     @cached_property
@@ -80,16 +88,10 @@ class Run:
         """The target: in this process, or servers that answer for it."""
         settings, device = self.recipe.target, self.processes.device(self.recipe.device)
         if settings.engine != "transformers":
-            from draftsmith.engines import SERVERS
-            from draftsmith.engines.served import ServedTarget
-
             served = ServedTarget(settings, self.recipe.server, SERVERS[settings.engine], device)
             if known := self._known_target():
                 served.identity_logprobs.extend(known.logprobs)
             return served
-        from draftsmith.targets.identity import require_same_logprobs
-        from draftsmith.targets.local import LocalTarget
-
         self.require_same_target()
         self._require_room(device)
         local = LocalTarget(
@@ -115,9 +117,6 @@ class Run:
     def require_same_target(self) -> None:
         """Raises `TargetError` where another model, tokenizer or template lies by now under the name of the target that
         wrote the completions."""
-        from draftsmith.targets.identity import template_hash, tokenizer_hash, weights_hash
-        from draftsmith.targets.parts import resolve_model
-
         known, settings = self._known_target(), self.recipe.target
         if known is None:
             return
@@ -137,9 +136,6 @@ class Run:
 
     def _require_room(self, device: str) -> None:
         """A target that the card cannot hold is told before minutes of reading."""
-        from draftsmith.hardware.sizes import TargetSize
-        from draftsmith.targets.parts import card_room, resolve_device
-
         settings, card = self.recipe.target, resolve_device(device)
         if (room := card_room(card)) is None:
             return
@@ -160,15 +156,11 @@ class Run:
 
     @cached_property
     def target_config(self) -> Any:
-        from draftsmith.targets.configs import target_config
-
         settings = self.recipe.target
         return target_config(settings.model, settings.revision, settings.trust_remote_code)
 
     @cached_property
     def tokenizer(self) -> Any:
-        from draftsmith.targets.parts import load_tokenizer
-
         settings = self.recipe.target
         return load_tokenizer(settings.model, settings.revision, settings.trust_remote_code)
 
@@ -189,8 +181,6 @@ class Run:
 
     def evaluation_sets(self) -> list[EvaluationPrompts]:
         """Those of evaluate.sets, read where they were not before."""
-        from draftsmith.data.sets import read_set
-
         training, skip_bad = self.files.training_prompts, self.recipe.prompts.skip_bad
         return [read_set(chosen, training, self.files.sets, skip_bad) for chosen in self.recipe.evaluate.sets]
 
@@ -213,8 +203,6 @@ class Run:
     @cached_property
     def cards(self) -> list[str]:
         """The GPUs that this run may use, as CUDA_VISIBLE_DEVICES names them."""
-        import torch
-
         kind, _, number = self.recipe.device.partition(":")
         seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         names = seen.split(",")[: torch.cuda.device_count()] if kind in ("auto", "cuda") else []
@@ -223,8 +211,6 @@ class Run:
     @cached_property
     def _program_found(self) -> bool:
         """Whether vLLM, where it is what serves the draft, can be started here."""
-        from draftsmith.engines import SERVERS
-
         serve = self.recipe.serve
         program = shlex.split(serve.program) or SERVERS["vllm"].program
         return serve.engine == "vllm" and shutil.which(program[0]) is not None
@@ -250,9 +236,6 @@ class Run:
         if name == "embedded" or name == self.recipe.target.engine:
             yield self.target
             return
-        from draftsmith.engines import SERVERS
-        from draftsmith.engines.base import Setup
-
         self.release_target()
         with SERVERS[name].open(Setup(self.recipe, Path(), logs, groups=self.card_groups), None) as target:
             yield target
@@ -267,24 +250,17 @@ class Run:
     def release_target(self) -> None:
         """Let go of a target on a card, as an engine that is started takes all of it."""
         if self.cards and self.recipe.target.engine == "transformers" and self.__dict__.pop("target", None):
-            import torch
-
             gc.collect()
             torch.cuda.empty_cache()
 
-    def setup(self, engine: Decodes, logs: Path) -> "Setup":
+    def setup(self, engine: Decodes, logs: Path) -> Setup:
         """What a session of this engine decodes with."""
-        from draftsmith.engines import ENGINES, SERVERS
-        from draftsmith.engines.base import Setup
-
         draft = self.draft_for(engine) if engine in SERVERS else self.files.draft
         return Setup(self.recipe, draft, logs, self.target if ENGINES[engine].in_process else None)
 
     @property
     def captured_layers(self) -> tuple[int, ...]:
         """What a capturing server has to keep: the taps, and the last layer's output for the teacher."""
-        from draftsmith.core.taps import default_taps
-
         layers = self.target_config.get_text_config().num_hidden_layers
         return (*(self.recipe.draft.taps or default_taps(layers)), layers)
 
@@ -305,9 +281,6 @@ class Run:
         """The engines that can serve the exported draft."""
         if not (self.files.draft / "config.json").exists():
             return ()
-        from draftsmith.drafts.directories import exported_taps
-        from draftsmith.engines import SERVERS
-
         taps = exported_taps(self.files.draft)
         return tuple(name for name, engine in SERVERS.items() if engine.serves(taps))
 
@@ -315,8 +288,6 @@ class Run:
         if not self.draft_engines:
             raise DataError(f"serve: no draft in {self.files.draft.parent}; run: draftsmith run RECIPE")
         if engine not in self.draft_engines:
-            from draftsmith.engines import ENGINES
-
             others = " and ".join(ENGINES[name].title for name in self.draft_engines)
             title = ENGINES[engine].title
             raise DataError(f"draft.taps: {title} cannot capture all of them, so the draft serves on {others}")
@@ -331,8 +302,6 @@ class Run:
     def serving_shape(self, engine: EngineName) -> tuple[Shape, DraftSampling | None]:
         """The recipe's shape; where it is the default, what `tune` found fastest of all that this engine can, on itself
         or on the embedded one, and how drafts were taken there (None: nobody tells)."""
-        from draftsmith.hardware.tune import fastest
-
         settings = self.recipe.serve
         if not settings.tuned or settings.shape != DEFAULT_SHAPE:
             return settings.shape, None
@@ -355,8 +324,6 @@ class Run:
 
     def _can_serve(self, engine: EngineName, warm: bool, tried: Tried) -> bool:
         """Whether the engine drafts so, and serve.draft_sampling lets it, which says nothing at temperature 0."""
-        from draftsmith.engines import SERVERS
-
         chosen, asked = SERVERS[engine], self.recipe.serve.draft_sampling
         if tried.shape.topk > 1 and not chosen.drafts_trees:
             return False
@@ -365,8 +332,6 @@ class Run:
 
     def better_drafts(self, shape: Shape, engine: Decodes = "embedded") -> DraftSampling:
         """serve.draft_sampling; auto: what is accepted more, as this engine measured it, or else another."""
-        from draftsmith.evaluation.draft_sampling import more_accepted
-
         asked = self.recipe.serve.draft_sampling
         if asked != "auto":
             return asked
@@ -376,8 +341,6 @@ class Run:
 
     def serving_drafts(self, engine: EngineName, shape: Shape) -> DraftSampling:
         """The better ones where the engine can take them so."""
-        from draftsmith.engines import SERVERS
-
         drafts = self.better_drafts(shape, engine)
         why = SERVERS[engine].greedy_because(shape, self.files.draft) if drafts == "sampled" else None
         if why and self.recipe.serve.draft_sampling == "sampled":
@@ -386,21 +349,17 @@ class Run:
 
     def serving(
         self,
-        purpose: "Purpose" = "draft",
+        purpose: Purpose = "draft",
         engine: EngineName | None = None,
         model: str | None = None,
         draft: Path | None = None,
-    ) -> "Launch":
+    ) -> Launch:
         """What `serve` runs, and what report, card and `run` print.
 
         `engine`: another one than serve.engine, without that one's program and extra flags; a tree becomes the chain of
         as many steps where it drafts chains only. `model`, `draft`: other places of the target and the draft, for a
         command that others run.
         """
-        from draftsmith.engines import SERVERS
-        from draftsmith.engines.process import launch
-        from draftsmith.targets.parts import resolve_model
-
         serve = self.recipe.serve
         other = engine is not None and engine != serve.engine
         if other:
@@ -418,7 +377,7 @@ class Run:
         place = model or resolve_model(recipe.target.model)
         return launch(SERVERS[serve.engine], recipe, place, draft or Path(), purpose, layers)
 
-    def serving_elsewhere(self, engine: EngineName, model: str, draft: Path) -> "Launch":
+    def serving_elsewhere(self, engine: EngineName, model: str, draft: Path) -> Launch:
         """The same on somebody else's machine: without this one's program, extra flags and port."""
         serve = self.recipe.serve.model_copy(update={"program": "", "extra": "", "port": 8000, "host": "127.0.0.1"})
         elsewhere = Run(self.recipe.model_copy(update={"serve": serve}), self.files.root, self.command)
