@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from draftsmith.commands.base import FreeCommand
+from draftsmith.commands.base import Command
 
 
-class Init(FreeCommand):
+class Init(Command):
     """Write a commented recipe for any model, and tell what its files do not say."""
 
     positional = "model"

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from draftsmith.commands.base import FreeCommand
+from draftsmith.commands.base import Command
 
 if TYPE_CHECKING:
     from draftsmith.drafts.method import DraftReport
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 SHOWN = 64  # tensors; a draft has about twenty, a whole model thousands
 
 
-class Inspect(FreeCommand):
+class Inspect(Command):
     """Read any draft directory and name every problem an engine would swallow silently."""
 
     positional = "directory"
