@@ -45,20 +45,6 @@ PACK_WASTE = 0.68  # room lost in a pack, in mean documents: 0.104 of 1024 token
 COMPLETION_BYTES = 6.5  # of JSON per token of a document; the same run
 ROOM = 0.9  # of a device's memory
 GPU_FLOPS_S = 5e13  # more than any CPU's
-MEASURED = (  # what a finished run tells, too
-    "draft parameters",
-    "draft file",
-    "completions",
-    "completions on disk",
-    "completion tokens",
-    "training steps",
-    "tokens trained on",
-    "all of them",
-    "checkpoint",
-    "regenerate",
-    "train",
-    "evaluate",
-)
 
 
 @dataclass
@@ -341,7 +327,7 @@ def against(plan: Plan, run: RunFiles) -> list[tuple[str, float, float]]:
     if (run.train / run_files.STEP_TIMING).exists():
         stepped = sum(row.seconds for row in StepTiming.read_rows(run.train / run_files.STEP_TIMING))
         real["train"] = max(real.get("train", 0.0), stepped)
-    return [(what, plan.numbers[what], float(real[what])) for what in MEASURED if real.get(what)]
+    return [(what, planned, float(real[what])) for what, planned in plan.numbers.items() if real.get(what)]
 
 
 def page_against(rows: list[tuple[str, float, float]]) -> str:
