@@ -123,12 +123,12 @@ def starting_draft(run: Run) -> list[Path]:
     return files_of(start)
 
 
-def _part(*names: str) -> Callable[[Run], Any]:
-    """Key made of these parts of the recipe."""
+def _part(*names: str, **without: set[str]) -> Callable[[Run], Any]:
+    """Key made of these parts of the recipe, some of them without some of their keys."""
 
     def key(run: Run) -> JsonObject:
-        recipe = run.recipe.model_dump(mode="json")
-        return {name: target_part(recipe) if name == "target" else recipe[name] for name in names}
+        recipe = run.recipe.model_dump(mode="json", exclude=without)
+        return {name: target_part(recipe) if name == "target" else recipe[name] for name in (*names, *without)}
 
     return key
 
@@ -156,17 +156,11 @@ STAGES = (
     Stage(
         "regenerate",
         "let the target answer them",
-        lambda run: {
-            **_part("target", "seed")(run),
-            "regenerate": run.recipe.regenerate.model_dump(mode="json", exclude={"engine"}),  # whoever answers for it
-        },
+        _part("target", "seed", regenerate={"engine"}),  # whoever answers for it
         lambda run: [run.files.training_prompts],
         _regenerate,
         # More tokens of the same run continue it.
-        lambda run: {
-            **_part("target", "seed")(run),
-            "regenerate": run.recipe.regenerate.model_dump(mode="json", exclude={"max_tokens", "engine"}),
-        },
+        _part("target", "seed", regenerate={"max_tokens", "engine"}),
         memory=("regenerate.batch_size",),
     ),
     Stage(
@@ -179,10 +173,7 @@ STAGES = (
     Stage(
         "train",
         "train the draft",
-        lambda run: {
-            **_part("target", "draft", "seed")(run),
-            "train": run.recipe.train.model_dump(mode="json", exclude={"from_draft"}),
-        },
+        _part("target", "draft", "seed", train={"from_draft"}),
         lambda run: [*completion_files(run), run.files.vocabulary, *starting_draft(run)],
         _train,
         # What is only watched or kept does not restart a training.
