@@ -1,58 +1,46 @@
-"""Every error a user can cause, as one tree.
-
-DraftsmithError            one line: what was given, what is allowed, which key or flag mends it
-├── RecipeError            a recipe or flag that cannot be run
-├── DataError              prompts, completions or a template that cannot be used
-├── TargetError            a target or tokenizer that cannot be loaded or lacks a hook
-├── CheckpointError        a checkpoint or draft directory that is damaged or belongs to another run
-├── TrainingError          training that had to stop (non-finite gradients, no loss tokens)
-├── MemoryShortage         a card or machine that cannot hold what was asked of it
-├── ServeError             an engine that cannot be started or does not answer
-└── PublishError           a hub that does not take the draft
-
-The command line prints them without a traceback and exits with code 2; anything else is a bug.
-"""
+"""Every error a user can cause. The command line prints them without a traceback and exits with code 2; anything else
+is a bug."""
 
 from draftsmith.core.secrets import line
 
 
 class DraftsmithError(ValueError):
-    """Base of every error that the user, not the programmer, has to mend; one line, no secret in it."""
+    """One line: what was given, what is allowed, which key or flag mends it; no secret in it."""
 
     def __init__(self, text: str):
         super().__init__(line(text))
 
 
 class RecipeError(DraftsmithError):
-    pass
+    """A recipe or flag that cannot be run."""
 
 
 class DataError(DraftsmithError):
-    pass
+    """Prompts, completions or a template that cannot be used."""
 
 
 class TargetError(DraftsmithError):
-    pass
+    """A target or tokenizer that cannot be loaded or lacks a hook."""
 
 
 class CheckpointError(DraftsmithError):
-    pass
+    """A checkpoint or draft directory that is damaged or belongs to another run."""
 
 
 class TrainingError(DraftsmithError):
-    pass
+    """Training that had to stop (non-finite gradients, no loss tokens)."""
 
 
 class MemoryShortage(DraftsmithError):
-    pass
+    """A card or machine that cannot hold what was asked of it."""
 
 
 class ServeError(DraftsmithError):
-    pass
+    """An engine that cannot be started or does not answer."""
 
 
 class PublishError(DraftsmithError):
-    pass
+    """A hub that does not take the draft."""
 
 
 # How torch says it where it raises a plain RuntimeError: of the host, and of a product's workspace on the card.
