@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
@@ -15,7 +15,7 @@ from draftsmith.core import files, run_files
 from draftsmith.core.errors import CheckpointError, DataError, RecipeError
 from draftsmith.core.history import recipe_that_ran, results_of
 from draftsmith.core.progress import say
-from draftsmith.core.recipe import EngineName, Recipe
+from draftsmith.core.recipe import Recipe
 from draftsmith.core.records.data import CompletionsSummary, Coverage, PromptsSummary
 from draftsmith.core.records.evaluation import Results
 from draftsmith.core.records.machine import Predictions
@@ -26,20 +26,9 @@ from draftsmith.data.sources import HUB
 from draftsmith.drafts import METHODS
 from draftsmith.drafts.directories import inspect_draft
 from draftsmith.engines import ENGINES, SERVERS
-from draftsmith.engines.process import Launch
 from draftsmith.engines.server import ServerEngine
 from draftsmith.evaluation.lossless import lossless_verdict
-
-
-class FinishedRun(Protocol):
-    """What a card reads of a run; runs/run.py has it."""
-
-    recipe: Recipe
-    files: RunFiles
-
-    @property
-    def draft_engines(self) -> tuple[EngineName, ...]: ...
-    def serving_elsewhere(self, engine: EngineName, model: str, draft: Path) -> Launch: ...
+from draftsmith.runs.run import Run
 
 
 class Verbatim(str):
@@ -91,7 +80,7 @@ def _losslessness(found: Iterable[tuple[str, Results]]) -> list[str]:
     return lines or ["Losslessness was not measured."]
 
 
-def _command(run: FinishedRun, engine: ServerEngine) -> dict[str, str]:
+def _command(run: Run, engine: ServerEngine) -> dict[str, str]:
     """What `serve` runs, with the hub's names instead of this machine's paths, and what there is to say of it."""
     repo = run.recipe.card.repo or f"OWNER/{run.recipe.name}"
     launched = run.serving_elsewhere(engine.name, base_model(run.recipe), Path(repo))
@@ -137,7 +126,7 @@ def _head(recipe: Recipe, target: str, licence: Licence, found: list[Results]) -
     )
 
 
-def _coverage(run: FinishedRun, size: int) -> str | None:
+def _coverage(run: Run, size: int) -> str | None:
     coverage = Coverage.load(run.files.coverage)
     share = dict(zip(coverage.sizes, coverage.coverage["all"], strict=True)).get(size)
     return None if share is None else f"{share:.1%}"
@@ -149,7 +138,7 @@ def _sampling(recipe: Recipe) -> str:
     return how + (f", {settings.greedy_share:.0%} of them greedy" if settings.greedy_share else "")
 
 
-def make_card(run: FinishedRun, prediction: Predictions) -> str:
+def make_card(run: Run, prediction: Predictions) -> str:
     """The card's text; raises `RecipeError` where the target's licence is unknown, `DataError` unevaluated."""
     recipe = recipe_that_ran(run.files, run.recipe)
     target = base_model(recipe)
@@ -158,7 +147,8 @@ def make_card(run: FinishedRun, prediction: Predictions) -> str:
     found = list(measured.values())
     if not found:
         raise DataError(f"card: no results in {run.files.root}; run: draftsmith evaluate RECIPE")
-    report, prompts = inspect_draft(run.files.draft), _prompts(run)
+    report = inspect_draft(run.files.draft)
+    prompts = PromptsSummary.load(run.files.stage("prompts") / run_files.SUMMARY)
     provenance = report.config.get("draftsmith") or {}
     told = {**provenance, **(provenance.get("target") or {})}
     lacking = [f"draftsmith.{key} is missing" for key in ("version", "commit", "taps", "num_layers") if key not in told]
@@ -167,6 +157,9 @@ def make_card(run: FinishedRun, prediction: Predictions) -> str:
     titled = [(ENGINES[results.settings.engine].title, results) for results in found]
     entries = [entry for results in found for entry in results.acceptance]
     sources = sorted(prompts.by_source.items(), key=lambda item: -item[1])
+    terms = data_licences([name for name, _ in sources], recipe.card.data_licences)
+    if unknown := [source for source, _, terms_of_use in terms if terms_of_use == UNSTATED]:
+        say(f"card: the licence of {', '.join(unknown)} is not stated; set card.data_licences")
     method = METHODS[recipe.draft.method]
     template = Environment(
         loader=PackageLoader("draftsmith.publishing", "."), undefined=StrictUndefined, finalize=as_text
@@ -198,7 +191,7 @@ def make_card(run: FinishedRun, prediction: Predictions) -> str:
         commands=[_command(run, SERVERS[name]) for name in sorted(run.draft_engines)],
         prompts=prompts,
         sources=sources,
-        data=data_licences([name for name, _ in sources], recipe.card.data_licences),
+        data=terms,
         completions=CompletionsSummary.load(run.files.completions / run_files.SUMMARY),
         sampling=_sampling(recipe),
         training=TrainingSummary.load(run.files.train / run_files.SUMMARY),
@@ -224,15 +217,7 @@ def _records(run: RunFiles, results: list[Path]) -> dict[str, Any]:
     return {**shown, "results": [Verbatim(f"`{path.relative_to(run.root)}`") for path in results]}
 
 
-def _prompts(run: FinishedRun) -> PromptsSummary:
-    return PromptsSummary.load(run.files.training_prompts.parent / run_files.SUMMARY)
-
-
-def write_card(run: FinishedRun, prediction: Predictions) -> Path:
+def write_card(run: Run, prediction: Predictions) -> Path:
     """Write it where `publish` takes it from: beside the draft."""
     files.write_atomic(run.files.card, make_card(run, prediction))
-    terms = data_licences(list(_prompts(run).by_source), run.recipe.card.data_licences)
-    unknown = [source for source, _, licence in terms if licence == UNSTATED]
-    if unknown:
-        say(f"card: the licence of {', '.join(unknown)} is not stated; set card.data_licences")
     return run.files.card
