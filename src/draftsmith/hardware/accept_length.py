@@ -7,24 +7,15 @@ to it; a step accepts the longest prefix of the true path of ranks that the tree
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from draftsmith.core.errors import RecipeError
-from draftsmith.core.records.evaluation import CERTAIN, Acceptance, Profile
+from draftsmith.core.records.evaluation import CERTAIN, ComparedDraft, Results
 from draftsmith.core.shape import DraftSampling, Shape
 
 Path = tuple[int, ...]
 # How much rarer each further rank is at the same depth; the trained Gemma draft's profile has 0.1 to 0.5 from rank to
 # rank (results.json, profile.table), and one number is all that a published tau can carry.
 RANK_RATIO = 0.25
-
-
-class AcceptLength(Protocol):
-    def tau(self, shape: Shape) -> float: ...
-    @property
-    def deepest(self) -> int:
-        """Steps beyond which nothing is known."""
-        ...
 
 
 def best_tree(frequency: dict[Path, float], shape: Shape) -> set[Path]:
@@ -66,6 +57,7 @@ class MeasuredProfile:
 
     @property
     def deepest(self) -> int:
+        """Steps beyond which nothing is known."""
         return max(len(digits) for walk in self.walks for digits in walk)
 
     def _paths(self, steps: int) -> Iterator[Path]:
@@ -206,14 +198,12 @@ class Calibrated:
         return 1 + (raw - 1) * (self.measured[nearest] - 1) / (there - 1) if there > 1 else raw
 
 
-class Evaluated(Protocol):
-    @property
-    def acceptance(self) -> list[Acceptance]: ...
-    @property
-    def profile(self) -> Profile | None: ...
+AcceptLength = MeasuredProfile | SampledProfile | GeometricProfile | Calibrated
 
 
-def from_results(results: Evaluated, temperature: float = 0.0, drafts: DraftSampling = "greedy") -> AcceptLength:
+def from_results(
+    results: Results | ComparedDraft, temperature: float = 0.0, drafts: DraftSampling = "greedy"
+) -> AcceptLength:
     """Of an evaluation: its profile, if of this temperature, corrected by its own measurements there with drafts taken
     in this way; else the first of these."""
     measured = {

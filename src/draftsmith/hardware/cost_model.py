@@ -9,7 +9,6 @@ costs come from a probe of the machine itself, or from a preset and the sizes of
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from draftsmith.core.records.machine import ModelTimes, Prediction, Probe
 from draftsmith.core.shape import Shape
@@ -21,78 +20,6 @@ from draftsmith.hardware.sizes import TargetSize
 # Batches that break-even is looked for at: all up to 64, then six to each doubling, up to 1024.
 GRID = (*range(1, 65), *(int(64 * 2 ** (i / 6)) for i in range(1, 25)))
 BEYOND = 2.0  # times the largest measured forward: as far as its last straight line is trusted
-
-
-class Costs(Protocol):
-    """Seconds. `tokens` are per sequence, `batch` counts sequences, `context` is cached tokens of each."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def reach(self) -> float:
-        """Most tokens of a forward that anything is known of."""
-        ...
-
-    def forward_s(self, tokens: int, batch: int, context: int) -> float:
-        """One forward of the target, head included."""
-        ...
-
-    def decode_s(self, batch: int, context: int) -> float:
-        """One plain decoding step of `batch` sequences."""
-        ...
-
-    def draft_s(self, shape: Shape, tau: float, batch: int, context: int) -> float:
-        """All of a step's drafting: reading the tau verified tokens, then `steps` guesses deep."""
-        ...
-
-    def overhead_s(self, shape: Shape | None) -> float:
-        """What one step costs beside the two models; None: plain decoding."""
-        ...
-
-
-def predict(costs: Costs, accept: AcceptLength, shape: Shape, batch: int = 1, context: int = 512) -> Prediction:
-    """Beyond the costs' reach times and speed-up are nan: a straight line through a few points is no measurement."""
-    tau, decode_s = accept.tau(shape), costs.decode_s(batch, context)
-    known = shape.draft_tokens * batch <= costs.reach
-    verify_s = costs.forward_s(shape.draft_tokens, batch, context) if known else math.nan
-    draft_s, overhead_s = costs.draft_s(shape, tau, batch, context), costs.overhead_s(shape)
-    c = (verify_s + draft_s + overhead_s) / decode_s
-    return Prediction(
-        machine=costs.name,
-        shape=shape,
-        batch=batch,
-        context=context,
-        tau=tau,
-        decode_s=decode_s,
-        verify_s=verify_s,
-        draft_s=draft_s,
-        overhead_s=overhead_s,
-        c=c,
-        speedup=tau / c,
-    )
-
-
-def paying_batches(
-    costs: Costs, accept: AcceptLength, shape: Shape, context: int = 512
-) -> tuple[list[tuple[int, int]], int]:
-    """([first, last] batch of every range in which drafting pays, the largest batch looked at).
-
-    The gain need not fall all the way: once a batch touches every expert anyway, verifying more tokens is cheap again.
-    """
-    ranges: list[tuple[int, int]] = []
-    largest, paid = 0, False
-    for batch in GRID:
-        gain = predict(costs, accept, shape, batch, context).speedup
-        if math.isnan(gain):
-            break
-        largest = batch
-        if gain > 1 and paid:
-            ranges[-1] = (ranges[-1][0], batch)
-        elif gain > 1:
-            ranges.append((batch, batch))
-        paid = gain > 1
-    return ranges, largest
 
 
 def interpolate(points: Sequence[Sequence[float]], x: float) -> float:
@@ -108,6 +35,7 @@ def interpolate(points: Sequence[Sequence[float]], x: float) -> float:
 class MeasuredCosts:
     """What a probe measured (hardware/probe.py).
 
+    Costs are seconds; `tokens` are per sequence, `batch` counts sequences, `context` is cached tokens of each.
     A forward of B sequences with w tokens each costs what one of B * w tokens does: weights are read once either way.
     """
 
@@ -124,20 +52,24 @@ class MeasuredCosts:
 
     @property
     def reach(self) -> float:
+        """Most tokens of a forward that anything is known of."""
         return BEYOND * self.times.forward[-1][0]
 
     def _beyond_s(self, batch: int, context: int) -> float:
         return max(0, context - self.times.context) * batch * self.times.context_s
 
     def forward_s(self, tokens: int, batch: int, context: int) -> float:
+        """One forward of the target, head included."""
         return interpolate(self.times.forward, tokens * batch) + self._beyond_s(batch, context)
 
     def decode_s(self, batch: int, context: int) -> float:
+        """One plain decoding step of `batch` sequences."""
         if batch > 1 and self.times.batched:  # rows with caches of their own, and their sampling
             return interpolate(self.times.batched, batch) + self._beyond_s(batch, context)
         return self.forward_s(1, batch, context) + self.overhead_s(None)
 
     def draft_s(self, shape: Shape, tau: float, batch: int, context: int) -> float:
+        """All of a step's drafting: reading the tau verified tokens, then `steps` guesses deep."""
         draft = self.times.draft
         assert draft is not None, "the probe measured no draft"
         if draft.by_batch:
@@ -147,6 +79,7 @@ class MeasuredCosts:
         return alone * interpolate(self.times.forward, batch) / interpolate(self.times.forward, 1)
 
     def overhead_s(self, shape: Shape | None) -> float:
+        """What one step costs beside the two models; None: plain decoding."""
         if shape is None:
             return self.times.overhead_plain_s
         return max(0.0, interpolate(self.times.overhead_drafted, shape.draft_tokens))
@@ -167,7 +100,7 @@ FLOPS_SHARE = 0.5  # of the peak that few-token products reach
 
 @dataclass(frozen=True)
 class RooflineCosts:
-    """A preset machine: the longer of reading and computing, plus launches and all-reduces.
+    """A preset machine: the longer of reading and computing, plus launches and all-reduces. Units: `MeasuredCosts`.
 
     The target is shared by all GPUs of the machine (tensor parallel). `correlation`: see TargetSize.distinct_experts.
     """
@@ -224,3 +157,50 @@ class RooflineCosts:
         if shape is None:
             return 0.0
         return STEP_OVERHEAD_S + (TREE_STEP_S * shape.steps if shape.topk > 1 else 0.0)
+
+
+Costs = MeasuredCosts | RooflineCosts
+
+
+def predict(costs: Costs, accept: AcceptLength, shape: Shape, batch: int = 1, context: int = 512) -> Prediction:
+    """Beyond the costs' reach times and speed-up are nan: a straight line through a few points is no measurement."""
+    tau, decode_s = accept.tau(shape), costs.decode_s(batch, context)
+    known = shape.draft_tokens * batch <= costs.reach
+    verify_s = costs.forward_s(shape.draft_tokens, batch, context) if known else math.nan
+    draft_s, overhead_s = costs.draft_s(shape, tau, batch, context), costs.overhead_s(shape)
+    c = (verify_s + draft_s + overhead_s) / decode_s
+    return Prediction(
+        machine=costs.name,
+        shape=shape,
+        batch=batch,
+        context=context,
+        tau=tau,
+        decode_s=decode_s,
+        verify_s=verify_s,
+        draft_s=draft_s,
+        overhead_s=overhead_s,
+        c=c,
+        speedup=tau / c,
+    )
+
+
+def paying_batches(
+    costs: Costs, accept: AcceptLength, shape: Shape, context: int = 512
+) -> tuple[list[tuple[int, int]], int]:
+    """([first, last] batch of every range in which drafting pays, the largest batch looked at).
+
+    The gain need not fall all the way: once a batch touches every expert anyway, verifying more tokens is cheap again.
+    """
+    ranges: list[tuple[int, int]] = []
+    largest, paid = 0, False
+    for batch in GRID:
+        gain = predict(costs, accept, shape, batch, context).speedup
+        if math.isnan(gain):
+            break
+        largest = batch
+        if gain > 1 and paid:
+            ranges[-1] = (ranges[-1][0], batch)
+        elif gain > 1:
+            ranges.append((batch, batch))
+        paid = gain > 1
+    return ranges, largest

@@ -49,7 +49,7 @@ def probed(run: Run) -> Path | None:
     return next((path for engine in DECODERS if (path := run.files.probe(engine)).exists()), None)
 
 
-def costs_of(run: Run, hardware: str | None, correlation: float = 0.0) -> MeasuredCosts | RooflineCosts:
+def costs_of(run: Run, hardware: str | None, correlation: float = 0.0) -> Costs:
     """A preset's name, a probe's file, or None for the run's own probe."""
     if hardware in PRESETS:
         return roofline(run, preset(hardware), correlation)
@@ -62,7 +62,7 @@ def costs_of(run: Run, hardware: str | None, correlation: float = 0.0) -> Measur
     return read_probe(run, path, correlation)
 
 
-def read_probe(run: Run, path: Path, correlation: float = 0.0) -> MeasuredCosts | RooflineCosts:
+def read_probe(run: Run, path: Path, correlation: float = 0.0) -> Costs:
     try:
         probe = Probe.load(path)
     except OSError:
@@ -106,7 +106,7 @@ def accept_of(
 
 def plan_of(
     run: Run,
-    costs: MeasuredCosts | RooflineCosts,
+    costs: Costs,
     trainer_gpus: int | None = None,
     completion_tokens: int | None = None,
     network_gbit: float | None = None,
