@@ -106,7 +106,7 @@ def test_sampled_drafts_walk_by_chance():
 
 def test_a_tree_holds_its_most_frequent_nodes():
     frequency = {(1,): 0.6, (2,): 0.2, (1, 1): 0.4, (1, 2): 0.1, (2, 1): 0.15, (3,): 0.05}
-    assert best_tree(frequency, Shape(2, 2, 5)) == {(1,), (1, 1), (2,), (2, 1)}
+    assert best_tree(lambda path: frequency.get(path, 0.0), Shape(2, 2, 5)) == {(1,), (1, 1), (2,), (2, 1)}
     assert accepted({(1,), (1, 1), (2,)}, (1, 1, 1)) == 2
     assert accepted({(1,), (1, 1), (2,)}, (2, 1, 1)) == 1
     assert accepted({(1,)}, (0, 1, 1)) == 0

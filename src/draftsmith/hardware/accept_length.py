@@ -4,8 +4,9 @@ tau = 1 + accepted draft tokens / verification steps. A tree is a set of nodes, 
 to it; a step accepts the longest prefix of the true path of ranks that the tree holds.
 """
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from draftsmith.core.errors import RecipeError
@@ -18,7 +19,7 @@ Path = tuple[int, ...]
 RANK_RATIO = 0.25
 
 
-def best_tree(frequency: dict[Path, float], shape: Shape) -> set[Path]:
+def best_tree(frequency: Callable[[Path], float], shape: Shape) -> set[Path]:
     """The `draft_tokens` - 1 most frequent nodes of SGLang's tree (decoding/tree.py), the same at every step.
 
     At every depth only the children of the topk best nodes are candidates. Real trees follow the draft's confidence
@@ -27,9 +28,8 @@ def best_tree(frequency: dict[Path, float], shape: Shape) -> set[Path]:
     nodes: list[tuple[float, Path]] = []
     beam: list[Path] = [()]
     for _ in range(shape.steps):
-        children = [
-            (frequency.get((*node, rank), 0.0), (*node, rank)) for node in beam for rank in range(1, shape.topk + 1)
-        ]
+        paths = [(*node, rank) for node in beam for rank in range(1, shape.topk + 1)]
+        children = [(frequency(path), path) for path in paths]
         children.sort(key=lambda child: (-child[0], child[1]))
         nodes += children
         beam = [path for _, path in children[: shape.topk]]
@@ -60,25 +60,10 @@ class MeasuredProfile:
         """Steps beyond which nothing is known."""
         return max(len(digits) for walk in self.walks for digits in walk)
 
-    def _paths(self, steps: int) -> Iterator[Path]:
-        for walk in self.walks:
-            for digits in walk:
-                if len(digits) >= steps:
-                    yield tuple(int(digit) for digit in digits[:steps])
-
-    def frequency(self, steps: int) -> dict[Path, float]:
-        counts: Counter[Path] = Counter()
-        positions = 0
-        for path in self._paths(steps):
-            positions += 1
-            for depth in range(1, steps + 1):
-                if path[depth - 1] == 0:
-                    break
-                counts[path[:depth]] += 1
-        return {path: count / positions for path, count in counts.items()}
-
     def tau(self, shape: Shape) -> float:
-        tree = best_tree(self.frequency(shape.steps), shape)
+        whole = [digits[: shape.steps] for walk in self.walks for digits in walk if len(digits) >= shape.steps]
+        counts = Counter(tuple(map(int, digits[:depth])) for digits in whole for depth in range(1, shape.steps + 1))
+        tree = best_tree(lambda path: counts[path], shape)
         steps = hits = 0
         for walk in self.walks:
             position = 0
@@ -144,21 +129,11 @@ class GeometricProfile:
         left = (1 - self.alpha) * (1 - RANK_RATIO) * RANK_RATIO ** (rank - 2)
         return min(self.alpha * RANK_RATIO ** (rank - 1), left)
 
-    def frequency(self, shape: Shape) -> dict[Path, float]:
-        """Of the nodes that a beam can reach: products along the path, deeper ones from the beam alone."""
-        found: dict[Path, float] = {}
-        beam: list[tuple[float, Path]] = [(1.0, ())]
-        for _ in range(shape.steps):
-            children = [
-                (share * self.share(rank), (*path, rank)) for share, path in beam for rank in range(1, shape.topk + 1)
-            ]
-            found |= {path: share for share, path in children}
-            beam = sorted(children, key=lambda child: (-child[0], child[1]))[: shape.topk]
-        return found
-
     def tau(self, shape: Shape) -> float:
-        frequency = self.frequency(shape)
-        return 1 + sum(frequency[path] for path in best_tree(frequency, shape))
+        def frequency(path: Path) -> float:
+            return math.prod(self.share(rank) for rank in path)
+
+        return 1 + sum(frequency(path) for path in best_tree(frequency, shape))
 
 
 def published(tau: float, shape: Shape) -> GeometricProfile:
