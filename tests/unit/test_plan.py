@@ -41,7 +41,7 @@ GEMMA = AutoConfig.for_model(  # of gemma3-270m, which need not be installed to 
 def planned(name="minimax-m2.7-eagle3", machine="h200-nvlink-8", trainer_gpus=None, completion_tokens=None, **changes):
     recipe = load_recipe(RECIPES / f"{name}.yaml").model_copy(update=changes)
     config = GEMMA if name.startswith("gemma") else target_config(recipe.target.model)
-    target = TargetSize.of(recipe.target.model, config, recipe.target.dtype)
+    target = TargetSize.of(config, recipe.target.dtype)
     text = config.get_text_config()
     draft = draft_config(recipe.draft, text, text.num_hidden_layers, recipe.vocab.size)
     chosen = machine if isinstance(machine, Machine) else preset(machine)
@@ -161,7 +161,7 @@ def test_a_finished_run_is_set_beside_its_plan(tmp_path):
 
 def test_the_preset_of_this_machine_is_near_its_probe():
     recorded = dict(Probe.load(RECIPES.parent / "benchmarks" / "results" / "probe-epyc-2.json").times.forward)
-    target = TargetSize.of("gemma3-270m", GEMMA)
+    target = TargetSize.of(GEMMA)
     draft = Eagle3Config(
         hidden_size=640,
         intermediate_size=2048,

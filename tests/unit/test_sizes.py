@@ -10,6 +10,7 @@ from draftsmith.core.errors import TargetError
 from draftsmith.drafts import METHODS
 from draftsmith.drafts.eagle3.model import Eagle3Config, Eagle3Draft
 from draftsmith.hardware import counting
+from draftsmith.hardware.quantisation import Quantisation
 from draftsmith.hardware.sizes import TargetSize
 from draftsmith.targets.configs import target_config
 
@@ -112,7 +113,7 @@ def test_parameters_are_those_of_the_model(kind):
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)
     weights = dict(lm.named_parameters())
-    size = TargetSize.of("m", config)
+    size = TargetSize.of(config)
     assert size.parameters == pytest.approx(sum(w.numel() for w in weights.values()), rel=0.02)
     routed = sum(w.numel() for name, w in weights.items() if ".experts." in name)
     assert (size.experts, bool(size.sparse_layers)) == ((16, True) if routed else (0, False))
@@ -136,12 +137,12 @@ def test_only_norms_and_biases_are_left_out_and_the_formula_agrees(config, monke
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)
     matrices = sum(p.numel() for p in lm.parameters() if p.ndim > 1)
-    counted = TargetSize.of("m", config)
+    counted = TargetSize.of(config)
     assert counted.parameters == matrices
     assert counted.assumption is None
     monkeypatch.setattr(counting, "_build", lambda config: None)
     monkeypatch.setattr(counting, "_KNOWN", {})
-    told = TargetSize.of("m", config)
+    told = TargetSize.of(config)
     assert (told.parameters, told.active_parameters) == (counted.parameters, counted.active_parameters)
     assert told.cache == counted.cache
     assert "cannot build" in told.assumption
@@ -172,20 +173,20 @@ PUBLISHED = {  # billions of parameters, all and active, as their makers tell th
 @pytest.mark.parametrize("kind", PUBLISHED)
 def test_published_sizes_are_met(kind):
     values, everything, active = PUBLISHED[kind]
-    size = TargetSize.of("m", AutoConfig.for_model(kind, **values))
+    size = TargetSize.of(AutoConfig.for_model(kind, **values))
     assert size.parameters == pytest.approx(everything * 1e9, rel=0.02)
     assert size.active_parameters == pytest.approx(active * 1e9, rel=0.06)  # makers differ in counting the embedding
 
 
 def test_minimax_is_known_without_a_network():
-    size = TargetSize.of("m", target_config("MiniMaxAI/MiniMax-M2.7"))
+    size = TargetSize.of(target_config("MiniMaxAI/MiniMax-M2.7"))
     assert size.parameters == pytest.approx(229e9, rel=0.01)
     assert size.active_parameters == pytest.approx(10e9, rel=0.05)
     assert size.bytes == pytest.approx(230e9, rel=0.02)  # fp8
 
 
 def test_experts_touched_are_those_of_independent_routing():
-    size = TargetSize.of("m", target_config("MiniMaxAI/MiniMax-M2.7"))
+    size = TargetSize.of(target_config("MiniMaxAI/MiniMax-M2.7"))
     ratios = [size.distinct_experts(w) / size.distinct_experts(1) for w in (4, 6, 8)]
     assert ratios == pytest.approx([3.82, 5.55, 7.18], abs=0.01)
     assert size.distinct_experts(8, correlation=1.0) == pytest.approx(8)
@@ -196,7 +197,7 @@ def test_experts_touched_are_those_of_independent_routing():
 
 
 def test_a_window_holds_no_more_than_it_is_wide():
-    size = TargetSize.of("m", AutoConfig.for_model("gemma3_text", **WIDE, sliding_window=8, sliding_window_pattern=4))
+    size = TargetSize.of(AutoConfig.for_model("gemma3_text", **WIDE, sliding_window=8, sliding_window_pattern=4))
     row = 2 * 2 * 32 * 2
     assert size.kv_bytes_per_token == 8 * row
     assert size.cache_bytes(8) == 8 * 8 * row
@@ -204,19 +205,19 @@ def test_a_window_holds_no_more_than_it_is_wide():
 
 
 def test_latent_attention_caches_one_row_for_all_heads():
-    assert TargetSize.of("m", small("deepseek_v3")).kv_bytes_per_token == 8 * (32 + 8) * 2
+    assert TargetSize.of(small("deepseek_v3")).kv_bytes_per_token == 8 * (32 + 8) * 2
 
 
 def test_linear_attention_holds_a_state():
-    size = TargetSize.of("m", small("qwen3_next"))
+    size = TargetSize.of(small("qwen3_next"))
     state = 6 * 4 * 32 * 32 * 4
     assert size.cache_bytes(100) == 100 * 2 * (2 * 2 * 32) * 2 + state
-    assert TargetSize.of("m", small("granitemoehybrid")).state_bytes == 6 * 16 * 32 * 16 * 4
+    assert TargetSize.of(small("granitemoehybrid")).state_bytes == 6 * 16 * 32 * 16 * 4
 
 
 def test_layers_have_heads_of_their_own_and_borrow_keys():
     """Of eight Gemma layers the last two use others' keys; full-attention heads are twice as wide."""
-    rows = [row for row, _ in TargetSize.of("m", small("gemma4_text")).cache]
+    rows = [row for row, _ in TargetSize.of(small("gemma4_text")).cache]
     assert rows == [2 * 2 * 32 * 2, 2 * 2 * 64 * 2] * 3 + [0, 0]
 
 
@@ -292,19 +293,19 @@ def test_a_config_that_cannot_be_read_is_one_line(tmp_path, config, told):
 )
 def test_quantised_weights_count_their_bits(scheme, bits):
     config = AutoConfig.for_model("llama", **SMALL, quantization_config=scheme)
-    assert TargetSize.of("m", config).weight_bytes == bits / 8
+    assert Quantisation.of(config, "bf16").weight_bytes == bits / 8
 
 
 def test_excluded_modules_stay_in_dtype():
     """gpt-oss-120b quantises its experts alone: 65 GB on the hub."""
     excluded = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     scheme = {"quant_method": "mxfp4", "modules_to_not_convert": excluded}
-    size = TargetSize.of("m", AutoConfig.for_model("gpt_oss", quantization_config=scheme))
+    size = TargetSize.of(AutoConfig.for_model("gpt_oss", quantization_config=scheme))
     assert size.bytes == pytest.approx(65.2e9, rel=0.01)
     scheme = {"quant_method": "fp8", "ignore": ["re:.*mlp.*", "model.layers.1.self_attn*"]}
     llama = LlamaConfig(**{**SMALL, "num_hidden_layers": 12}, num_key_value_heads=4, quantization_config=scheme)
     attention, mlp = 4 * 64 * 64, 3 * 64 * 96
-    assert TargetSize.of("m", llama).body.bytes == 11 * attention + 2 * attention + 12 * 2 * mlp
+    assert TargetSize.of(llama).body.bytes == 11 * attention + 2 * attention + 12 * 2 * mlp
 
 
 @pytest.mark.parametrize(("algorithm", "each"), [("FP8", 1.0), ("NVFP4", 0.5625)])
@@ -312,4 +313,4 @@ def test_modelopt_tells_its_scheme_beside_the_config(algorithm, each, tmp_path):
     LlamaConfig(**SMALL, num_key_value_heads=2).save_pretrained(tmp_path)
     told = {"quantization": {"quant_algo": algorithm, "exclude_modules": ["lm_head"]}}
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(told))
-    assert TargetSize.of("m", target_config(str(tmp_path))).weight_bytes == each
+    assert Quantisation.of(target_config(str(tmp_path)), "bf16").weight_bytes == each

@@ -63,7 +63,7 @@ def eagle3(hidden: int, wide: int, heads: int, vocabulary: int, taps: tuple[int,
 
 
 def minimax(machine: str, correlation: float = 0.0) -> RooflineCosts:
-    target = TargetSize.of("m", target_config("MiniMaxAI/MiniMax-M2.7"))
+    target = TargetSize.of(target_config("MiniMaxAI/MiniMax-M2.7"))
     draft = eagle3(3072, 6144, 48, 200064, (2, 31, 59), 5e6)
     return RooflineCosts(preset(machine), target, METHODS["eagle3"].size(draft), correlation)
 
@@ -81,7 +81,7 @@ def llama_8b() -> RooflineCosts:
         tie_word_embeddings=False,
     )
     draft = METHODS["eagle3"].size(eagle3(4096, 14336, 32, 128256, (2, 16, 29), 5e5))
-    return RooflineCosts(preset("h100-1"), TargetSize.of("llama", config), draft)
+    return RooflineCosts(preset("h100-1"), TargetSize.of(config), draft)
 
 
 def test_a_chain_walks_the_text_as_decoding_does():

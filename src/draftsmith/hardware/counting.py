@@ -20,17 +20,17 @@ class Mass(NamedTuple):
         return Mass(self.parameters + parameters, self.bytes + parameters * bytes_each)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Counts:
     embedding: Mass  # looked up: the tokens', and where a model has them those of its layers
     head: Mass  # multiplied with, stored apart or tied
     tied: bool
-    routed: Mass  # all experts of all layers that a router chooses from
-    body: Mass  # everything else; each token passes it
+    routed: Mass  # all experts of all layers that a router chooses from; nothing for a dense model
+    body: Mass  # everything else, each token passes it: attention, dense MLPs, shared experts, routers
     experts: int  # of a sparse layer
     sparse_layers: int
     rows: tuple[float, ...]  # values that a token leaves in the cache, by layer
-    assumption: str | None = None
+    assumption: str | None = None  # what could not be counted
 
 
 _KNOWN: dict[str, Counts] = {}  # by config, scheme and dtype: a command sizes the same target many times

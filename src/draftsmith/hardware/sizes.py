@@ -7,56 +7,34 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from draftsmith.hardware.counting import Mass, count
+from draftsmith.hardware.counting import Counts, count
 from draftsmith.hardware.quantisation import BYTES, Quantisation
 from draftsmith.targets.configs import EXPERTS_PER_TOKEN, first_of, layer_types, value_of
 
 STATE_BYTES = 4.0  # engines keep the states of linear attention and Mamba layers in fp32
 
 
-@dataclass(frozen=True)
-class TargetSize:
+@dataclass(frozen=True, kw_only=True)
+class TargetSize(Counts):
     """A decoder-only transformer. `Mass` is parameters and bytes of all layers together."""
 
-    name: str
     layers: int
     hidden: int
-    vocab: int
-    embedding: Mass  # looked up
-    head: Mass
-    body: Mass  # of the layers, what every token passes: attention, dense MLPs, shared experts, routers
-    routed: Mass  # all routed experts; nothing for a dense model
-    experts: int  # of a sparse layer
     experts_per_token: int
-    sparse_layers: int
     cache: tuple[tuple[float, float], ...]  # by layer: bytes of one token, most tokens held
     state_bytes: float  # of a sequence, however long
-    weight_bytes: float  # of a layer's weights
-    tied: bool
-    assumption: str | None = None  # what could not be counted
 
     @classmethod
-    def of(cls, name: str, config: Any, dtype: str = "bf16") -> "TargetSize":
-        quantisation = Quantisation.of(config, dtype)
-        c, counts = config.get_text_config(), count(config, quantisation)
+    def of(cls, config: Any, dtype: str = "bf16") -> "TargetSize":
+        c, counts = config.get_text_config(), count(config, Quantisation.of(config, dtype))
         windows = [_window(c, kind) for kind in layer_types(c)]
         return cls(
-            name=name,
+            **vars(counts),
             layers=len(windows),
             hidden=c.hidden_size,
-            vocab=c.vocab_size,
-            embedding=counts.embedding,
-            head=counts.head,
-            body=counts.body,
-            routed=counts.routed,
-            experts=counts.experts,
             experts_per_token=min(counts.experts, first_of(c, EXPERTS_PER_TOKEN) or 1),
-            sparse_layers=counts.sparse_layers,
             cache=tuple((row * BYTES[dtype], most) for row, most in zip(counts.rows, windows, strict=True)),
             state_bytes=_state_bytes(c),
-            weight_bytes=quantisation.weight_bytes,
-            tied=counts.tied,
-            assumption=counts.assumption,
         )
 
     @property

@@ -37,7 +37,7 @@ def draft_size(run: Run, config: DraftConfig) -> DraftSize:
 
 
 def target_size(run: Run) -> TargetSize:
-    return TargetSize.of(run.recipe.target.model, run.target_config, run.recipe.target.dtype)
+    return TargetSize.of(run.target_config, run.recipe.target.dtype)
 
 
 def roofline(run: Run, machine: Machine, correlation: float = 0.0) -> RooflineCosts:

@@ -95,7 +95,7 @@ def taps_for(layers: int) -> list[int] | None:
 def planned(recipe: Recipe, facts: Facts, machine: Machine) -> Plan:
     method = METHODS[recipe.draft.method]
     draft = method.config(recipe.draft, facts.text, facts.text.num_hidden_layers, recipe.vocab.size)
-    target = TargetSize.of(facts.model, facts.config, recipe.target.dtype)
+    target = TargetSize.of(facts.config, recipe.target.dtype)
     return plan(recipe, RooflineCosts(machine, target, method.size(draft)), machine, target, draft)
 
 

@@ -139,7 +139,7 @@ class Run:
         settings, card = self.recipe.target, resolve_device(device)
         if (room := card_room(card)) is None:
             return
-        needed = TargetSize.of(settings.model, self.target_config, settings.dtype).bytes
+        needed = TargetSize.of(self.target_config, settings.dtype).bytes
         if needed > room[0]:
             raise TargetError(
                 f"target.model: {settings.model} has {needed / 1e9:.1f} GB of weights in {settings.dtype}, and "
