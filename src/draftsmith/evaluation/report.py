@@ -5,7 +5,6 @@ Words come from the template `report.html`, which says in one line where a stage
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -17,11 +16,11 @@ from draftsmith.core import run_files
 from draftsmith.core.files import write_atomic
 from draftsmith.core.history import recipe_that_ran, results_of
 from draftsmith.core.progress import short_duration
-from draftsmith.core.recipe import EngineName, Recipe
+from draftsmith.core.recipe import EngineName
 from draftsmith.core.recipe_file import dump_recipe, load_recipe
 from draftsmith.core.records.base import Record
 from draftsmith.core.records.data import CompletionsSummary, Coverage, PromptsSummary, Timing
-from draftsmith.core.records.evaluation import Acceptance, Results, Speed
+from draftsmith.core.records.evaluation import Acceptance, Speed
 from draftsmith.core.records.run import Manifest, Provenance
 from draftsmith.core.records.training import MetricsRow, StepTiming, TrainingSummary
 from draftsmith.core.run_files import RunFiles
@@ -51,41 +50,23 @@ def _rows(kind: type[R], path: Path) -> list[R]:
     return list(kind.read_rows(path)) if path.exists() else []
 
 
-@dataclass(frozen=True)
 class Findings:
     """What a run directory holds; None of a stage that has not run."""
 
-    files: RunFiles
-    recipe: Recipe | None
-    manifest: Manifest | None
-    prompts: PromptsSummary | None
-    completions: CompletionsSummary | None
-    timing: Timing | None
-    coverage: Coverage | None
-    metrics: list[MetricsRow]
-    step_timing: list[StepTiming]
-    training: TrainingSummary | None
-    results: Results | None
-    elsewhere: list[Results]
-    """What other engines measured."""
-
-    @classmethod
-    def of(cls, run: RunFiles) -> "Findings":
+    def __init__(self, run: RunFiles):
         found = results_of(run)
-        return cls(
-            run,
-            recipe_that_ran(run, load_recipe(run.recipe)) if run.recipe.exists() else None,
-            Manifest.found(run.manifest),
-            PromptsSummary.found(run.training_prompts.parent / run_files.SUMMARY),
-            CompletionsSummary.found(run.completions / run_files.SUMMARY),
-            Timing.found(run.completions / run_files.TIMING),
-            Coverage.found(run.coverage),
-            _rows(MetricsRow, run.train / run_files.METRICS),
-            _rows(StepTiming, run.train / run_files.STEP_TIMING),
-            TrainingSummary.found(run.train / run_files.SUMMARY),
-            found.pop("embedded", None),
-            list(found.values()),
-        )
+        self.files = run
+        self.recipe = recipe_that_ran(run, load_recipe(run.recipe)) if run.recipe.exists() else None
+        self.manifest = Manifest.found(run.manifest)
+        self.prompts = PromptsSummary.found(run.stage("prompts") / run_files.SUMMARY)
+        self.completions = CompletionsSummary.found(run.completions / run_files.SUMMARY)
+        self.timing = Timing.found(run.completions / run_files.TIMING)
+        self.coverage = Coverage.found(run.coverage)
+        self.metrics = _rows(MetricsRow, run.train / run_files.METRICS)
+        self.step_timing = _rows(StepTiming, run.train / run_files.STEP_TIMING)
+        self.training = TrainingSummary.found(run.train / run_files.SUMMARY)
+        self.results = found.pop("embedded", None)
+        self.elsewhere = list(found.values())  # what other engines measured
 
     @property
     def target(self) -> str:
@@ -220,7 +201,7 @@ def environment() -> Environment:
 
 def write_report(files_of_run: RunFiles, tokenizer: Any, serve: Mapping[EngineName, str]) -> Path:
     """Write report.html; sections whose stage has not run say so. `serve`: see `next_steps`."""
-    run = Findings.of(files_of_run)
+    run = Findings(files_of_run)
     rows = sample_completions(read_completions(run.files.completions), ANSWERS, run.recipe.seed if run.recipe else 0)
     page = environment().from_string((files("draftsmith.evaluation") / "report.html").read_text("utf-8"))
     entries = run.results.acceptance if run.results else []
