@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from markupsafe import Markup
 
@@ -20,8 +20,6 @@ from draftsmith.evaluation.plots import interval_plot, line_plot
 PROMPT_END_CHARACTERS = 400
 MASK_TOKENS = 500
 PLOT_POINTS = 300
-
-T = TypeVar("T")
 
 
 def setting(entry: Acceptance) -> str:
@@ -135,46 +133,27 @@ def loss_mask(rows: Sequence[Completion], tokenizer: Any, vocabulary_file: Path)
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-def thin(rows: Sequence[T]) -> Sequence[T]:
-    return rows[:: math.ceil(len(rows) / PLOT_POINTS) or 1]
-
-
 def training_plots(metrics: Sequence[MetricsRow], timing: Sequence[StepTiming]) -> list[Markup]:
-    rows = thin([row for row in metrics if row.loss is not None])
-    held_out = [row for row in metrics if row.held_out]
-    return [*step_plots(rows), *held_out_plots(held_out), *throughput_plots(timing)]
-
-
-def step_plots(rows: Sequence[MetricsRow]) -> list[Markup]:
-    if not rows:
-        return []
-    steps = [row.step for row in rows]
-    alphas = {f"depth {d + 1}": (steps, [(r.alpha or [])[d] for r in rows]) for d in range(len(rows[0].alpha or []))}
-    losses = {"loss": (steps, [row.loss or 0.0 for row in rows])}
-    return [
-        line_plot("Training loss", ("optimiser step", "loss"), losses),
-        line_plot("Acceptance per depth while training", ("optimiser step", "alpha"), alphas, from_zero=True),
-    ]
-
-
-def held_out_plots(rows: Sequence[MetricsRow]) -> list[Markup]:
-    found = [(row.step, row.held_out.tau) for row in rows if row.held_out]
-    if not found:
-        return []
-    steps = [step for step, _ in found]
-    taus = {f"chain of {length}": (steps, [tau[length] for _, tau in found]) for length in found[0][1]}
-    return [line_plot("tau on held-out completions", ("optimiser step", "tau"), taus)]
-
-
-def throughput_plots(timing: Sequence[StepTiming]) -> list[Markup]:
-    """About sixty stretches: single steps vary with their packing."""
-    width = math.ceil(len(timing) / 60) or 1
-    stretches = [timing[i : i + width] for i in range(0, len(timing), width)]
-    if not stretches:
-        return []
-    rates = [sum(r.tokens for r in stretch) / sum(r.seconds for r in stretch) for stretch in stretches]
-    points = ([stretch[-1].step for stretch in stretches], rates)
-    return [line_plot("Throughput", ("optimiser step", "tokens/s"), {"tokens/s": points}, from_zero=True)]
+    plots: list[Markup] = []
+    logged = [row for row in metrics if row.loss is not None]
+    if rows := logged[:: math.ceil(len(logged) / PLOT_POINTS) or 1]:
+        steps, depths = [row.step for row in rows], range(len(rows[0].alpha or []))
+        losses = {"loss": (steps, [row.loss or 0.0 for row in rows])}
+        alphas = {f"depth {d + 1}": (steps, [(row.alpha or [])[d] for row in rows]) for d in depths}
+        plots += [
+            line_plot("Training loss", ("optimiser step", "loss"), losses),
+            line_plot("Acceptance per depth while training", ("optimiser step", "alpha"), alphas, from_zero=True),
+        ]
+    if held_out := [(row.step, row.held_out.tau) for row in metrics if row.held_out]:
+        steps = [step for step, _ in held_out]
+        taus = {f"chain of {length}": (steps, [tau[length] for _, tau in held_out]) for length in held_out[0][1]}
+        plots.append(line_plot("tau on held-out completions", ("optimiser step", "tau"), taus))
+    width = math.ceil(len(timing) / 60) or 1  # about sixty stretches: single steps vary with their packing
+    if stretches := [timing[i : i + width] for i in range(0, len(timing), width)]:
+        rates = [sum(row.tokens for row in stretch) / sum(row.seconds for row in stretch) for stretch in stretches]
+        speeds = {"tokens/s": ([stretch[-1].step for stretch in stretches], rates)}
+        plots.append(line_plot("Throughput", ("optimiser step", "tokens/s"), speeds, from_zero=True))
+    return plots
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------------
