@@ -66,10 +66,12 @@ def conversations(rows: Sequence[PromptCounts]) -> list[PromptCounts]:
     turns: dict[str, list[PromptCounts]] = defaultdict(list)
     for row in rows:
         turns[row.id].append(row)
-    return [turn[0] if len(turn) == 1 else _sum(turn) for turn in turns.values()]
+    return [turn[0] if len(turn) == 1 else total(turn) for turn in turns.values()]
 
 
-def _sum(turns: Sequence[PromptCounts]) -> PromptCounts:
+def total(turns: Sequence[PromptCounts]) -> PromptCounts:
+    """Their counts together, under the name of the first."""
+
     def by_depth(name: str) -> list[int]:
         return [sum(counts) for counts in zip_longest(*(getattr(turn, name) for turn in turns), fillvalue=0)]
 
@@ -126,11 +128,7 @@ def summarise(
         return bootstrap_tau([r.accepted for r in rows], [r.steps for r in rows])
 
     categories = sorted({row.category for row in rows})
-    reached = [sum(row.reached[d] for row in rows) for d in range(shape.steps)]
-    hits = [sum(row.accepted_at[d] for row in rows) for d in range(shape.steps)]
-    tokens = sum(row.tokens for row in rows)
-    with_loops_steps = sum(row.steps + row.looping_steps for row in rows)
-    with_loops_accepted = sum(row.accepted + row.looping_accepted for row in rows)
+    every = total(rows)
     by_category = {name: tau([row for row in rows if row.category == name]) for name in categories}
     known = [value.tau for value in by_category.values() if value.tau is not None]
     edges = sorted({edge for row in rows for edge in row.by_context})
@@ -143,11 +141,11 @@ def summarise(
         by_category=by_category,
         macro=sum(known) / len(known) if known else None,
         by_context={edge: bootstrap_tau([a for a, _ in p], [n for _, n in p]) for edge, p in pairs.items()},
-        longest_context=max((row.context for row in rows), default=0),
-        acceptance_by_depth=[h / n if n else None for h, n in zip(hits, reached, strict=True)],
-        looping_share=sum(row.looping_tokens for row in rows) / max(1, tokens),
-        tau_with_loops=1 + with_loops_accepted / max(1, with_loops_steps),
-        tokens=tokens,
+        longest_context=every.context,
+        acceptance_by_depth=[h / n if n else None for h, n in zip(every.accepted_at, every.reached, strict=True)],
+        looping_share=every.looping_tokens / max(1, every.tokens),
+        tau_with_loops=1 + (every.accepted + every.looping_accepted) / max(1, every.steps + every.looping_steps),
+        tokens=every.tokens,
         prompts=list(rows),
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 from draftsmith.core.records.evaluation import Acceptance, PromptCounts
 from draftsmith.core.shape import DraftSampling, Shape
 from draftsmith.decoding.generation import Generation
-from draftsmith.evaluation.acceptance import count, summarise
+from draftsmith.evaluation.acceptance import count, summarise, total
 from draftsmith.evaluation.asking import Question
 from draftsmith.evaluation.lossless import first_difference
 
@@ -64,7 +64,7 @@ def compare_engines(
             f"{engine} accepts tau {tau:.2f} where the trained draft has {trained:.2f} "
             f"(noise {agreement.tolerance:.2f}): it reads the directory differently"
         )
-    for depth, (a, b, noise) in enumerate(_by_depth(others, own, shape.steps), 1):
+    for depth, (a, b, noise) in enumerate(_by_depth(others, own), 1):
         if abs(a - b) > noise:
             agreement.problems.append(
                 f"at depth {depth} {engine} accepts {a:.0%} where the trained draft has {b:.0%} (noise {noise:.0%})"
@@ -85,18 +85,12 @@ def _noise(ours: Sequence[PromptCounts], theirs: Sequence[PromptCounts]) -> floa
     return max(LEAST_NOISE, NOISE * float(difference.std(ddof=1)) / len(difference) ** 0.5)
 
 
-def _by_depth(
-    theirs: Sequence[PromptCounts], ours: Sequence[PromptCounts], steps: int
-) -> list[tuple[float, float, float]]:
+def _by_depth(theirs: Sequence[PromptCounts], ours: Sequence[PromptCounts]) -> list[tuple[float, float, float]]:
     """(engine's acceptance, embedded one's, noise of their difference) of every depth that both reached."""
-    rows = []
-    for depth in range(steps):
-        counts = [
-            (sum(r.accepted_at[depth] for r in side), sum(r.reached[depth] for r in side)) for side in (theirs, ours)
-        ]
-        if not all(reached for _, reached in counts):
+    rows, them, us = [], total(theirs), total(ours)
+    for a, n, b, m in zip(them.accepted_at, them.reached, us.accepted_at, us.reached, strict=True):
+        if not (n and m):
             break
-        (a, n), (b, m) = counts
         pooled = (a + b) / (n + m)
         noise = max(LEAST_NOISE, NOISE * (pooled * (1 - pooled) * (1 / n + 1 / m)) ** 0.5)
         rows.append((a / n, b / m, noise))
