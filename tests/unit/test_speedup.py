@@ -3,9 +3,11 @@
 import json
 import math
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from draftsmith.core.errors import RecipeError
 from draftsmith.core.records.evaluation import Acceptance, Tau
@@ -24,7 +26,7 @@ from draftsmith.hardware.accept_length import (
     published,
 )
 from draftsmith.hardware.cost_model import GRID, MeasuredCosts, RooflineCosts, interpolate, paying_batches, predict
-from draftsmith.hardware.interconnect import SIZES, all_reduce_latency, in_words
+from draftsmith.hardware.interconnect import SIZES, all_reduce_latency, in_words, topology
 from draftsmith.hardware.predict import advice, candidate_shapes, heat_map, page, predict_all, where_it_pays
 from draftsmith.hardware.presets import PRESETS, preset
 from draftsmith.hardware.sizes import TargetSize
@@ -287,3 +289,12 @@ def test_topology_is_told_by_its_worst_pair():
     assert in_words([link, link.model_copy(update={"nvlink": False, "peer_access": False})]).startswith(
         "PCIe, through the host"
     )
+
+
+def test_a_machine_without_gpus_needs_no_driver(monkeypatch):
+    def no_driver():
+        raise RuntimeError("NVML Shared Library Not Found")
+
+    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(nvmlInit=no_driver))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert topology() == []

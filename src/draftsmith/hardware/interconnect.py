@@ -14,6 +14,13 @@ SIZES = tuple(4096 * 4**i for i in range(5))  # 4 KB to 1 MB
 ROUNDS = 30
 
 
+def clock(device: torch.device) -> float:
+    """Seconds, with all work of the device done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def _worker(rank: int, processes: int, backend: str, directory: str) -> None:
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
@@ -21,12 +28,6 @@ def _worker(rank: int, processes: int, backend: str, directory: str) -> None:
     else:
         torch.set_num_threads(1)
     dist.init_process_group(backend, init_method=f"file://{directory}/meet", rank=rank, world_size=processes)
-
-    def synchronised() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     lines = []
     for size in SIZES:
         data = torch.ones(size // 2, dtype=torch.bfloat16, device=device)
@@ -34,9 +35,9 @@ def _worker(rank: int, processes: int, backend: str, directory: str) -> None:
             dist.all_reduce(data)
         seconds = []
         for _ in range(ROUNDS):
-            started = synchronised()
+            started = clock(device)
             dist.all_reduce(data)
-            seconds.append(synchronised() - started)
+            seconds.append(clock(device) - started)
         lines.append(f"{size} {sorted(seconds)[ROUNDS // 2]}")
     if rank == 0:
         Path(directory, "times").write_text("\n".join(lines))
@@ -59,7 +60,7 @@ def topology() -> list[Link]:
     """How each pair of GPUs is joined."""
     gpus = torch.cuda.device_count()
     pairs = [(i, j) for i in range(gpus) for j in range(i + 1, gpus)]
-    linked = _nvlink_pairs(pairs)
+    linked = _nvlink_pairs(pairs) if pairs else None  # without a GPU there may be no driver to ask
     return [
         Link(pair=(i, j), peer_access=torch.cuda.can_device_access_peer(i, j), nvlink=linked[i, j] if linked else None)
         for i, j in pairs

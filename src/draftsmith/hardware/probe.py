@@ -43,22 +43,16 @@ SERVER_ROUNDS = 3
 KERNELS_PER_LAYER = 12  # launched one by one; served engines replay graphs, as presets.LAYER_S has it
 
 
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def _medians(work: Sequence[Callable[[], object]], device: torch.device, rounds: int, what: str) -> list[float]:
     """Median seconds of each piece. They take turns, so that a busy moment of the machine hits all of them alike."""
     seconds: list[list[float]] = [[] for _ in work]
     with Meter(what, rounds * len(work), "pieces") as meter:
         for number in range(rounds + 1):
             for piece, spent in zip(work, seconds, strict=True):
-                started = _clock(device)
+                started = interconnect.clock(device)
                 piece()
                 if number:  # the first round warms up
-                    spent.append(_clock(device) - started)
+                    spent.append(interconnect.clock(device) - started)
                     meter.advance(1)
     return [statistics.median(spent) for spent in seconds]
 
