@@ -93,7 +93,7 @@ def as_on_cuda(by_flash: bool = True) -> Iterator[None]:
 
     with (
         mock.patch.object(flash, "takes", lambda query: by_flash and query.dtype == torch.bfloat16),
-        mock.patch.object(layers.RMSNorm, "forward", lambda self, x: KeptByCuda.apply(x, self.weight)),
+        mock.patch.object(torch.nn.RMSNorm, "forward", lambda self, x: KeptByCuda.apply(x, self.weight)),
         mock.patch.object(layers, "gated", KeptByCuda.apply),
         mock.patch.object(objectives, "weighted", weighted),
         mock.patch.object(objectives, "accepted", lambda logits, p, rows: rows.new_empty(len(rows), dtype=torch.float)),

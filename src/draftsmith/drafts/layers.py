@@ -13,18 +13,6 @@ from draftsmith.core.files import JsonObject
 from draftsmith.drafts.fusion import fused
 
 
-class RMSNorm(nn.Module):
-    """Plain RMSNorm with gain `weight` (not 1 + weight, as Gemma has)."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-
-
 class SwiGLU(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -80,16 +68,9 @@ def rope_frequencies(head_dim: int, theta: float, scaling: JsonObject | None, co
     return frequencies.double(), gain
 
 
-def rope_table(positions: Tensor, frequencies: Tensor, gain: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., 1, D] for integer positions [...] (half-split layout, as Llama in transformers)."""
-    angle = positions[..., None].double() * frequencies.to(positions.device, non_blocking=True)
-    angle = torch.cat([angle, angle], dim=-1)[..., None, :]
-    return (angle.cos() * gain).to(dtype), (angle.sin() * gain).to(dtype)
-
-
 @fused
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of x [..., N, D]."""
+    """Rotary embedding of x [..., N, D] by (cos, sin) [..., 1, D], half-split as Llama in transformers."""
     cos, sin = table
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin

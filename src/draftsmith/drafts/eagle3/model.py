@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from draftsmith.core.files import JsonObject
-from draftsmith.drafts.layers import Attention, RMSNorm, SwiGLU, rope_frequencies, rope_table, rotate
+from draftsmith.drafts.layers import Attention, SwiGLU, rope_frequencies, rotate
 from draftsmith.drafts.method import Draft, DraftConfig
 
 
@@ -35,12 +35,12 @@ class Eagle3Config(DraftConfig):
 class DraftLayer(nn.Module):
     def __init__(self, config: Eagle3Config):
         super().__init__()
-        size, eps = config.hidden_size, config.rms_norm_eps
+        size, eps = config.hidden_size, config.rms_norm_eps  # a norm's gain is its weight, not 1 + weight as in Gemma
         self.self_attn = Attention(size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         self.mlp = SwiGLU(size, config.intermediate_size)
-        self.input_layernorm = RMSNorm(size, eps)  # over the embedding
-        self.hidden_norm = RMSNorm(size, eps)  # over the feature
-        self.post_attention_layernorm = RMSNorm(size, eps)
+        self.input_layernorm = nn.RMSNorm(size, eps)  # over the embedding
+        self.hidden_norm = nn.RMSNorm(size, eps)  # over the feature
+        self.post_attention_layernorm = nn.RMSNorm(size, eps)
 
 
 class DraftCache:
@@ -74,12 +74,12 @@ class Eagle3Draft(Draft):
         self.config = config
         size, taps, tap_size = config.hidden_size, len(config.taps), config.tap_size
         if config.norm_before_fc:
-            self.input_norm = RMSNorm(taps * tap_size, config.rms_norm_eps)
+            self.input_norm = nn.RMSNorm(taps * tap_size, config.rms_norm_eps)
         if config.fc_norm:
-            self.fc_norm = nn.ModuleList([RMSNorm(tap_size, config.rms_norm_eps) for _ in range(taps)])
+            self.fc_norm = nn.ModuleList([nn.RMSNorm(tap_size, config.rms_norm_eps) for _ in range(taps)])
         self.fc = nn.Linear(taps * tap_size, size, bias=False)
         self.midlayer = DraftLayer(config)
-        self.norm = RMSNorm(size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(size, config.rms_norm_eps)
         self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
 
     @torch.no_grad()
@@ -110,7 +110,10 @@ class Eagle3Draft(Draft):
 
     def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin [..., 1, head_dim] at positions [...]."""
-        return rope_table(positions, *self._rope, dtype)
+        frequencies, gain = self._rope
+        angle = positions[..., None].double() * frequencies.to(positions.device, non_blocking=True)
+        angle = torch.cat([angle, angle], dim=-1)[..., None, :]
+        return (angle.cos() * gain).to(dtype), (angle.sin() * gain).to(dtype)
 
     def fuse(self, taps: Tensor) -> Tensor:
         """Features [..., H] from the target's taps [..., K, H]."""
