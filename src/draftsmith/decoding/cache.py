@@ -21,26 +21,19 @@ class StaticCache:
         self.capacity, self.most = capacity, most
         self.keys: list[Tensor] = []  # per layer [B, N, L, D]
         self.values: list[Tensor] = []
-        self._write: tuple[Any, ...] = ()
-        self._visible_length = 0
+        self._rows: Tensor | slice = slice(None)
+        self._columns: Tensor | slice = slice(0)
+        self._visible_length: int | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._visible_length  # asked for by `transformers` only where no position ids are given
+        return self._visible_length or 0  # asked for by `transformers` only where no position ids are given
 
-    def write_packed(self, rows_T: Tensor, columns_T: Tensor) -> None:
-        """The next forward is packed: token i goes to [rows[i], columns[i]] and attention sees only the pack."""
-        self._write = ("packed", rows_T, columns_T)
+    def write(self, rows: Tensor | slice, columns: Tensor | slice, visible_length: int | None) -> None:
+        """Where the next forward's tokens go: [rows, columns] as indices of [B, L].
 
-    def write_slice(self, start: int, width: int) -> None:
-        """The next forward adds `width` tokens at column `start` of every sequence."""
-        self._write = ("slice", start, width)
-        self._visible_length = start + width
-
-    def write_ragged(self, columns_BW: Tensor, visible_length: int) -> None:
-        """The next forward adds W tokens to every sequence, at its own columns."""
-        rows = torch.arange(self.batch_size, device=columns_BW.device)[:, None].expand_as(columns_BW)
-        self._write = ("ragged", rows, columns_BW)
-        self._visible_length = visible_length
+        Attention then sees the first `visible_length` columns of every sequence; None: only what the forward brings.
+        """
+        self._rows, self._columns, self._visible_length = rows, columns, visible_length
 
     def reserve(self, length: int) -> None:
         """Make room for `length` columns."""
@@ -78,15 +71,9 @@ class StaticCache:
             self.keys.append(key.new_zeros(*shape, key.shape[3]))
             self.values.append(value.new_zeros(*shape, value.shape[3]))
         keys, values = self.keys[layer_idx], self.values[layer_idx]
-        kind, where, what = self._write
-        if kind == "slice":
-            keys[:, :, where : where + what] = key
-            values[:, :, where : where + what] = value
-        elif kind == "packed":
-            keys[where, :, what] = key[0].transpose(0, 1)
-            values[where, :, what] = value[0].transpose(0, 1)
+        for buffer, new in ((keys, key), (values, value)):
+            # Tensors as indices bring the columns before the heads, slices leave them behind.
+            buffer[self._rows, :, self._columns] = new.transpose(1, 2) if isinstance(self._columns, Tensor) else new
+        if self._visible_length is None:
             return key, value
-        else:
-            keys[where, :, what] = key.transpose(1, 2)
-            values[where, :, what] = value.transpose(1, 2)
         return keys[:, :, : self._visible_length], values[:, :, : self._visible_length]

@@ -269,7 +269,7 @@ class LocalTarget(ModelParts):
             torch.tensor(rows, device=self.device), torch.tensor(lengths, device=self.device)
         )
         cache.reserve(max(lengths))
-        cache.write_packed(row_index, columns)
+        cache.write(row_index, columns, None)
         ids = torch.tensor([i for p in prompts for i in p], device=self.device)[None]
         tapped, last = self._forward(ids, columns[None], cache, PackedPlan(lengths), taps)
         return tapped[0], last[0]
@@ -287,7 +287,7 @@ class LocalTarget(ModelParts):
             return self.library.verify(cache, length, ids, depths, taps)
         width = len(ids)
         cache.reserve(length + width)
-        cache.write_slice(length, width)
+        cache.write(slice(None), slice(length, length + width), length + width)
         positions = (depths + length).to(self.device)
         key_positions = torch.cat([torch.arange(length, device=self.device), positions])
         past = torch.ones(width, length, dtype=torch.bool, device=self.device)
@@ -434,7 +434,7 @@ class LocalTarget(ModelParts):
         lengths_B = lengths.to(self.device)
         visible_length = int(lengths.max()) + 1
         cache.reserve(visible_length)
-        cache.write_ragged(lengths_B[:, None], visible_length)
+        cache.write(torch.arange(len(lengths), device=self.device)[:, None], lengths_B[:, None], visible_length)
         columns = torch.arange(visible_length, device=self.device)
         plan = MaskedPlan(
             (columns[None] <= lengths_B[:, None])[:, None],
