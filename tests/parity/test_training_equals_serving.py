@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from draftsmith.core.records.data import Completion
+from draftsmith.decoding.cache import StaticCache
 from draftsmith.drafts.eagle3 import chain_attention
-from draftsmith.drafts.eagle3.model import DraftCache, Eagle3Config, Eagle3Draft
+from draftsmith.drafts.eagle3.model import Eagle3Config, Eagle3Draft
 from draftsmith.drafts.eagle3.ttt import ttt_outputs
 from draftsmith.drafts.packing import make_pack
 
@@ -77,13 +78,13 @@ def test_every_step_of_every_chain(options, attention_path):
         row = 0
         for segment in pack.segments:
             for chain in range(segment.first, segment.last):
-                cache = DraftCache(draft.config, 8, torch.float32, torch.device("cpu"))
+                cache = StaticCache(1, 8)
                 prefix = torch.arange(segment.document, chain + 1)
                 feature = draft.fuse(taps[prefix])
                 count = len(prefix)
                 visible = torch.ones(count, count, dtype=torch.bool).tril()
                 out = draft.step(
-                    embeddings[pack.ids_T[prefix + 1]], feature, prefix - segment.document, cache, visible
+                    embeddings[pack.ids_T[prefix + 1]], feature, prefix - segment.document, cache, 0, visible
                 )[-1:]
                 for step in range(STEPS):
                     if chain + 2 + step >= segment.last + 2:
@@ -92,7 +93,7 @@ def test_every_step_of_every_chain(options, attention_path):
                     checked += 1
                     following = chain + 2 + step
                     position = torch.tensor([chain + 1 + step - segment.document])
-                    out = draft.step(embeddings[pack.ids_T[following]][None], out, position, cache, None)
+                    out = draft.step(embeddings[pack.ids_T[following]][None], out, position, cache, count + step, None)
                 row += 1
     assert checked > 100
 

@@ -17,11 +17,11 @@ from draftsmith import cli
 from draftsmith.commands.inspect import page as describe
 from draftsmith.core.errors import CheckpointError
 from draftsmith.core.shape import Shape
+from draftsmith.decoding.cache import StaticCache
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.speculate import Decoder
 from draftsmith.drafts.directories import inspect_draft, load_draft, ready_draft
 from draftsmith.drafts.eagle3.config_file import IDS
-from draftsmith.drafts.eagle3.model import DraftCache
 from draftsmith.evaluation.profile import walks_of
 
 H, INNER, HEADS, KV, HEAD, V, D = 32, 40, 4, 2, 8, 64, 40
@@ -157,9 +157,8 @@ def test_a_scaled_rope_is_that_of_transformers(write, kind, place):
     assert gain == rotary.attention_scaling
     draft.midlayer.self_attn.q_proj.weight *= 200  # attention sharp enough for positions to matter
     embeds, features = rows(width, H), rows(width + 1, H)[1:]
-    cache = DraftCache(draft.config, width, torch.float32, torch.device("cpu"))
     visible = torch.ones(width, width, dtype=torch.bool).tril()
-    ours = draft.step(embeds, features, torch.arange(width), cache, visible)
+    ours = draft.step(embeds, features, torch.arange(width), StaticCache(1, width), 0, visible)
     assert (ours - forward_of_transformers(draft, rotary, embeds, features)).abs().max() < 1e-3
     plain = rotary_of({"rope_type": "default"})
     assert (ours - forward_of_transformers(draft, plain, embeds, features)).abs().max() > 0.1

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from draftsmith.core.shape import Shape
+from draftsmith.decoding.cache import StaticCache
 from draftsmith.decoding.products import pack_weights
 from draftsmith.decoding.tree import DraftTree, Take, first_choices, grow_tree
-from draftsmith.drafts.eagle3.model import DraftCache, Eagle3Draft
+from draftsmith.drafts.eagle3.model import Eagle3Draft
 
 
 class Eagle3Drafter:
@@ -23,7 +24,7 @@ class Eagle3Drafter:
         self.start()
 
     def start(self) -> None:
-        self._cache = DraftCache(self.draft.config, 256, self.dtype, self.device)
+        self._cache = StaticCache(1, 256)  # rows beyond `_verified` are of guesses
         self._verified = 0
         self._output: Tensor | None = None
 
@@ -33,20 +34,18 @@ class Eagle3Drafter:
     @torch.inference_mode()
     def extend(self, taps_WKH: Tensor, next_ids: list[int]) -> None:
         width, start = len(next_ids), self._verified
-        self._cache.length = start  # drops the rows of the guesses
         positions = torch.arange(start, start + width, device=self.device)
         visible = None
         if width > 1:
             visible = torch.arange(start + width, device=self.device)[None] <= positions[:, None]
         features = self.draft.fuse(taps_WKH.to(self.dtype))
-        self._output = self.draft.step(self._embed(next_ids), features, positions, self._cache, visible)[-1:]
+        self._output = self.draft.step(self._embed(next_ids), features, positions, self._cache, start, visible)[-1:]
         self._verified = start + width
 
     @torch.inference_mode()
     def propose(self, root: int, shape: Shape, take: Take = first_choices) -> DraftTree:
         assert self._output is not None, "extend comes first"
         k, base = shape.topk, self._verified
-        self._cache.length = base  # a tree proposed before is forgotten
         outputs = self._output
         own = torch.zeros(k, 0, dtype=torch.bool, device=self.device)  # guess rows that each beam node sees
 
@@ -63,7 +62,7 @@ class Eagle3Drafter:
             if k > 1:
                 visible = torch.cat([own.new_ones(k, base), own], dim=1)
             positions = torch.full((k,), base + step, device=self.device)
-            outputs = self.draft.step(self._embed(tokens), features, positions, self._cache, visible)
+            outputs = self.draft.step(self._embed(tokens), features, positions, self._cache, base + step * k, visible)
             return self.draft.logits(outputs).float()
 
         first = self.draft.logits(self._output)[0].float()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from draftsmith.core.files import JsonObject
+from draftsmith.decoding.cache import StaticCache
 from draftsmith.drafts.layers import Attention, SwiGLU, rope_frequencies, rotate
 from draftsmith.drafts.method import Draft, DraftConfig
 
@@ -41,28 +42,6 @@ class DraftLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(size, eps)  # over the embedding
         self.hidden_norm = nn.RMSNorm(size, eps)  # over the feature
         self.post_attention_layernorm = nn.RMSNorm(size, eps)
-
-
-class DraftCache:
-    """Keys and values [L, N, D] of the draft layer for one sequence; rows beyond `length` are scratch."""
-
-    def __init__(self, config: Eagle3Config, capacity: int, dtype: torch.dtype, device: torch.device):
-        shape = (capacity, config.num_key_value_heads, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.length = 0
-
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add W rows; returns views of all rows so far."""
-        end = self.length + key.shape[0]
-        if end > self.keys.shape[0]:
-            more = max(end - self.keys.shape[0], self.keys.shape[0])
-            self.keys = torch.cat([self.keys, self.keys.new_zeros(more, *self.keys.shape[1:])])
-            self.values = torch.cat([self.values, self.values.new_zeros(more, *self.values.shape[1:])])
-        self.keys[self.length : end] = key
-        self.values[self.length : end] = value
-        self.length = end
-        return self.keys[:end], self.values[:end]
 
 
 class Eagle3Draft(Draft):
@@ -133,9 +112,15 @@ class Eagle3Draft(Draft):
         return residual + layer.mlp(layer.post_attention_layernorm(residual))
 
     def step(
-        self, embeds_WH: Tensor, features_WH: Tensor, positions_W: Tensor, cache: DraftCache, visible_WL: Tensor | None
+        self,
+        embeds_WH: Tensor,
+        features_WH: Tensor,
+        positions_W: Tensor,
+        cache: StaticCache,
+        length: int,
+        visible_WL: Tensor | None,
     ) -> Tensor:
-        """Serving forward of W positions on top of the cache, to which they are added.
+        """Serving forward of W positions on top of `length` cached ones of one sequence, after which they are cached.
 
         visible_WL says which cached rows (the new ones included) each query sees; None: all of them, which is right
         for a single query. Returns the pre-norm output [W, H], the feature of the next step.
@@ -146,12 +131,12 @@ class Eagle3Draft(Draft):
         query = rotate(attn.q_proj(x).unflatten(-1, (attn.num_heads, -1)), table)
         key = rotate(attn.k_proj(x).unflatten(-1, (attn.num_kv_heads, -1)), table)
         value = attn.v_proj(x).unflatten(-1, (attn.num_kv_heads, -1))
-        keys, values = cache.append(key, value)
         width, groups = len(x), attn.num_heads // attn.num_kv_heads
+        cache.reserve(length + width)
+        cache.write(slice(None), slice(length, length + width), length + width)
+        keys, values = cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], 0)
         folded = query.view(width, attn.num_kv_heads, groups, -1).permute(1, 2, 0, 3).flatten(1, 2)
         mask = None if visible_WL is None else visible_WL.repeat(groups, 1)[None, None]
-        attended = F.scaled_dot_product_attention(
-            folded[None], keys.transpose(0, 1)[None], values.transpose(0, 1)[None], attn_mask=mask
-        )[0]
+        attended = F.scaled_dot_product_attention(folded[None], keys, values, attn_mask=mask)[0]
         attended = attended.unflatten(1, (groups, width)).permute(2, 0, 1, 3).flatten(1)
         return self.finish(features_WH, attended)
