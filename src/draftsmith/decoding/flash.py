@@ -7,7 +7,7 @@ Shapes: Q query rows and K key rows of all sequences, one after the other; S seq
 D head dimension.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,9 @@ _forward = torch.ops.aten._flash_attention_forward
 _backward = torch.ops.aten._flash_attention_backward
 
 
-@dataclass(frozen=True)
-class Sequences:
-    """Rows [starts[i], starts[i + 1]) are those of sequence i; int32 [S + 1], on the device of the rows."""
+class Sequences(NamedTuple):
+    """Rows [starts[i], starts[i + 1]) are those of sequence i; int32 [S + 1], on the device of the rows. In the order
+    of the kernel's arguments."""
 
     query_starts: Tensor
     key_starts: Tensor
@@ -43,20 +43,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(output [Q, N, D], log-sum-exp [N, Q] in fp32). With a window a query sees itself and the window - 1 before."""
     sides = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
-    out, lse, *_ = _forward(
-        query,
-        key,
-        value,
-        at.query_starts,
-        at.key_starts,
-        at.longest_query,
-        at.longest_keys,
-        0.0,
-        window is None,
-        False,
-        scale=scale,
-        **sides,
-    )
+    out, lse, *_ = _forward(query, key, value, *at, 0.0, window is None, False, scale=scale, **sides)
     return out, lse
 
 
@@ -66,20 +53,4 @@ def backward(
     """Gradients of query, key and value. `out` and `lse` may be those over more keys than are given here: then these
     are the parts of the gradients that go through the given ones."""
     unused = torch.empty(2, dtype=torch.uint64, device=query.device)  # the state of a dropout that there is none of
-    return _backward(
-        grad,
-        query,
-        key,
-        value,
-        out,
-        lse,
-        at.query_starts,
-        at.key_starts,
-        at.longest_query,
-        at.longest_keys,
-        0.0,
-        True,
-        unused,
-        unused,
-        scale=scale,
-    )
+    return _backward(grad, query, key, value, out, lse, *at, 0.0, True, unused, unused, scale=scale)
