@@ -68,15 +68,6 @@ EMBEDDED = {
 }
 
 
-def cache_dir() -> Path:
-    """Where converted models live: `$DRAFTSMITH_CACHE`, else `~/.cache/draftsmith`."""
-    return Path(os.environ.get("DRAFTSMITH_CACHE") or Path.home() / ".cache" / "draftsmith")
-
-
-def directory(name: str) -> Path:
-    return cache_dir() / name
-
-
 def check_tokenizer(name: str, tokenizer: Any) -> None:
     """Raise `TargetError` unless `tokenizer` reads plain English as the model's own BPE does."""
     count, wanted = len(tokenizer(CHECK_SENTENCE).input_ids), EMBEDDED[name].sentence_tokens
@@ -90,8 +81,10 @@ def check_tokenizer(name: str, tokenizer: Any) -> None:
 
 
 def materialise(name: str) -> Path:
-    """Directory of the converted model; converts on first use (about a minute, 1.5 GB of memory)."""
-    out, chosen = directory(name), EMBEDDED[name]
+    """Directory of the converted model in `$DRAFTSMITH_CACHE`, else `~/.cache/draftsmith`; converts on first use (about
+    a minute, 1.5 GB of memory)."""
+    out = Path(os.environ.get("DRAFTSMITH_CACHE") or Path.home() / ".cache" / "draftsmith") / name
+    chosen = EMBEDDED[name]
     if (out / "config.json").exists():
         return out
     if any(importlib.util.find_spec(module) is None for module in (chosen.module, "gguf")):
