@@ -120,7 +120,7 @@ def check_directory(report: DraftReport) -> None:
     embedding_dtype = dtypes.pop(EMBEDDING, "")
     report.taps = taps_of(config)
     maps = read_tensors(report.directory, {n for n in ("d2t", "t2d") if dtypes.get(n) in WHOLE | {"bool"}})
-    report.ids_D = _check_vocabulary(config, shapes, dtypes, maps, problems)
+    report.ids_D = _check_vocabulary(report, maps)
     report.serving = misread(config)
     problems += [*report.serving, *uncomputed(config)]
     count = config.get("num_aux_hidden_states") or (len(report.taps) if report.taps else 3)
@@ -142,7 +142,7 @@ def check_directory(report: DraftReport) -> None:
     elif report.draft:
         expected = expected_shapes(report.draft)
         fitting = {n for n, shape in expected.items() if shapes.get(n) == shape and dtypes[n] in FLOATS}
-        problems += _check_weights(shapes, dtypes, read_tensors(report.directory, fitting), expected)
+        problems += _check_weights(report, read_tensors(report.directory, fitting), expected)
 
 
 def _quantised(config: JsonObject, dtypes: dict[str, str]) -> str:
@@ -157,15 +157,10 @@ def _quantised(config: JsonObject, dtypes: dict[str, str]) -> str:
     )
 
 
-def _check_vocabulary(
-    config: JsonObject,
-    shapes: Shapes,
-    dtypes: dict[str, str],
-    maps: dict[str, Tensor],
-    problems: list[str],
-) -> Tensor | None:
+def _check_vocabulary(report: DraftReport, maps: dict[str, Tensor]) -> Tensor | None:
     """Target ids of the draft rows, or None where they cannot be known."""
-    size, vocab = config.get("draft_vocab_size"), config.get("vocab_size")
+    shapes, problems = report.shapes, report.problems
+    size, vocab = report.config.get("draft_vocab_size"), report.config.get("vocab_size")
     if "d2t" not in shapes:
         if size and size != vocab:
             problems.append(f"d2t is missing though draft_vocab_size {size} differs from vocab_size {vocab}")
@@ -173,7 +168,7 @@ def _check_vocabulary(
         return torch.arange(vocab) if vocab else None
     d2t, t2d = maps.get("d2t"), maps.get("t2d")
     if d2t is None or d2t.dtype == torch.bool or d2t.ndim != 1 or not len(d2t) or (size and len(d2t) != size):
-        problems.append(f"d2t has shape {shapes['d2t']} and dtype {dtypes['d2t']}; wanted [{size}] of int64")
+        problems.append(f"d2t has shape {shapes['d2t']} and dtype {report.dtypes['d2t']}; wanted [{size}] of int64")
         return None
     ids = d2t.long() + torch.arange(len(d2t))
     if vocab and (int(ids.min()) < 0 or int(ids.max()) >= vocab):
@@ -192,17 +187,11 @@ def _check_vocabulary(
     return ids
 
 
-def _check_weights(
-    shapes: Shapes,
-    dtypes: dict[str, str],
-    tensors: dict[str, Tensor],
-    expected: Shapes,
-) -> list[str]:
+def _check_weights(report: DraftReport, tensors: dict[str, Tensor], expected: Shapes) -> list[str]:
     """`tensors`: those of the right shape and a plain dtype."""
-    problems = [
-        f"{name} is missing; engines would serve random numbers for it" for name in expected if name not in shapes
-    ]
-    for name, shape in shapes.items():
+    missing = [name for name in expected if name not in report.shapes]
+    problems = [f"{name} is missing; engines would serve random numbers for it" for name in missing]
+    for name, shape in report.shapes.items():
         if name in ("d2t", "t2d"):
             continue
         if name not in expected:
@@ -210,7 +199,7 @@ def _check_weights(
         elif shape != expected[name]:
             problems.append(f"{name} has shape {list(shape)}, wanted {list(expected[name])}")
         elif name not in tensors:
-            problems.append(f"{name} has dtype {dtypes[name]}, wanted a floating-point one")
+            problems.append(f"{name} has dtype {report.dtypes[name]}, wanted a floating-point one")
         elif not all(bool(part.isfinite().all()) for part in tensors[name].view(-1).split(1 << 24)):
             problems.append(f"{name} holds NaN or Inf")
         elif not bool(tensors[name].any()):
