@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from draftsmith.core.errors import TargetError, out_of_memory
-from draftsmith.decoding.generation import FinishReason
 
 Forward = Callable[..., tuple[Tensor, Tensor]]  # of targets/local.py: (taps [1, T, K, H], last [1, T, H])
 
@@ -109,18 +108,6 @@ class LibraryForward:
         assert cache.length == length
         tapped, last = self._step(cache, ids, taps)
         return tapped[0], last[0]
-
-    def sequence(
-        self, prompt: list[int], draw: Callable[[Tensor], int], ended: Callable[[list[int]], FinishReason | None]
-    ) -> tuple[list[int], FinishReason]:
-        """(ids, finish reason) of a prompt's completion."""
-        cache = self.new_cache()
-        last = self._step(cache, prompt)[1]
-        output = [draw(last[0, -1:])]
-        while (reason := ended(output)) is None:
-            last = self._step(cache, output[-1:])[1]
-            output.append(draw(last[0, -1:]))
-        return output, reason
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -6,7 +6,7 @@ Shapes: B sequences, T packed tokens, W tokens a step, L cached positions, K tap
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -310,7 +310,8 @@ class LocalTarget(ModelParts):
         *,
         ignore_end: bool = False,
     ) -> Iterator[tuple[int, Generation]]:
-        """Continuous batching over `batch_size` cache rows; a pure function of its arguments.
+        """Continuous batching over `batch_size` cache rows, over one by the library's forward; a pure function of its
+        arguments.
 
         Free rows are refilled when a sixteenth of them stands empty, so that prompts are read in packs, until
         `max_tokens` are written. No text runs past the context; a prompt that fills it is a `TargetError`.
@@ -322,10 +323,7 @@ class LocalTarget(ModelParts):
         longest = self._longest(asked)
         ends = Ends(frozenset() if ignore_end else self.eos_ids, self.tokenizer, stop, stop_loops)
         generator = torch.Generator().manual_seed(seed)
-        if self.library:
-            yield from self._one_by_one(asked, sampling, max_new_tokens, ends, generator, max_tokens, follow)
-        else:
-            yield from self._batched(asked, sampling, max_new_tokens, ends, generator, max_tokens, follow, longest)
+        yield from self._batched(asked, sampling, max_new_tokens, ends, generator, max_tokens, follow, longest)
 
     def _batched(
         self,
@@ -339,9 +337,10 @@ class LocalTarget(ModelParts):
         longest: int,
     ) -> Iterator[tuple[int, Generation]]:
         waiting = deque(range(len(asked)))
-        rows = min(self.batch_size, len(asked))
+        rows = 1 if self.library else min(self.batch_size, len(asked))
         most = min(longest + max_new_tokens, self.context)
-        cache = StaticCache(rows, min(max(map(len, asked[:rows])) + CACHE_AHEAD, most), most)
+        capacity = min(max(map(len, asked[:rows])) + CACHE_AHEAD, most)
+        cache: Any = self.library.new_cache() if self.library else StaticCache(rows, capacity, most)
         running: list[int | None] = [None] * rows  # prompt index in each cache row
         lengths = torch.zeros(rows, dtype=torch.long)
         outputs: dict[int, list[int]] = {}
@@ -358,7 +357,7 @@ class LocalTarget(ModelParts):
                 for row, index, token in zip(admitted, chosen, drawn, strict=True):
                     running[row], outputs[index] = index, []
                     lengths[row], next_ids[row] = len(asked[index]), token
-            elif len(free) > rows // 4 and not waiting:  # the tail: smaller batches cost less
+            elif rows // 4 < len(free) < rows and not waiting:  # the tail: smaller batches cost less
                 keep = [i for i, r in enumerate(running) if r is not None]
                 cache.select_rows(keep)
                 running = [running[i] for i in keep]
@@ -390,47 +389,20 @@ class LocalTarget(ModelParts):
         return longest
 
     def _admit(
-        self,
-        cache: StaticCache,
-        rows: list[int],
-        prompts: list[list[int]],
-        sampling: Sampling,
-        generator: torch.Generator,
+        self, cache: Any, rows: list[int], prompts: list[list[int]], sampling: Sampling, generator: torch.Generator
     ) -> list[int]:
         """Read prompts into cache rows; the first token of every answer."""
         _, last = self.prefill(cache, rows, prompts)
         ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0) - 1
         return sample(self.logits(last[ends.to(self.device)]), sampling, generator).cpu().tolist()
 
-    def _one_by_one(
-        self,
-        prompts: list[list[int]],
-        sampling: Sampling,
-        max_new_tokens: int,
-        ends: Ends,
-        generator: torch.Generator,
-        max_tokens: int | None,
-        follow: Follow | None,
-    ) -> Iterator[tuple[int, Generation]]:
-        assert self.library is not None
-        written = 0
-
-        def draw(last: Tensor) -> int:
-            return int(sample(self.logits(last), sampling, generator))
-
-        for index, prompt in enumerate(prompts):
-            asked: list[int] | None = prompt
-            while asked is not None and (max_tokens is None or written < max_tokens):
-                room = min(max_new_tokens, self.context - len(asked))
-                ids, reason = self.library.sequence(asked, draw, partial(ends.reason, room=room))
-                written += len(ids)
-                answer = Generation(ids, reason)
-                asked = follow(index, answer) if follow else None
-                yield index, answer
-
     def _decode_step(
-        self, cache: StaticCache, lengths: Tensor, ids: Tensor, sampling: Sampling, generator: torch.Generator
+        self, cache: Any, lengths: Tensor, ids: Tensor, sampling: Sampling, generator: torch.Generator
     ) -> Tensor:
+        if self.library:
+            depths = torch.zeros(1, dtype=torch.long)
+            _, last = self.library.verify(cache, int(lengths), ids.tolist(), depths, ())
+            return sample(self.logits(last), sampling, generator).cpu()
         lengths_B = lengths.to(self.device)
         visible_length = int(lengths.max()) + 1
         cache.reserve(visible_length)
