@@ -160,7 +160,7 @@ def train_ours(work: Path, cell: Path, train: JsonObject, seed: int, seconds: fl
     capture, spent = trial._capture_source(), []
     for [indices] in trial.steps:
         started = time.process_time()
-        trial._optimiser_step([make_pack([trial.rows[i] for i in indices], DOCUMENT)], capture)
+        trial._optimiser_step([make_pack([trial.rows[i] for i in indices])], capture)
         spent.append(time.process_time() - started)
     shares = len(SHARES) * 2  # the first of SHARES is one of them
     every = max(1, round(seconds / statistics.mean(spent[2:]) / shares))

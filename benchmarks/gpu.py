@@ -80,7 +80,7 @@ def run_ours(layer: dict, documents: int, length: int, steps: int, device: str =
         capture = trainer._ahead(trainer._capture_source(), trainer._packs_to_come())
         seconds, flops = [], []
         for [indices] in trainer.steps:
-            pack = make_pack([trainer.rows[i] for i in indices], length)
+            pack = make_pack([trainer.rows[i] for i in indices])
             started = time.perf_counter()
             trainer._optimiser_step([pack], capture)  # ends with a look at the loss: the GPU has done it by then,
             seconds.append(time.perf_counter() - started)  # but for the optimiser, which the next step waits for

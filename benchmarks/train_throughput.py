@@ -121,13 +121,13 @@ def run_ours(data: Path, dtype: str, batch: int, steps: int) -> dict:
     for step in range(steps + 1):
         chosen = [rows[(step * batch + i) % len(rows)] for i in range(batch)]
         started = time.perf_counter()
-        trainer._optimiser_step([make_pack(chosen, SEQUENCE)], capture)
+        trainer._optimiser_step([make_pack(chosen)], capture)
         seconds.append(time.perf_counter() - started)
     peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     for step in range(1, steps + 1):  # the timed steps' operations, counted apart because counting takes time
         chosen = [rows[(step * batch + i) % len(rows)] for i in range(batch)]
         with FlopCounterMode(display=False) as counter:
-            trainer._optimiser_step([make_pack(chosen, SEQUENCE)], capture)
+            trainer._optimiser_step([make_pack(chosen)], capture)
         flops.append(counter.get_total_flops())
     return {
         "peer": "draftsmith",

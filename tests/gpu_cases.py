@@ -53,7 +53,7 @@ def completions(count: int = 8) -> list[Completion]:
 
 
 def a_pack(count: int = 4) -> Pack:
-    return make_pack(completions(count), 512)
+    return make_pack(completions(count))
 
 
 def step_on(device: torch.device, target: LocalTarget, pack: Pack, dtype: torch.dtype):

@@ -114,7 +114,7 @@ def draft_config(dimensions: dict, length: int) -> Eagle3Config:
 
 def long_pack(documents: int, length: int) -> Pack:
     rows = [Completion(id=str(i), ids=[1] * length, spans=[(PROMPT, length)]) for i in range(documents)]
-    return make_pack(rows, length)
+    return make_pack(rows)
 
 
 def step_bytes(dimensions: dict, documents: int, length: int, device: torch.device = META) -> StepBytes:

@@ -102,7 +102,7 @@ def trained_draft(architecture: str = "llama", steps: int = 60, **options):
     for index, generation in target.generate(prompts, Sampling(), 48):
         span = (8, 8 + len(generation.ids))
         completions.append(Completion(id=str(index), ids=prompts[index] + generation.ids, spans=[span]))
-    pack = make_pack(completions, 512)
+    pack = make_pack(completions)
     states = target.capture(pack.documents, draft.config.taps)
     inputs = pack_inputs(
         pack,

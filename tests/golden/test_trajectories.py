@@ -102,11 +102,10 @@ def test_accumulation_equals_one_larger_batch(data, tmp_path):
 
     whole, parts = trainer(data, tmp_path / "a"), trainer(data, tmp_path / "b")
     rows = whole.rows[:8]
-    limit = whole.settings.max_document_tokens
     capture = whole._capture_source()
     for _ in range(3):
-        whole._optimiser_step([make_pack(rows, limit)], capture)
-        parts._optimiser_step([make_pack(rows[i : i + 2], limit) for i in range(0, 8, 2)], capture)
+        whole._optimiser_step([make_pack(rows)], capture)
+        parts._optimiser_step([make_pack(rows[i : i + 2]) for i in range(0, 8, 2)], capture)
     assert whole.sums.last_loss == pytest.approx(parts.sums.last_loss, rel=1e-5)
     for a, b in zip(whole.draft.parameters(), parts.draft.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)

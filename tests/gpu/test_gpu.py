@@ -95,7 +95,7 @@ def test_prefetched_packs_train_as_the_cpus(tmp_path, capture):
     sources = source, cpu._capture_source()
     for step in on.steps:
         for trainer, states in zip((on, cpu), sources, strict=True):
-            trainer._optimiser_step([make_pack([trainer.rows[i] for i in pack], 64) for pack in step], states)
+            trainer._optimiser_step([make_pack([trainer.rows[i] for i in pack]) for pack in step], states)
             trainer.step += 1
     assert on.sums.loss == pytest.approx(cpu.sums.loss, rel=1e-2)
 
@@ -103,7 +103,7 @@ def test_prefetched_packs_train_as_the_cpus(tmp_path, capture):
 def test_the_host_waits_once_a_training_step(tmp_path):
     run = trainer_on(target_on(GPU, "llama"), tmp_path, **{"train.capture": "offline"})
     source = run._ahead(run._capture_source(), run._packs_to_come())
-    packs = [[make_pack([run.rows[i] for i in pack], 64) for pack in step] for step in run.steps[:2]]
+    packs = [[make_pack([run.rows[i] for i in pack]) for pack in step] for step in run.steps[:2]]
     run._optimiser_step(packs[0], source)  # the first one sets libraries up
     torch.cuda.set_sync_debug_mode("warn")
     try:

@@ -155,7 +155,7 @@ def test_acceptance_in_training_is_acceptance_when_decoding(architecture):
         verified += counted.steps + counted.looping_steps
         span = [len(prompt), len(prompt) + len(decoded.ids)]
         completions.append(Completion(id=str(i), ids=prompt + decoded.ids, spans=[span]))
-    pack = make_pack(completions, 512)
+    pack = make_pack(completions)
     states = target.capture(pack.documents, draft.config.taps)
     rows = target.head_rows(ids)
     inputs = pack_inputs(

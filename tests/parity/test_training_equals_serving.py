@@ -68,7 +68,7 @@ def attention_path(request, monkeypatch):
 )
 def test_every_step_of_every_chain(options, attention_path):
     draft = tiny_draft(**options)
-    pack = make_pack(completions(), max_document_tokens=64)
+    pack = make_pack(completions())
     total = len(pack.ids_T)
     taps = torch.randn(total, len(draft.config.taps), 24, generator=torch.Generator().manual_seed(1))
     embeddings = torch.randn(50, 24, generator=torch.Generator().manual_seed(2))
@@ -100,7 +100,7 @@ def test_every_step_of_every_chain(options, attention_path):
 
 def test_gradients_equal_those_of_a_dense_mask(attention_path):
     """Merged-block backward against autograd through one softmax over all visible keys."""
-    pack = make_pack(completions(), max_document_tokens=64)
+    pack = make_pack(completions())
     chains, total, steps = pack.chain_count, len(pack.ids_T), 3
     generator = torch.Generator().manual_seed(5)
 

@@ -253,24 +253,24 @@ def test_a_vocabulary_is_checked_when_read(tmp_path):
 
 
 def test_chains_are_where_serving_drafts():
-    pack = make_pack([Completion(id="a", ids=list(range(10)), spans=[[4, 10]])], 64)
+    pack = make_pack([Completion(id="a", ids=list(range(10)), spans=[[4, 10]])])
     # the first completion token, 4, comes from the prompt's forward; drafting starts beside it and predicts token 5
     assert pack.chains_R.tolist() == [3, 4, 5, 6, 7]
     assert pack.step_rows(0).tolist() == [0, 1, 2, 3, 4]
     assert pack.step_rows(2).tolist() == [0, 1, 2]
     assert pack.step_rows(6).tolist() == []
-    cut = make_pack([Completion(id="a", ids=list(range(10)), spans=[[4, 10]])], 7)
+    cut = make_pack([Completion(id="a", ids=list(range(7)), spans=[[4, 10]])])
     assert (len(cut.ids_T), cut.chains_R.tolist()) == (7, [3, 4])
 
 
 def test_packs_hold_every_document_once():
-    lengths = [5, 30, 12, 8, 40, 3]
-    packs = epoch_packs(lengths, 40, 35, seed=1, epoch=0)
+    lengths = [5, 30, 12, 8, 35, 3]
+    packs = epoch_packs(lengths, 40, seed=1, epoch=0)
     assert sorted(i for pack in packs for i in pack) == list(range(6))
-    assert all(sum(min(lengths[i], 35) for i in pack) <= 40 for pack in packs)
-    assert packs == epoch_packs(lengths, 40, 35, seed=1, epoch=0)
-    assert packs != epoch_packs(lengths, 40, 35, seed=1, epoch=1)
-    steps = schedule(lengths, 40, 35, seed=1, epochs=3, accumulate=2)
+    assert all(sum(lengths[i] for i in pack) <= 40 for pack in packs)
+    assert packs == epoch_packs(lengths, 40, seed=1, epoch=0)
+    assert packs != epoch_packs(lengths, 40, seed=1, epoch=1)
+    steps = schedule(lengths, 40, seed=1, epochs=3, accumulate=2)
     assert all(len(step) == 2 for step in steps)
 
 

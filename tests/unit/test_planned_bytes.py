@@ -37,7 +37,7 @@ def counted(config, train: TrainRecipe, documents: int) -> int:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[train.dtype]
     length = train.max_document_tokens
     rows = [Completion(id=str(i), ids=[1] * length, spans=[(PROMPT, length)]) for i in range(documents)]
-    pack = make_pack(rows, length)
+    pack = make_pack(rows)
     states = dict(dtype=torch.bfloat16, device=META)
     with LiveBytes(META) as bytes_:
         with META:

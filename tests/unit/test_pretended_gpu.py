@@ -86,12 +86,12 @@ def test_the_host_waits_once_a_training_step(gpu, tmp_path, capture, optimizer):
     cpu = trainer_on(on_cpu("llama")[0], tmp_path / "cpu", **changes)
     sources = on._capture_source(), cpu._capture_source()
     for step in range(2):
-        packs = [make_pack([on.rows[i] for i in indices], 64) for indices in on.steps[step]]
+        packs = [make_pack([on.rows[i] for i in indices]) for indices in on.steps[step]]
         with gpu.counted():
             on._optimiser_step(packs, sources[0])
             # the target's token ids go to the device with every pack that it captures
             assert gpu.waits == (1 + len(packs) if capture == "online" else 1), gpu.where
-        cpu._optimiser_step([make_pack([cpu.rows[i] for i in indices], 64) for indices in cpu.steps[step]], sources[1])
+        cpu._optimiser_step([make_pack([cpu.rows[i] for i in indices]) for indices in cpu.steps[step]], sources[1])
         assert on.sums.last_loss == pytest.approx(cpu.sums.last_loss, rel=1e-4)
     assert on.sums.gradient_norm == pytest.approx(cpu.sums.gradient_norm, rel=1e-3)
 

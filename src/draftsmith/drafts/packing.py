@@ -106,10 +106,11 @@ class PackInputs:
     teacher_RD: Tensor  # row r is the target's distribution after the root of chain r
 
 
-def make_pack(completions: Sequence[Completion], max_document_tokens: int) -> Pack:
+def make_pack(completions: Sequence[Completion]) -> Pack:
+    """Spans may end after the ids do, where a document was cut."""
     names, documents, segments, positions, start = [], [], [], [], 0
     for completion in completions:
-        ids = completion.ids[:max_document_tokens]
+        ids = completion.ids
         for first, last in completion.spans:
             segment = Segment(start, start + first - 1, start + min(last, len(ids)) - 2)
             if len(segment) > 0 and first >= 1:
@@ -127,32 +128,29 @@ def trainable(completion: Completion, max_document_tokens: int) -> bool:
     return any(min(end, max_document_tokens) - start >= 2 and start >= 1 for start, end in completion.spans)
 
 
-def epoch_packs(
-    lengths: Sequence[int], pack_tokens: int, max_document_tokens: int, seed: int, epoch: int
-) -> list[list[int]]:
+def epoch_packs(lengths: Sequence[int], pack_tokens: int, seed: int, epoch: int) -> list[list[int]]:
     """Document indices of every pack of one epoch: a shuffled order, filled greedily; the same for the same seed."""
     order = list(range(len(lengths)))
     random.Random(f"{seed}-epoch-{epoch}").shuffle(order)
     packs: list[list[int]] = []
     room = 0
     for index in order:
-        length = min(lengths[index], max_document_tokens)
-        if not packs or length > room:
+        if not packs or lengths[index] > room:
             packs.append([])
             room = pack_tokens
         packs[-1].append(index)
-        room -= length
+        room -= lengths[index]
     return packs
 
 
 def schedule(
-    lengths: Sequence[int], pack_tokens: int, max_document_tokens: int, seed: int, epochs: int, accumulate: int
+    lengths: Sequence[int], pack_tokens: int, seed: int, epochs: int, accumulate: int
 ) -> list[list[list[int]]]:
     """Packs of every optimiser step of a whole training run; a remainder smaller than a step is left out."""
 
     def packs() -> Iterator[list[int]]:
         for epoch in range(epochs):
-            yield from epoch_packs(lengths, pack_tokens, max_document_tokens, seed, epoch)
+            yield from epoch_packs(lengths, pack_tokens, seed, epoch)
 
     everything = list(packs())
     whole = len(everything) - len(everything) % accumulate if len(everything) >= accumulate else len(everything)

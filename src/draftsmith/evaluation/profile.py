@@ -52,7 +52,7 @@ def walks_of(
         for start in range(0, len(texts), PACK_PROMPTS):
             chosen = texts[start : start + PACK_PROMPTS]
             rows = [Completion(id="", ids=[*p, *new], spans=[(len(p), len(p) + len(new))]) for p, new in chosen]
-            pack = make_pack(rows, max(len(row.ids) for row in rows))
+            pack = make_pack(rows)
             meter.advance(len(rows), sum(len(new) for _, new in chosen))
             ranked, likely = _digits(target, ready, pack, sampling) if pack.segments else ([], [])
             first = 0

@@ -87,14 +87,9 @@ class Trainer:
         self.dtype = DTYPES[settings.dtype]
         self.device = target.head_rows(torch.tensor([0])).device
         self.heldout, self.rows = self._split(list(read_completions(completions)))
-        self.steps = schedule(
-            [len(c.ids) for c in self.rows],
-            settings.pack_tokens,
-            settings.max_document_tokens,
-            recipe.seed,
-            settings.epochs,
-            settings.accumulate,
-        )[: settings.max_steps]
+        lengths = [len(c.ids) for c in self.rows]
+        steps = schedule(lengths, settings.pack_tokens, recipe.seed, settings.epochs, settings.accumulate)
+        self.steps = steps[: settings.max_steps]
         self.method = METHODS[recipe.draft.method]
         layers, rows = target.identity.num_layers, len(vocabulary.ids_D)
         if note := self.method.config_note(recipe.draft, target_config):
@@ -118,7 +113,8 @@ class Trainer:
         self.taus: list[float] = []
 
     def _split(self, every: list[Completion]) -> tuple[list[Completion], list[Completion]]:
-        """Completions that are held out, a random choice, and those to train on; counts and says what is left out."""
+        """Completions that are held out, a random choice, and those to train on, all cut to max_document_tokens; counts
+        and says what is left out."""
         longest = self.settings.max_document_tokens
         rows = [c for c in every if trainable(c, longest)]
         self.left_out = len(every) - len(rows)
@@ -134,6 +130,8 @@ class Trainer:
                 f"train: {len(rows)} completions have a loss, 2 have to; raise train.max_document_tokens or add prompts"
             )
         held_out = min(self.settings.held_out, len(rows) // 2)
+        self.data = digest([c.id for c in rows[held_out:]], [len(c.ids) for c in rows[held_out:]])
+        rows = [c.model_copy(update={"ids": c.ids[:longest]}) for c in rows]
         return rows[:held_out], rows[held_out:]
 
     # --- the loop -----------------------------------------------------------------------------------------------
@@ -147,7 +145,7 @@ class Trainer:
         self._resume()
         settings, processes, source = self.settings, self.processes, self._capture_source()
         capture = self._ahead(source, self._packs_to_come())
-        tokens = sum(min(len(self.rows[i].ids), settings.max_document_tokens) for p in self.steps for q in p for i in q)
+        tokens = sum(len(self.rows[i].ids) for p in self.steps for q in p for i in q)
         say(
             f"train: {sum(p.numel() for p in self.draft.parameters()):,} parameters, {len(self.rows):,} completions, "
             f"{len(self.steps):,} steps, {tokens:,} tokens, {settings.dtype} on {self.device}"
@@ -159,13 +157,11 @@ class Trainer:
             while self.step < len(self.steps):
                 started, cpu = time.perf_counter(), time.process_time()
                 step = self.steps[self.step]
-                packs = [
-                    make_pack([self.rows[i] for i in p], settings.max_document_tokens) for p in processes.share(step)
-                ]
+                packs = [make_pack([self.rows[i] for i in p]) for p in processes.share(step)]
                 self._optimiser_step(packs, capture, math.ceil(len(step) / processes.size))
                 self.step += 1
                 last = self.step == len(self.steps)
-                size = sum(min(len(self.rows[i].ids), settings.max_document_tokens) for p in step for i in p)
+                size = sum(len(self.rows[i].ids) for p in step for i in p)
                 spent = time.perf_counter() - started
                 flops, seconds = flops + step_flops(self.draft, settings, packs), seconds + spent
                 share = f", {flops / seconds / self.peak_flops_s:.0%} MFU" if self.peak_flops_s else ""
@@ -263,7 +259,7 @@ class Trainer:
         """Sharded weights are gathered by all processes or by none, so one that has no pack where others have one, be
         it left over or quarantined, goes through one that weighs nothing."""
         for _ in range(rounds):
-            pack, size = make_pack(self.rows[:1], self.settings.max_document_tokens), self.target.identity.hidden_size
+            pack, size = make_pack(self.rows[:1]), self.target.identity.hidden_size
             taps = self.head_rows.new_zeros(len(pack.ids_T), len(self.draft.config.taps), size)
             loss, _ = self._forward(self._pack_inputs(pack, taps, taps[:, 0]), [0.0] * self.settings.ttt_steps)
             loss.backward()
@@ -299,7 +295,7 @@ class Trainer:
             return pack
         by_name = {c.id: c for c in (*self.rows, *self.heldout)}
         good = [by_name[name] for name in pack.names if name not in self.quarantined]
-        return make_pack(good, self.settings.max_document_tokens) if good else None
+        return make_pack(good) if good else None
 
     def _quarantine(self, pack: Pack, finite_T: Tensor) -> bool:
         """Leave the documents with NaN or Inf in their hidden states out from now on; whether there are any."""
@@ -330,8 +326,7 @@ class Trainer:
     def _capture_source(self) -> CaptureSource:
         taps = self.draft.config.taps
         if self.settings.capture == "offline":
-            limit = self.settings.max_document_tokens
-            documents = {c.id: c.ids[:limit] for c in (*self.heldout, *self.rows)}
+            documents = {c.id: c.ids for c in (*self.heldout, *self.rows)}
             return OfflineCapture(self.out / "hidden_states", self.target, taps, documents, self.processes)
         return (OnlineCapture if self.recipe.target.engine == "transformers" else ServedCapture)(self.target, taps)
 
@@ -344,14 +339,12 @@ class Trainer:
     def _packs_to_come(self) -> Iterator[Pack]:
         for step in self.steps[self.step :]:
             for indices in self.processes.share(step):
-                yield make_pack([self.rows[i] for i in indices], self.settings.max_document_tokens)
+                yield make_pack([self.rows[i] for i in indices])
 
     def _heldout_inputs(self, source: CaptureSource) -> Iterator[PackInputs]:
         """Of this process's share."""
-        settings = self.settings
-        lengths = [len(c.ids) for c in self.heldout]
-        steps = schedule(lengths, settings.pack_tokens, settings.max_document_tokens, 0, 1, 1)
-        every = [make_pack([self.heldout[i] for i in p], settings.max_document_tokens) for (p,) in steps]
+        steps = schedule([len(c.ids) for c in self.heldout], self.settings.pack_tokens, 0, 1, 1)
+        every = [make_pack([self.heldout[i] for i in p]) for (p,) in steps]
         packs = [good for p in self.processes.share(every) if (good := self._without_quarantined(p)) is not None]
         capture = self._ahead(source, iter(packs))
         for pack in packs:
@@ -405,7 +398,7 @@ class Trainer:
             target=self.target.identity,
             train=recipe.train.model_dump(mode="json", exclude=BOOKKEEPING),
             seed=recipe.seed,
-            data=digest([c.id for c in self.rows], [len(c.ids) for c in self.rows]),
+            data=self.data,
             start=self.start,
         )
 
