@@ -62,7 +62,7 @@ def test_rows_are_what_the_target_writes_whatever_the_replicas(model, target, pr
         ((_, wanted),) = target.generate([row.ids[:start]], Sampling(1.0), 12, (), seed)
         assert row.ids[start:end] == wanted.ids
         assert row.finish_reason == wanted.finish_reason
-    answered = [r.answered for r in served.replicas]
+    answered = [r.answered for r in served.pool.replicas]
     assert max(answered) - min(answered) <= 3  # fair
 
 
@@ -75,7 +75,7 @@ def test_faults_change_nothing_but_time(model, target, prompts, tmp_path, fault)
         rows, served = regenerate(recipe_for(model, urls[1:], deadline_s=1.5), prompts, tmp_path / "sick")
     assert rows == wanted
     assert sum(len(s.asked) for s in sick) > len(rows)
-    assert sum(r.answered for r in served.replicas) == len(rows)
+    assert sum(r.answered for r in served.pool.replicas) == len(rows)
 
 
 def test_a_replica_that_dies_loses_and_doubles_nothing(model, target, prompts, tmp_path, capsys):
@@ -86,7 +86,7 @@ def test_a_replica_that_dies_loses_and_doubles_nothing(model, target, prompts, t
     with serving(*servers) as urls:
         rows, served = regenerate(recipe_for(model, urls), prompts, tmp_path / "out")
     assert sorted(r.id for r in rows) == names(prompts)
-    assert [r.answered for r in served.replicas] == [len(rows) - 2, 2]
+    assert [r.answered for r in served.pool.replicas] == [len(rows) - 2, 2]
     assert f"server {urls[1]}: " in capsys.readouterr().err
 
 

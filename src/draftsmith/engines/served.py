@@ -8,12 +8,12 @@ import asyncio
 import queue
 import threading
 import uuid
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 
 FINISHED = {"stop", "length"}
 NUMBER_BYTES = 32  # of a hidden state's number that comes as text, and what stands between two
-
-T = TypeVar("T")
 
 
 class ServedTarget(WeightsOnlyTarget):
@@ -93,14 +91,6 @@ class ServedTarget(WeightsOnlyTarget):
     def capacity(self) -> int:
         """Requests worth having in flight."""
         return self.pool.capacity
-
-    @property
-    def replicas(self) -> list[Replica]:
-        return self.pool.replicas
-
-    def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run a coroutine function against the servers from ordinary code; connects first."""
-        return self.pool.run(work)
 
     def generate(
         self,
@@ -155,7 +145,7 @@ class ServedTarget(WeightsOnlyTarget):
             with reading("an answer without log-probabilities"):
                 return await self._logprobs(replica, document)
 
-        return self.run(lambda: self.pool.somewhere(ask))
+        return self.pool.run(lambda: self.pool.somewhere(ask))
 
     async def _complete(
         self, ids: list[int], sampling: Sampling, max_new_tokens: int, ends: Ends, seed: int, ignore_end: bool
@@ -210,9 +200,9 @@ class ServedTarget(WeightsOnlyTarget):
         away = sum(abs(a - b) for a, b in zip(self.identity_logprobs, found, strict=True)) / len(found)
         if not away <= SAME_LOGPROB:
             raise TargetError(
-                f"server.urls: the hidden states of {self.replicas[0].url} give other log-probabilities of a probe "
-                f"text than the server itself, by {away:.2f} nats a token: another layer id than `serve --purpose "
-                "capture` names, or another final norm, head, scale or dtype than target.model has"
+                f"server.urls: the hidden states of {self.pool.replicas[0].url} give other log-probabilities of a "
+                f"probe text than the server itself, by {away:.2f} nats a token: another layer id than `serve "
+                "--purpose capture` names, or another final norm, head, scale or dtype than target.model has"
             )
 
     def _capture(self, documents: list[list[int]], taps: Sequence[int]) -> Capture:
@@ -229,7 +219,7 @@ class ServedTarget(WeightsOnlyTarget):
         async def every_document() -> list[Tensor]:
             return await all_or_none(self._states(document, count) for document in documents)
 
-        return torch.cat(self.run(every_document)).to(self.device)
+        return torch.cat(self.pool.run(every_document)).to(self.device)
 
     async def _states(self, ids: list[int], count: int) -> Tensor:
         async def ask(replica: Replica) -> Tensor:
@@ -312,7 +302,10 @@ class ServedTarget(WeightsOnlyTarget):
         if checked_tokens(answer["tokens"]) != ids:
             raise TargetError(f"server.urls: {replica.url} has another tokenizer than {self.identity.model}")
         again = f", asked again after {replica.answered} answers," if replica.answered else ""
-        self.check_identity(f"{replica.url}{again}", await self._logprobs(replica, ids))
+        found = await self._logprobs(replica, ids)
+        if not self.identity_logprobs:  # the first server's are the truth
+            self.identity_logprobs.extend(found)
+        require_same_logprobs(self.identity_logprobs, found, f"server.urls: {replica.url}{again}")
 
     async def _check_capture(self, replica: Replica) -> None:
         path = self.engine.capture_check(self.config.model_type) if self.last is not None else None
@@ -323,9 +316,3 @@ class ServedTarget(WeightsOnlyTarget):
             fault = self.engine.capture_fault(answer)
         if fault:
             raise TargetError(f"server.urls: {replica.url} {fault}")
-
-    def check_identity(self, origin: str, found: list[float]) -> None:
-        """The first server's log-probabilities are the truth; others are an error that names where they come from."""
-        if not self.identity_logprobs:
-            self.identity_logprobs.extend(found)
-        require_same_logprobs(self.identity_logprobs, found, f"server.urls: {origin}")
