@@ -17,8 +17,8 @@ from draftsmith.data.templates import ChatFormat
 from draftsmith.data.vocabulary import build_vocabulary
 from draftsmith.drafts.directories import write_draft
 from draftsmith.drafts.eagle3.model import Eagle3Draft
-from draftsmith.targets.base import Capture
 from draftsmith.targets.local import LocalTarget
+from draftsmith.training.capture import OnlineCapture
 from draftsmith.training.checkpoints import load_state, tidy
 from draftsmith.training.trainer import Trainer
 
@@ -125,20 +125,20 @@ def test_bf16_follows_fp32(data, tmp_path):
     assert weights(tmp_path / "bf16")["fc.weight"].dtype == torch.float32
 
 
-class Poisoned:
+class Poisoned(OnlineCapture):
     """A target whose hidden states are not finite for some documents."""
 
     def __init__(self, target, bad_names, value):
-        self.target, self.bad, self.value = target, bad_names, value
+        super().__init__(target, (1, 3, 4))
+        self.bad, self.value = bad_names, value
 
     def __call__(self, names, documents):
-        states = self.target.capture(documents, (1, 3, 4))
-        taps, start = states.taps_TKH.clone(), 0
+        states, start = super().__call__(names, documents), 0
         for name, document in zip(names, documents, strict=True):
             if name in self.bad:
-                taps[start + 2, 1, 0] = self.value
+                states.taps_TKH[start + 2, 1, 0] = self.value
             start += len(document)
-        return Capture(taps, states.last_TH.clone())
+        return states
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
