@@ -24,6 +24,12 @@ def pytest_addoption(parser):
     parser.addoption("--table", type=Path, help="the document whose table of attacks is written anew")
 
 
+def pytest_configure(config):
+    path = config.getoption("--table")
+    if path and MARKS[0] not in (path.read_text() if path.is_file() else ""):
+        raise pytest.UsageError(f"--table: {path} is no document with a line {MARKS[0].strip()}")
+
+
 def pytest_runtest_logreport(report):
     if "attacks/" not in report.nodeid or report.skipped or (report.when != "call" and report.passed):
         return
