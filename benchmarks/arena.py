@@ -81,17 +81,20 @@ PEERS: dict[str, list[str]] = {
     "specforge-tuned": ["--peer", "specforge", "--lr", "1e-3", "--ttt-steps", "3"],
     "speculators": ["--peer", "speculators", "--optimizer", "muon", "--ttt-steps", "3", "--batch", "2"],
 }
-BASE: JsonObject = {"learning_rate": 8e-3}  # the recipe's 4e-3 is for 600 steps, minutes are some 50; of three tried
+BASE = {"train.learning_rate": 8e-3}  # the recipe's 4e-3 is for 600 steps, minutes are some 50; of three tried
 OURS: dict[str, JsonObject] = {  # one switch each
     "draftsmith": {},
-    "lr-4e-3": {"learning_rate": 4e-3},
-    "pack-512": {"pack_tokens": 512, "learning_rate": 4e-3},  # twice the steps, so half the rate
-    "lk_lambda": {"objective": "lk_lambda"},
-    "lk_alpha": {"objective": "lk_alpha"},
-    "true-teacher": {"true_probabilities": True},
-    "adamw": {"optimizer": "adamw", "learning_rate": 1e-3},
-    "ttt-5": {"ttt_steps": 5},
-    "ttt-7": {"ttt_steps": 7},
+    "lr-4e-3": {"train.learning_rate": 4e-3},
+    "pack-512": {"train.pack_tokens": 512, "train.learning_rate": 4e-3},  # twice the steps, so half the rate
+    "lk_lambda": {"train.objective": "lk_lambda"},
+    "lk_alpha": {"train.objective": "lk_alpha"},
+    "true-teacher": {"train.true_probabilities": True},
+    "adamw": {"train.optimizer": "adamw", "train.learning_rate": 1e-3},
+    "ttt-5": {"train.ttt_steps": 5},
+    "ttt-7": {"train.ttt_steps": 7},
+    "taps-even": {"draft.taps": [7, 15, 23]},
+    "taps-late": {"draft.taps": [9, 19, 29]},
+    "no-fc-norm": {"draft.fc_norm": False},
 }
 USUAL = ("draftsmith", *PEERS)
 CHAIN, TREE, LIKE = Shape.chain(3), Shape(3, 4, 8), ("chat", "code", "math")
@@ -99,8 +102,13 @@ PROMPTS, WRITTEN, DECODED = 8, 96, 48  # of each category; tokens of an answer, 
 SHORTEST = 12  # tokens of a text that is judged
 
 
-def flags(seed: int, train: JsonObject) -> JsonObject:
-    return {"seed": seed, "train": {"capture": "online", "epochs": 100, **train}}
+def recipe_of(seed: int, changed: JsonObject) -> Recipe:
+    """The recipe with what is changed, by dotted keys."""
+    given: JsonObject = {}
+    for key, value in {"train.capture": "online", "train.epochs": 100, **changed}.items():
+        section, name = key.split(".")
+        given.setdefault(section, {})[name] = value
+    return load_recipe(RECIPE, {"seed": seed, **given})
 
 
 # --- the frozen text ----------------------------------------------------------------------------------------------
@@ -144,7 +152,7 @@ def write_texts(recipe: Recipe, run: RunFiles, target: LocalTarget, path: Path) 
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-def train_ours(work: Path, cell: Path, train: JsonObject, seed: int, seconds: float) -> None:
+def train_ours(work: Path, cell: Path, changed: JsonObject, seed: int, seconds: float) -> None:
     """The train stage's own trainer, on the completions of the run; the seed is that of training alone."""
     run = RunFiles(work / "run")
     target = LocalTarget(TARGET, dtype="fp32")
@@ -153,7 +161,7 @@ def train_ours(work: Path, cell: Path, train: JsonObject, seed: int, seconds: fl
     after_target, vocabulary = status_bytes("VmRSS"), DraftVocabulary.load(run.vocabulary)
 
     def trainer(out: Path, **more: int) -> Trainer:
-        recipe = load_recipe(RECIPE, flags(seed, {**train, **more}))
+        recipe = recipe_of(seed, {**changed, **{f"train.{key}": value for key, value in more.items()}})
         return Trainer(recipe, target, target.config, run.completions, vocabulary, out)
 
     trial = trainer(cell / "trial", max_steps=14)
@@ -277,7 +285,7 @@ def cells(work: Path, systems: list[str], seeds: list[int], seconds: float) -> I
 
 
 def result(work: Path, seconds: float, command: str) -> JsonObject:
-    """Every cell that is there, whoever asked for it."""
+    """Every cell that is there, whoever asked for it, and those of the last result on the same text."""
     rows = []
     for path in sorted((work / f"{seconds:g}").glob("*/judged-*.json")):
         name, _, seed = path.parent.name.rpartition("-")
@@ -286,7 +294,7 @@ def result(work: Path, seconds: float, command: str) -> JsonObject:
         point = next(d for d in trained["drafts"] if d["share"] == share)
         about = {"system": name, "seed": int(seed), "version": trained["version"], "steps": trained["steps"]}
         about["above_target_bytes"] = trained["above_target_bytes"]
-        about["changed"] = {f"train.{key}": value for key, value in OURS.get(name, {}).items()}
+        about["changed"] = OURS.get(name, {})
         rows.append({**about, **point, "tau": files.read_json(path)})
     made = {"commit": commit(), "command": command, "hardware": hardware().model_dump(mode="json")}
     texts, run = files.read_json(work / "texts.json"), RunFiles(work / "run")
@@ -296,6 +304,11 @@ def result(work: Path, seconds: float, command: str) -> JsonObject:
         "prompts": len(texts["prompts"]),
         "judged_tokens": {name: sum(map(len, texts[name])) for name in ("greedy", "drawn")},
     }
+    known = files.read_json(OUT)
+    if (known["data"], known["seconds"]) == (data, seconds):
+        anew = {(row["system"], row["seed"]) for row in rows}
+        rows += [row for row in known["rows"] if (row["system"], row["seed"]) not in anew]
+        rows.sort(key=lambda row: (row["system"], row["seed"], row["share"]))
     return {**made, "seconds": seconds, "data": data, "rows": rows}
 
 
@@ -314,7 +327,7 @@ def main() -> None:
         [name], [seed] = options.only, options.seeds
         train_ours(work, options.ours, BASE | OURS[name], seed, options.seconds)
         return
-    run, recipe = RunFiles(work / "run"), load_recipe(RECIPE, flags(1, {}))
+    run, recipe = RunFiles(work / "run"), recipe_of(1, {})
     if not run.vocabulary.exists():
         write_completions(run)
     if not (work / "data.safetensors").exists():

@@ -45,7 +45,7 @@ BATCHES = (1, 4, 16)
 
 
 def row(engine: str, shape: Shape, batch: int, measured: dict, costs: MeasuredCosts, accept: MeasuredProfile) -> dict:
-    told = predict(costs, accept, shape, batch, 128)
+    told = predict(costs, shape, accept.tau(shape), batch, 128)
     real = measured["drafted_tokens_per_s"] / measured["plain_tokens_per_s"]
     line = {"engine": engine, "shape": str(shape), "batch": batch, "predicted": told.speedup, "measured": real}
     line |= {"tau_predicted": told.tau, "tau_measured": measured["tau"], "error": told.speedup / real - 1}

@@ -161,42 +161,40 @@ def test_results_without_a_profile_give_a_geometric_one():
 
 def test_speedup_is_tau_over_c():
     costs = measured_costs()
-    told = predict(costs, GeometricProfile(0.5), CHAIN, 1, 128)
+    told = predict(costs, CHAIN, 1.875, 1, 128)
     c = (0.012 + 3 * 0.001 + 0.001) / 0.010
     assert told.c == pytest.approx(c)
     assert told.speedup == pytest.approx(1.875 / c)
-    assert predict(costs, GeometricProfile(0.5), CHAIN, 1, 1128).decode_s == pytest.approx(0.011)
+    assert predict(costs, CHAIN, 1.875, 1, 1128).decode_s == pytest.approx(0.011)
 
 
 def test_break_even_is_where_drafting_stops_paying():
-    costs, accept = measured_costs(*FORWARD, (4096, 8.0)), GeometricProfile(0.5)
-    ((first, last),), largest = paying_batches(costs, accept, CHAIN, 128)
+    costs = measured_costs(*FORWARD, (4096, 8.0))
+    ((first, last),), largest = paying_batches(costs, CHAIN, 1.875, 128)
     assert (first, largest) == (1, 1024)
     after = GRID[GRID.index(last) + 1]
-    assert predict(costs, accept, CHAIN, last, 128).speedup > 1 >= predict(costs, accept, CHAIN, after, 128).speedup
+    assert predict(costs, CHAIN, 1.875, last, 128).speedup > 1 >= predict(costs, CHAIN, 1.875, after, 128).speedup
     flat = measured_costs((1, 0.01), (8192, 0.0101))
-    assert paying_batches(flat, GeometricProfile(0.6), CHAIN) == ([(1, 1024)], 1024)
+    assert paying_batches(flat, CHAIN, 2.176) == ([(1, 1024)], 1024)
 
 
 def test_nothing_is_told_beyond_what_was_measured():
     costs, accept = measured_costs(), GeometricProfile(0.9)  # forwards of up to 64 tokens
-    assert predict(costs, accept, CHAIN, 32).speedup > 0
-    assert math.isnan(predict(costs, accept, CHAIN, 33).speedup)
-    assert paying_batches(costs, accept, CHAIN)[1] == 32
+    assert predict(costs, CHAIN, accept.tau(CHAIN), 32).speedup > 0
+    assert math.isnan(predict(costs, CHAIN, accept.tau(CHAIN), 33).speedup)
+    assert paying_batches(costs, CHAIN, accept.tau(CHAIN))[1] == 32
     rows = predict_all(costs, accept, [CHAIN, TREE], [1, 32], 128)
     assert page(rows).splitlines()[-1] == "-: beyond what was measured"
     flat = measured_costs((1, 0.0100), (64, 0.0105))
-    assert where_it_pays(flat, accept, rows[0][0]) == "no break-even up to batch 32, as far as is known"
+    assert where_it_pays(flat, rows[0][0]) == "no break-even up to batch 32, as far as is known"
 
 
 def test_a_gain_that_comes_back_is_told():
     """Experts that a large batch reads anyway make verification cheap again."""
-    ranges, largest = paying_batches(minimax("pcie-p2p-8"), published(2.3, TREE), TREE)
+    ranges, largest = paying_batches(minimax("pcie-p2p-8"), TREE, 2.3)
     assert len(ranges) == 2
     assert ranges[0][0] == 1
-    told = where_it_pays(
-        minimax("pcie-p2p-8"), published(2.3, TREE), predict(minimax("pcie-p2p-8"), published(2.3, TREE), TREE)
-    )
+    told = where_it_pays(minimax("pcie-p2p-8"), predict(minimax("pcie-p2p-8"), TREE, 2.3))
     assert re.fullmatch(r"pays only at batches 1 to \d+, \d+ to \d+", told), told
     assert largest == 1024
 
@@ -211,8 +209,8 @@ def test_interpolation_goes_through_its_points_and_on():
 
 
 def test_the_reference_card_gains_with_fast_links_and_breaks_even_without():
-    accept = published(2.6, TREE)  # the card: about 2x with NVLink or PCIe P2P, break-even through the host
-    gain = {m: predict(minimax(m), accept, TREE).speedup for m in ("h200-nvlink-8", "pcie-p2p-8", "pcie-host-8")}
+    # its tau, and about 2x with NVLink or PCIe P2P, break-even through the host
+    gain = {m: predict(minimax(m), TREE, 2.6).speedup for m in ("h200-nvlink-8", "pcie-p2p-8", "pcie-host-8")}
     assert gain["h200-nvlink-8"] > gain["pcie-p2p-8"] > 1.3
     assert 1.6 < gain["h200-nvlink-8"] < 2.2
     assert gain["pcie-host-8"] < 1.1
@@ -226,7 +224,7 @@ def test_single_stream_rates_are_near_the_published_ones():
 def test_long_chains_beat_short_ones_and_chains_beat_trees_of_their_depth():
     accept = published(2.6, CHAIN)  # SpecBundle's means: 1.91, 2.06, 2.08; trees 1.72, 1.66
     gain = {
-        name: predict(llama_8b(), accept, Shape.parse(name)).speedup
+        name: predict(llama_8b(), Shape.parse(name), accept.tau(Shape.parse(name))).speedup
         for name in ("3/1/4", "5/1/6", "7/1/8", "5/3/6", "7/4/8")
     }
     assert gain["5/1/6"] > gain["3/1/4"] > gain["5/3/6"] > gain["7/4/8"]
@@ -234,8 +232,7 @@ def test_long_chains_beat_short_ones_and_chains_beat_trees_of_their_depth():
 
 
 def test_shared_experts_make_verification_cheaper():
-    accept = published(2.6, TREE)
-    apart, together = (predict(minimax("h200-nvlink-8", r), accept, TREE).speedup for r in (0.0, 0.8))
+    apart, together = (predict(minimax("h200-nvlink-8", r), TREE, 2.6).speedup for r in (0.0, 0.8))
     assert together > apart * 1.05
 
 
@@ -251,7 +248,7 @@ def test_the_table_and_the_sentence():
     costs, accept = minimax("h200-nvlink-8"), published(2.6, TREE)
     rows = predict_all(costs, accept, candidate_shapes(7), [1, 8, 64], 512)
     assert [row[0].speedup for row in rows] == sorted((row[0].speedup for row in rows), reverse=True)
-    told = advice(rows, costs, accept)
+    told = advice(rows, costs)
     assert re.match(r"\d+/\d+/\d+; expect 1\.\d\dx at batch 1 on h200-nvlink-8 \(accept length ", told)
     assert "; break-even above batch " in told
     assert page(rows).splitlines()[0].split() == ["shape", "tau", "c", "batch", "1", "batch", "8", "batch", "64"]
@@ -262,9 +259,7 @@ def test_the_table_and_the_sentence():
 
 def test_a_machine_where_nothing_pays_is_told_so():
     costs, accept = measured_costs((1, 0.01), (64, 0.9)), GeometricProfile(0.4)
-    assert advice(predict_all(costs, accept, candidate_shapes(3), [1], 128), costs, accept).startswith(
-        "do not speculate on"
-    )
+    assert advice(predict_all(costs, accept, candidate_shapes(3), [1], 128), costs).startswith("do not speculate on")
 
 
 @pytest.mark.parametrize("text", ["3/4", "a/b/c", "3/1/9", "0/1/1", "3/4/99"])

@@ -76,7 +76,7 @@ class Predict(RecipeCommand):
             raise RecipeError(
                 f"--batches: {batches[0]} given; {costs.name} was measured up to {costs.reach / 2:.0f} tokens"
             )
-        sentence = advice(rows, costs, accept)
+        sentence = advice(rows, costs)
         if self.temperature and self.tau is None:
             measured = results_of(run)
             sentence += f"; at T={self.temperature:g}{measured.settings.filters if measured else ''}, {drafts} drafts"

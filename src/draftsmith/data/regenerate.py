@@ -246,11 +246,11 @@ class Regeneration:
             self.settings.stop_loops,
             left,
             lambda number, answer: conversations[number].extend(answer, self.chat, self.longest),
+            written=lambda tokens: self.meter.advance(tokens if self.total else 0, tokens),
         ):
             self.tally.written += len(answer.ids)
-            ended = conversations[number].last is answer
-            self.meter.advance(len(answer.ids) if self.total else int(ended), len(answer.ids))
-            if ended:
+            if conversations[number].last is answer:
+                self.meter.advance(0 if self.total else 1)
                 yield conversations.pop(number).rows(sampling)
         yield from (c.rows(sampling) for c in conversations.values() if c.answered)
 

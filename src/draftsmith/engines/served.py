@@ -36,7 +36,7 @@ from draftsmith.engines.state_files import (
     sweep,
     take_states,
 )
-from draftsmith.targets.base import Capture, Follow
+from draftsmith.targets.base import Capture, Follow, Written, nobody
 from draftsmith.targets.identity import PROBE, SAME_LOGPROB, require_same_logprobs
 from draftsmith.targets.parts import WeightsOnlyTarget, resolve_model
 
@@ -102,6 +102,7 @@ class ServedTarget(WeightsOnlyTarget):
         stop_loops: bool = False,
         max_tokens: int | None = None,
         follow: Follow | None = None,
+        written: Written = nobody,
         *,
         at_once: int | None = None,
         ignore_end: bool = False,
@@ -109,17 +110,17 @@ class ServedTarget(WeightsOnlyTarget):
         """As `Target` and `Session` have it; prompts are taken from an iterator as there is room for them."""
         done: queue.SimpleQueue[tuple[int, Generation] | None] = queue.SimpleQueue()
         ends = Ends(frozenset() if ignore_end else self.eos_ids, self.tokenizer, stop, stop_loops)
-        numbered, written = enumerate(prompts), 0
+        numbered, tokens = enumerate(prompts), 0
 
         async def work() -> None:
-            nonlocal written
-            while (max_tokens is None or written < max_tokens) and (item := next(numbered, None)) is not None:
+            nonlocal tokens
+            while (max_tokens is None or tokens < max_tokens) and (item := next(numbered, None)) is not None:
                 number = item[0]
                 asked: list[int] | None = item[1]
-                while asked is not None and (max_tokens is None or written < max_tokens):
+                while asked is not None and (max_tokens is None or tokens < max_tokens):
                     own_seed = int(digest(seed, asked), 16) % 2**31  # the same whoever else asks, and when
                     answer = await self._complete(asked, sampling, max_new_tokens, ends, own_seed, ignore_end)
-                    written += len(answer.ids)
+                    tokens += len(answer.ids)
                     asked = follow(number, answer) if follow else None
                     done.put((number, answer))
 
@@ -130,6 +131,7 @@ class ServedTarget(WeightsOnlyTarget):
         future.add_done_callback(lambda _: done.put(None))
         try:
             while (item := done.get()) is not None:
+                written(len(item[1].ids))
                 yield item
             future.result()
         finally:

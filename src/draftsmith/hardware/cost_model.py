@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from draftsmith.core.records.machine import ModelTimes, Prediction, Probe
 from draftsmith.core.shape import Shape
 from draftsmith.drafts.method import DraftSize
-from draftsmith.hardware.accept_length import AcceptLength
 from draftsmith.hardware.presets import Machine
 from draftsmith.hardware.sizes import TargetSize
 
@@ -162,9 +161,9 @@ class RooflineCosts:
 Costs = MeasuredCosts | RooflineCosts
 
 
-def predict(costs: Costs, accept: AcceptLength, shape: Shape, batch: int = 1, context: int = 512) -> Prediction:
+def predict(costs: Costs, shape: Shape, tau: float, batch: int = 1, context: int = 512) -> Prediction:
     """Beyond the costs' reach times and speed-up are nan: a straight line through a few points is no measurement."""
-    tau, decode_s = accept.tau(shape), costs.decode_s(batch, context)
+    decode_s = costs.decode_s(batch, context)
     known = shape.draft_tokens * batch <= costs.reach
     verify_s = costs.forward_s(shape.draft_tokens, batch, context) if known else math.nan
     draft_s, overhead_s = costs.draft_s(shape, tau, batch, context), costs.overhead_s(shape)
@@ -184,9 +183,7 @@ def predict(costs: Costs, accept: AcceptLength, shape: Shape, batch: int = 1, co
     )
 
 
-def paying_batches(
-    costs: Costs, accept: AcceptLength, shape: Shape, context: int = 512
-) -> tuple[list[tuple[int, int]], int]:
+def paying_batches(costs: Costs, shape: Shape, tau: float, context: int = 512) -> tuple[list[tuple[int, int]], int]:
     """([first, last] batch of every range in which drafting pays, the largest batch looked at).
 
     The gain need not fall all the way: once a batch touches every expert anyway, verifying more tokens is cheap again.
@@ -194,7 +191,7 @@ def paying_batches(
     ranges: list[tuple[int, int]] = []
     largest, paid = 0, False
     for batch in GRID:
-        gain = predict(costs, accept, shape, batch, context).speedup
+        gain = predict(costs, shape, tau, batch, context).speedup
         if math.isnan(gain):
             break
         largest = batch

@@ -30,13 +30,14 @@ def predict_all(
     costs: Costs, accept: AcceptLength, shapes: Sequence[Shape], batches: Sequence[int], context: int
 ) -> list[list[Prediction]]:
     """One row per shape, one column per batch; the best at the first batch comes first."""
-    rows = [[predict(costs, accept, shape, batch, context) for batch in batches] for shape in shapes]
+    known = [(shape, accept.tau(shape)) for shape in shapes]
+    rows = [[predict(costs, shape, tau, batch, context) for batch in batches] for shape, tau in known]
     return sorted(rows, key=lambda row: math.inf if math.isnan(row[0].speedup) else -row[0].speedup)
 
 
-def where_it_pays(costs: Costs, accept: AcceptLength, best: Prediction) -> str:
+def where_it_pays(costs: Costs, best: Prediction) -> str:
     """The batches at which drafting gains, in words."""
-    ranges, largest = paying_batches(costs, accept, best.shape, best.context)
+    ranges, largest = paying_batches(costs, best.shape, best.tau, best.context)
     if ranges == [(1, largest)]:
         return f"no break-even up to batch {largest}, as far as is known"
     if len(ranges) == 1 and ranges[0][0] == 1:
@@ -45,7 +46,7 @@ def where_it_pays(costs: Costs, accept: AcceptLength, best: Prediction) -> str:
     return f"pays only at batches {', '.join(words)}" if words else "no batch gains"
 
 
-def advice(rows: list[list[Prediction]], costs: Costs, accept: AcceptLength) -> str:
+def advice(rows: list[list[Prediction]], costs: Costs) -> str:
     """One sentence: the shape to use, what to expect of it, and where it stops paying."""
     best = rows[0][0]
     if best.speedup < WORTH:
@@ -58,7 +59,7 @@ def advice(rows: list[list[Prediction]], costs: Costs, accept: AcceptLength) -> 
         f"{best.tau:.2f}, a step costs {best.c:.2f} plain ones)"
     )
     if len(rows[0]) > 1:
-        sentence += f"; {where_it_pays(costs, accept, best)}"
+        sentence += f"; {where_it_pays(costs, best)}"
         known = [row for row in rows if not math.isnan(row[-1].speedup)]
         last = max(known, key=lambda row: row[-1].speedup)[-1] if known else best
         if last.shape != best.shape and last.speedup >= WORTH:

@@ -135,8 +135,9 @@ def speeds_of(run: Run, draft: ComparedDraft) -> dict[str, float]:
         accept = from_results(draft)
     except RecipeError:  # nothing greedy was long enough
         return {}
-    known = [entry.shape for entry in draft.acceptance if entry.shape.steps <= accept.deepest]
-    return {costs.name: max(predict(costs, accept, shape).speedup for shape in known) for costs in machines if known}
+    shapes = [entry.shape for entry in draft.acceptance if entry.shape.steps <= accept.deepest]
+    known = [(shape, accept.tau(shape)) for shape in shapes]
+    return {costs.name: max(predict(costs, shape, tau).speedup for shape, tau in known) for costs in machines if known}
 
 
 def card_prediction(run: Run) -> Predictions:
@@ -158,7 +159,7 @@ def card_prediction(run: Run) -> Predictions:
     rows = []
     for costs in machines:
         for (prediction,) in predict_all(costs, accept, shapes, [1], 512):
-            pays = where_it_pays(costs, accept, prediction)
+            pays = where_it_pays(costs, prediction)
             if isinstance(costs, MeasuredCosts):  # of one sequence at a time
                 pays = "only batch 1 was probed"
             rows.append(prediction.model_copy(update={"batches": pays}))

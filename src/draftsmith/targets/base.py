@@ -15,6 +15,12 @@ from draftsmith.decoding.sampling import Sampling
 
 Follow = Callable[[int, Generation], list[int] | None]
 """(index of the prompt, its answer) -> what the conversation goes on with; None where it ends."""
+Written = Callable[[int], None]
+"""Told how many tokens have come since it was told last."""
+
+
+def nobody(tokens: int) -> None:
+    """Nobody wants to be told."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,10 @@ class Target(Protocol):
         stop_loops: bool = False,
         max_tokens: int | None = None,
         follow: Follow | None = None,
+        written: Written = nobody,
     ) -> Iterator[tuple[int, Generation]]:
         """Completions as (index of the prompt, generation), each as soon as it ends, and those of the turns that
-        `follow`; once `max_tokens` are written, none is begun."""
+        `follow`; once `max_tokens` are written, none is begun. `written` is told of tokens as they come."""
         ...
 
     def logprobs(self, document: list[int]) -> list[float]:

@@ -21,7 +21,7 @@ from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.products import pack_weights
 from draftsmith.decoding.sampling import Sampling, sample
 from draftsmith.decoding.stopping import Ends
-from draftsmith.targets.base import Capture, Follow
+from draftsmith.targets.base import Capture, Follow, Written, nobody
 from draftsmith.targets.identity import PROBE, weights_hash
 from draftsmith.targets.lean import LeanLayer, lean_layers
 from draftsmith.targets.library import LibraryCache, LibraryForward
@@ -307,6 +307,7 @@ class LocalTarget(ModelParts):
         stop_loops: bool = False,
         max_tokens: int | None = None,
         follow: Follow | None = None,
+        written: Written = nobody,
         *,
         ignore_end: bool = False,
     ) -> Iterator[tuple[int, Generation]]:
@@ -323,7 +324,7 @@ class LocalTarget(ModelParts):
         longest = self._longest(asked)
         ends = Ends(frozenset() if ignore_end else self.eos_ids, self.tokenizer, stop, stop_loops)
         generator = torch.Generator().manual_seed(seed)
-        yield from self._batched(asked, sampling, max_new_tokens, ends, generator, max_tokens, follow, longest)
+        yield from self._batched(asked, sampling, max_new_tokens, ends, generator, max_tokens, follow, written, longest)
 
     def _batched(
         self,
@@ -334,6 +335,7 @@ class LocalTarget(ModelParts):
         generator: torch.Generator,
         max_tokens: int | None,
         follow: Follow | None,
+        written: Written,
         longest: int,
     ) -> Iterator[tuple[int, Generation]]:
         waiting = deque(range(len(asked)))
@@ -362,6 +364,7 @@ class LocalTarget(ModelParts):
                 cache.select_rows(keep)
                 running = [running[i] for i in keep]
                 lengths, next_ids, rows = lengths[keep], next_ids[keep], len(keep)
+            written(sum(number is not None for number in running))
             for row, (number, token) in enumerate(zip(running, next_ids.tolist(), strict=True)):
                 if number is None:
                     continue
