@@ -1,5 +1,6 @@
 """The report shows what the run directory holds, trusts none of its text, and asks the network for nothing."""
 
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -26,7 +27,7 @@ from draftsmith.core.records.training import HeldOut, MetricsRow, StepTiming, Tr
 from draftsmith.core.run_files import RunFiles
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.evaluation.report import write_report
-from draftsmith.evaluation.report_sections import sample_completions, token_texts
+from draftsmith.evaluation.report_sections import Course, sample_completions, token_texts
 
 PIECES = ["<bos>", "Say", " hi", "<script>alert(1)</script>", " & more", "é", "!", " rare"]
 UNKNOWN_BYTE = "\ufffd"
@@ -345,3 +346,17 @@ def test_a_character_of_two_tokens_stands_at_the_second() -> None:
     texts = token_texts([1, 100, 101, 6], FakeTokenizer())
     assert texts == ["Say", "", "ü", "!"]
     assert token_texts([1, 100], FakeTokenizer()) == ["Say", UNKNOWN_BYTE]
+
+
+def test_twice_the_tokens_is_told_by_the_slope_of_the_late_measurements():
+    def measured(step, tau):
+        held = HeldOut(match=[0.5], alpha=[0.5], tau={1: 1.2, 3: tau}, verifications=9)
+        return MetricsRow(step=step, held_out=held)
+
+    timing = [StepTiming(step=step, tokens=1000, seconds=1.0) for step in range(1, 65)]
+    late = [measured(step, 1.5 + 0.1 * math.log2(step)) for step in (16, 32, 64)]
+    early = [measured(step, 1.0) for step in (1, 2, 8)]  # steeper, and long ago
+    assert Course([*early, *late], timing).gain_of_doubling == pytest.approx(0.1)
+    assert Course(late[1:], timing).gain_of_doubling is None
+    assert Course(late, []).gain_of_doubling is None
+    assert Course([], timing).gain_of_doubling is None

@@ -30,6 +30,7 @@ from draftsmith.engines import ENGINES
 from draftsmith.evaluation.lossless import LosslessVerdict, lossless_verdict
 from draftsmith.evaluation.report_sections import (
     Answer,
+    Course,
     categories_of,
     depth_plot,
     loss_mask,
@@ -37,7 +38,6 @@ from draftsmith.evaluation.report_sections import (
     setting,
     size_label,
     tau_plot,
-    training_plots,
     trees_and_chains,
     vocabulary_plot,
 )
@@ -94,6 +94,10 @@ class Findings:
         parts = [f"cpu {hardware.cpu}", f"cores {hardware.cores}"]
         parts += [f"gpus {', '.join(hardware.gpus)}"] if hardware.gpus else []
         return ", ".join([*parts, *([f"threads {threads}"] if threads else [])])
+
+    @property
+    def course(self) -> Course:
+        return Course(self.metrics, self.step_timing)
 
     @cached_property
     def fastest(self) -> Speed | None:
@@ -161,7 +165,9 @@ def recipe_rows(run: Findings) -> list[tuple[str, str]]:
 
 
 def train_longer(run: Findings) -> tuple[str, str | None]:
-    words = "tau was still rising: train longer (or raise regenerate.max_tokens for more data)"
+    gain = run.course.gain_of_doubling
+    promise = f"; twice the tokens: about {gain:+.2f}" if gain and gain >= 0.005 else ""
+    words = f"tau was still rising: train longer (or raise regenerate.max_tokens for more data){promise}"
     if run.recipe is None or run.training is None:
         return words, None
     train = run.recipe.train
@@ -215,7 +221,7 @@ def write_report(files_of_run: RunFiles, tokenizer: Any, serve: Mapping[EngineNa
         vocabulary_plot=vocabulary_plot(run.coverage) if run.coverage else None,
         mask=loss_mask(rows, tokenizer, run.files.vocabulary),
         answers=[Answer.of(row, tokenizer) for row in rows],
-        training_plots=training_plots(run.metrics, run.step_timing),
+        course=run.course,
         trained_tokens=sum(row.tokens for row in run.step_timing),
         trained_seconds=sum(row.seconds for row in run.step_timing),
         last=held_out[-1] if held_out else None,

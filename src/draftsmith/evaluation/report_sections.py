@@ -5,8 +5,10 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from functools import cached_property
+from itertools import accumulate, zip_longest
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 from markupsafe import Markup
@@ -20,6 +22,7 @@ from draftsmith.evaluation.plots import interval_plot, line_plot
 PROMPT_END_CHARACTERS = 400
 MASK_TOKENS = 500
 PLOT_POINTS = 300
+TRAINED = "tokens trained on"
 
 
 def setting(entry: Acceptance) -> str:
@@ -133,27 +136,54 @@ def loss_mask(rows: Sequence[Completion], tokenizer: Any, vocabulary_file: Path)
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-def training_plots(metrics: Sequence[MetricsRow], timing: Sequence[StepTiming]) -> list[Markup]:
-    plots: list[Markup] = []
-    logged = [row for row in metrics if row.loss is not None]
-    if rows := logged[:: math.ceil(len(logged) / PLOT_POINTS) or 1]:
-        steps, depths = [row.step for row in rows], range(len(rows[0].alpha or []))
-        losses = {"loss": (steps, [row.loss or 0.0 for row in rows])}
-        alphas = {f"depth {d + 1}": (steps, [(row.alpha or [])[d] for row in rows]) for d in depths}
-        plots += [
-            line_plot("Training loss", ("optimiser step", "loss"), losses),
-            line_plot("Acceptance per depth while training", ("optimiser step", "alpha"), alphas, from_zero=True),
-        ]
-    if held_out := [(row.step, row.held_out.tau) for row in metrics if row.held_out]:
-        steps = [step for step, _ in held_out]
-        taus = {f"chain of {length}": (steps, [tau[length] for _, tau in held_out]) for length in held_out[0][1]}
-        plots.append(line_plot("tau on held-out completions", ("optimiser step", "tau"), taus))
-    width = math.ceil(len(timing) / 60) or 1  # about sixty stretches: single steps vary with their packing
-    if stretches := [timing[i : i + width] for i in range(0, len(timing), width)]:
-        rates = [sum(row.tokens for row in stretch) / sum(row.seconds for row in stretch) for stretch in stretches]
-        speeds = {"tokens/s": ([stretch[-1].step for stretch in stretches], rates)}
-        plots.append(line_plot("Throughput", ("optimiser step", "tokens/s"), speeds, from_zero=True))
-    return plots
+@dataclass(frozen=True)
+class Course:
+    """A training against the tokens of its steps."""
+
+    metrics: Sequence[MetricsRow]
+    timing: Sequence[StepTiming]
+
+    @cached_property
+    def tokens(self) -> dict[int, int]:
+        """Trained by the end of each step."""
+        totals = accumulate(row.tokens for row in self.timing)
+        return {row.step: total for row, total in zip(self.timing, totals, strict=True)}
+
+    @cached_property
+    def held_out(self) -> list[tuple[int, dict[int, float]]]:
+        """(tokens, tau by the length of the chain)."""
+        rows = [(self.tokens.get(row.step), row.held_out) for row in self.metrics]
+        return [(tokens, found.tau) for tokens, found in rows if tokens and found]
+
+    @property
+    def gain_of_doubling(self) -> float | None:
+        """What twice the tokens would add to tau: the slope of a line through tau of the longest chain against
+        log2(tokens), from a quarter of the tokens on. None of fewer than three measurements."""
+        late = [(math.log2(at), tau[max(tau)]) for at, tau in self.held_out if 4 * at >= self.held_out[-1][0]]
+        return linear_regression(*zip(*late, strict=True)).slope if len(late) >= 3 else None
+
+    def plots(self) -> list[Markup]:
+        plots: list[Markup] = []
+        logged = [row for row in self.metrics if row.loss is not None and row.step in self.tokens]
+        if rows := logged[:: math.ceil(len(logged) / PLOT_POINTS) or 1]:
+            at, depths = [self.tokens[row.step] for row in rows], range(len(rows[0].alpha or []))
+            losses = {"loss": (at, [row.loss or 0.0 for row in rows])}
+            alphas = {f"depth {d + 1}": (at, [(row.alpha or [])[d] for row in rows]) for d in depths}
+            plots += [
+                line_plot("Training loss", (TRAINED, "loss"), losses),
+                line_plot("Acceptance per depth while training", (TRAINED, "alpha"), alphas, from_zero=True),
+            ]
+        if self.held_out:
+            at = [tokens for tokens, _ in self.held_out]
+            lengths = self.held_out[0][1]
+            taus = {f"chain of {n}": (at, [tau[n] for _, tau in self.held_out]) for n in lengths}
+            plots.append(line_plot("tau on held-out completions", (TRAINED, "tau"), taus))
+        width = math.ceil(len(self.timing) / 60) or 1  # about sixty stretches: single steps vary with their packing
+        if stretches := [self.timing[i : i + width] for i in range(0, len(self.timing), width)]:
+            rates = [sum(row.tokens for row in stretch) / sum(row.seconds for row in stretch) for stretch in stretches]
+            speeds = {"tokens/s": ([self.tokens[stretch[-1].step] for stretch in stretches], rates)}
+            plots.append(line_plot("Throughput", (TRAINED, "tokens/s"), speeds, from_zero=True))
+        return plots
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------------
