@@ -79,12 +79,14 @@ PEERS: dict[str, list[str]] = {
     "specforge": ["--peer", "specforge"],
     # their learning rate is meant for a run a thousand times as long, their depth for one served deeper
     "specforge-tuned": ["--peer", "specforge", "--lr", "1e-3", "--ttt-steps", "3"],
+    "specforge-3e-3": ["--peer", "specforge", "--lr", "3e-3", "--ttt-steps", "3"],
     "speculators": ["--peer", "speculators", "--optimizer", "muon", "--ttt-steps", "3", "--batch", "2"],
 }
 BASE = {"train.learning_rate": 8e-3}  # the recipe's 4e-3 is for 600 steps, minutes are some 50; of three tried
 OURS: dict[str, JsonObject] = {  # one switch each
     "draftsmith": {},
     "lr-4e-3": {"train.learning_rate": 4e-3},
+    "lr-1.6e-2": {"train.learning_rate": 1.6e-2},
     "pack-512": {"train.pack_tokens": 512, "train.learning_rate": 4e-3},  # twice the steps, so half the rate
     "lk_lambda": {"train.objective": "lk_lambda"},
     "lk_alpha": {"train.objective": "lk_alpha"},

@@ -13,19 +13,41 @@ from torch import Tensor
 from draftsmith.core.recipe import TrainRecipe
 from draftsmith.drafts.method import Draft
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration
-ITERATIONS = 5
+SAFETY = 1.01  # rounding must not push a singular value past 1, where the polynomials grow
+# Polar Express (Amsel et al. 2025, arXiv 2505.16932, Algorithm 1): the best five quintics for singular values from 1e-3
+# to 1, where Newton-Schulz takes the same one five times and ends further from 1.
+POLYNOMIALS = [
+    (a / SAFETY, b / SAFETY**3, c / SAFETY**5)
+    for a, b, c in (
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    )
+] + [(2.300652019954817, -1.6689039845747493, 0.4188073119525673)]
 
 
 def orthogonalised(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly: Newton-Schulz brings every singular value near 1."""
-    a, b, c = COEFFICIENTS
+    """The nearest semi-orthogonal matrix [M, N] of a gradient, roughly: every singular value comes near 1.
+
+    In fp32 the polynomials are multiplied out in the Gram matrix, [M, M] of the smaller side, and only two products are
+    of the full width; bf16 would lose small singular values in their squares, so there they are taken one by one.
+    """
     wide = gradient.shape[0] <= gradient.shape[1]
     x = (gradient if wide else gradient.T).to(dtype)
-    x = x / x.norm().clamp(min=1e-7)
-    for _ in range(ITERATIONS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x / (x.norm() * SAFETY).clamp(min=1e-7)
+    if dtype == torch.float32:
+        gram, factors = x @ x.T, []
+        for a, b, c in POLYNOMIALS:
+            if factors:  # they commute, as all are polynomials of one matrix
+                gram = factors[-1] @ gram @ factors[-1]
+            factors.append(torch.addmm(gram, gram, gram, beta=b, alpha=c))
+            factors[-1].diagonal().add_(a)
+        x = torch.linalg.multi_dot([*factors, x])
+    else:
+        for a, b, c in POLYNOMIALS:
+            gram = x @ x.T
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x if wide else x.T
 
 
