@@ -7,6 +7,7 @@ A plan sees the recipe and the probe alone. Results go to benchmarks/results/pla
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from draftsmith.cli import quiet_libraries
@@ -15,7 +16,6 @@ from draftsmith.core.recipe_file import load_recipe
 from draftsmith.core.records.run import Manifest
 from draftsmith.runs import plan as planning
 from draftsmith.runs.estimates import costs_of, plan_of
-from draftsmith.runs.pipeline import command_line
 from draftsmith.runs.run import Run
 
 OUT = Path(__file__).parent / "results" / "plan-validation.json"
@@ -27,7 +27,7 @@ def main() -> None:
     runs = []
     for directory in parser.parse_args().runs:
         quiet_libraries()
-        run = Run(load_recipe(directory / "recipe.yaml"), directory, command_line())
+        run = Run(load_recipe(directory / "recipe.yaml"), directory, sys.argv)
         rows = planning.against(plan_of(run, costs_of(run, None)), run.files)
         command = Manifest.load(run.files.manifest).created_with.command
         told = [{"what": what, "planned": a, "real": b, "ratio": a / b} for what, a, b in rows]

@@ -84,14 +84,14 @@ def execute(arguments: list[str]) -> int:
     if arguments[0] not in ("serve", "publish", "inspect"):  # those need no model library
         quiet_libraries()
     if recipe is not None:
-        from draftsmith.runs.pipeline import command_line
         from draftsmith.runs.run import Run
 
     terminal.on_interrupt(signal.default_int_handler)  # from here on there are things to put in order
     if recipe is None:
         return command()
-    run = Run(recipe, command.out or Path("runs") / recipe.name, command_line())
-    writing = run.lock if command.writes and run.processes.main else contextlib.nullcontext()
+    run = Run(recipe, command.out or Path("runs") / recipe.name, [Path(sys.argv[0]).name, *sys.argv[1:]])
+    reads = arguments[0] in ("plan", "publish", "serve") or getattr(command, "dry_run", False)  # nobody need wait
+    writing = run.lock if not reads and run.processes.main else contextlib.nullcontext()
     with contextlib.closing(run), writing:
         return command(run)
 

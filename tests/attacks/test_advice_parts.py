@@ -189,7 +189,7 @@ def test_what_decodes_is_chosen_as_it_is_told(tmp_path, case):
 
 def test_a_server_to_evaluate_is_asked_by_the_engine_that_is_told_to_be_given(tmp_path):
     def engine(**changes):
-        return Run(tiny_recipe("m", "p", **changes), tmp_path, ["test"]).evaluation_engine
+        return Run(tiny_recipe("m", "p", **changes), tmp_path, ["test"]).engine_of("evaluate")
 
     url = {"evaluate.url": "http://127.0.0.1:9"}
     assert engine(**url, **{read(r"give --(\S+) too$", told(engine, **url)): "vllm"}) == "vllm"
@@ -203,7 +203,7 @@ def test_what_engines_alone_verify_is_given_to_one_as_it_is_told(target, tmp_pat
     )
     for name in names:
         run = Run(tiny_recipe("m", "p", **{flag: name}), tmp_path, ["test"])
-        assert ENGINES[run.evaluation_engine].draftable([Shape(3, 1, 4)], setup) == [Shape(3, 1, 4)]
+        assert ENGINES[run.engine_of("evaluate")].draftable([Shape(3, 1, 4)], setup) == [Shape(3, 1, 4)]
 
 
 def trained(gathered, target, out, processes=None, **changes):

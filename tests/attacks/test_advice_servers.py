@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shlex
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -353,17 +354,17 @@ def test_another_engines_own_program_is_given_as_it_is_told(model, target, tmp_p
 
 def test_a_gemma_is_served_as_it_is_told_to_be_started(tmp_path):
     gemma, sglang = save_tiny_target(tmp_path / "model", "gemma3"), SERVERS["sglang"]
-    fault = sglang.capture_fault({"json_model_override_args": "{}"})
+    _, wanted, fault = sglang.capture_check("gemma3")
     command = read(r"start it with `draftsmith (serve .*)`$", fault)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe_for(gemma, [], **{"serve.engine": "sglang"})))
     command, recipe = cli.parse(command.replace("RECIPE", str(tmp_path / "recipe.yaml")).split())
     words = Run(recipe, tmp_path, ["test"]).serving(command.purpose).command
     of_itself = words[words.index("--json-model-override-args") + 1]
-    assert sglang.capture_fault({"json_model_override_args": of_itself}) is None
+    assert wanted in of_itself
 
 
 @pytest.mark.parametrize("stage", ["regenerate", "evaluate"])
-def test_what_decodes_on_gpus_is_chosen_by_the_flags_that_are_told(tmp_path, capsys, stage):
+def test_what_decodes_on_gpus_is_chosen_by_the_flags_that_are_told(tmp_path, capsys, monkeypatch, stage):
     file, program = tmp_path / "recipe.yaml", tmp_path / "vllm"
     file.write_text(dump_recipe(tiny_recipe("m", "p", device="auto")))
     program.write_text("#!/bin/sh")
@@ -372,9 +373,10 @@ def test_what_decodes_on_gpus_is_chosen_by_the_flags_that_are_told(tmp_path, cap
     def engine(*flags, installed=None):
         run = Run(cli.parse(["run", str(file), *flags])[1], tmp_path, ["test"])
         run.__dict__["cards"] = ["0", "1"]
-        if installed is not None:
-            run.__dict__["_program_found"] = installed
-        return run.tell_engine(stage), capsys.readouterr().err
+        with monkeypatch.context() as patched:
+            if installed is not None:
+                patched.setattr(shutil, "which", lambda program: program if installed else None)
+            return run.tell_engine(stage), capsys.readouterr().err
 
     name, line = engine(installed=True)
     assert name == "vllm"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from models import save_tiny_target, tiny_lm, tiny_recipe, tiny_tokenizer, write_prompts
 
+from draftsmith.commands import GROUPS
 from draftsmith.core.errors import DataError, DraftsmithError, TargetError
 from draftsmith.core.recipe import Recipe
 from draftsmith.core.recipe_file import dump_recipe
@@ -216,7 +217,7 @@ def test_a_stage_alone_stops_where_one_before_it_would_run(copied, name):
     with pytest.raises(DataError, match=f"{name}: `prompts` has to run before it"):
         again(changed, directory, name)
     assert files_of(directory) == before
-    told = explain(Run(changed, directory, ["test"]), name)
+    told = explain(Run(changed, directory, ["test"]), GROUPS["its stages"], name)
     assert f"{name:<11} stop " in told
 
 
@@ -236,7 +237,7 @@ def test_a_dry_run_and_the_stage_agree(copied, name, key):
     part, last = key.split(".")
     values[part][last] = CHANGES[key]
     changed = Recipe.model_validate(values)
-    told = explain(Run(changed, directory, ["test"]), name).splitlines()[-1].split()[1]
+    told = explain(Run(changed, directory, ["test"]), GROUPS["its stages"], name).splitlines()[-1].split()[1]
     before = files_of(directory)
     try:
         again(changed, directory, name)

@@ -132,5 +132,6 @@ def test_a_whole_run(tmp_path):
     changes = {"device": "cuda", "target.dtype": "bf16", "train.dtype": "bf16"}
     changes |= {"regenerate.engine": "embedded", "evaluate.engine": "embedded"}  # whether vLLM is installed or not
     recipe = tiny_recipe(model, write_prompts(tmp_path / "p.jsonl"), **changes)
-    report = run_pipeline(Run(recipe, tmp_path / "run", ["test"]))
-    assert report.stat().st_size > 10_000
+    run = Run(recipe, tmp_path / "run", ["test"])
+    run_pipeline(run)
+    assert run.files.report.stat().st_size > 10_000

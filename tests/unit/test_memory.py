@@ -11,7 +11,7 @@ from draftsmith.core.errors import MemoryShortage, TargetError
 from draftsmith.decoding.cache import StaticCache
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.engines.base import Setup
-from draftsmith.engines.embedded import Embedded
+from draftsmith.engines.embedded import exact
 from draftsmith.runs.pipeline import run_pipeline
 from draftsmith.runs.run import Run
 from draftsmith.targets import local
@@ -105,12 +105,12 @@ def test_losslessness_holds_one_copy_of_the_target(tmp_path, monkeypatch, capsys
     target = run.target
     before = target.head.weight.clone()
     setup = Setup(run.recipe, tmp_path, tmp_path, target)
-    with Embedded().exact(setup) as proof:
+    with exact(setup) as proof:
         assert proof.target.identity.dtype == "fp32"
-        exact = proof.target.lm
-    assert all(weight.is_meta for weight in exact.parameters())
+        in_fp32 = proof.target.lm
+    assert all(weight.is_meta for weight in in_fp32.parameters())
     assert torch.equal(target.head.weight, before)
     monkeypatch.setattr("draftsmith.engines.embedded.card_room", lambda device: (100_000, 24_000_000_000))
-    with Embedded().exact(setup) as proof:
+    with exact(setup) as proof:
         assert proof is None
     assert "losslessness is not tested; in fp32 the target takes" in capsys.readouterr().err

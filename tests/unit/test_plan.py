@@ -18,7 +18,7 @@ from draftsmith.hardware import counting
 from draftsmith.hardware.cost_model import RooflineCosts
 from draftsmith.hardware.presets import Machine, preset
 from draftsmith.hardware.sizes import TargetSize
-from draftsmith.runs.estimates import draft_size, plan_of, roofline
+from draftsmith.runs.estimates import plan_of, roofline
 from draftsmith.runs.plan import against, page, page_against, plan
 from draftsmith.runs.run import Run
 from draftsmith.targets.configs import target_config
@@ -50,7 +50,7 @@ def planned(name="minimax-m2.7-eagle3", machine="h200-nvlink-8", trainer_gpus=No
     else:
         run = Run(recipe, Path("nowhere"), [])
         costs = roofline(run, chosen)
-        assert draft_size(run, draft) == costs.draft
+        assert METHODS["eagle3"].size(draft) == costs.draft
     return plan(recipe, costs, chosen, target, draft, trainer_gpus, completion_tokens)
 
 

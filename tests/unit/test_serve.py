@@ -222,14 +222,14 @@ def test_gpus_answer_by_vllm_where_it_is_installed(tmp_path, monkeypatch, capsys
         assert sorted(notes.read_text().split()) == ["3,4", "5,6"]  # the fifth card makes no pair
         written = CompletionsSummary.load(served.files.completions / SUMMARY)
         assert written.completions == 14
-        assert served.evaluation_engine == "vllm"
+        assert served.engine_of("evaluate") == "vllm"
         assert "regenerate: vLLM decodes; --regenerate.engine embedded" in capsys.readouterr().err
         before = Manifest.load(served.files.manifest).stages["regenerate"]
         changed = run(f"{sys.executable} {script} {notes} {url}", "run", **{"regenerate.engine": "embedded"})
         run_pipeline(changed, "regenerate")  # whoever answers: the answers stand
         assert Manifest.load(served.files.manifest).stages["regenerate"].seconds == before.seconds
     without = run("no-such-vllm serve", "without")
-    assert (without.tell_engine("regenerate"), without.evaluation_engine) == ("embedded", "embedded")
+    assert (without.tell_engine("regenerate"), without.engine_of("evaluate")) == ("embedded", "embedded")
     assert "on one of 5 GPUs" in (told := capsys.readouterr().err)
     assert "--serve.program '/opt/vllm/bin/vllm serve'" in told
     one = run("sh", "one", **{"evaluate.engine": "embedded"})

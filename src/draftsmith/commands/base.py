@@ -19,8 +19,3 @@ class RecipeCommand(Command):
     """YAML file, for example recipes/smollm2-135m-quick.yaml."""
     out: Path | None = None
     """Run directory; left out: runs/NAME."""
-
-    @property
-    def writes(self) -> bool:
-        """Whether it writes into the run directory, so that nobody else may meanwhile."""
-        return True

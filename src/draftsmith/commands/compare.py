@@ -38,7 +38,7 @@ class Compare(RecipeCommand):
             raise DataError(
                 f"compare: {len(directories)} draft found; give others with --drafts DIRECTORY [DIRECTORY ...]"
             )
-        layers, engine = run.target.identity.num_layers, ENGINES[run.evaluation_engine]
+        layers, engine = run.target.identity.num_layers, ENGINES[run.engine_of("evaluate")]
         for directory in directories:  # one that is no draft is told before any is measured
             load_draft(directory, layers=layers, reading=self.taps)
         out = run.files.comparison.parent

@@ -27,10 +27,6 @@ class Plan(RecipeCommand):
     against: Path | None = None
     """A finished run directory: print what was planned beside what it really took."""
 
-    @property
-    def writes(self) -> bool:
-        return False
-
     def __call__(self, run: "Run") -> int:
         from draftsmith.core.run_files import RunFiles
         from draftsmith.runs.estimates import costs_of, plan_of

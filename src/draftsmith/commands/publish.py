@@ -19,10 +19,6 @@ class Publish(RecipeCommand):
     public: bool = False
     """Make a new repository public; otherwise it is private until you open it on the hub."""
 
-    @property
-    def writes(self) -> bool:
-        return False
-
     def __call__(self, run: "Run") -> int:
         from draftsmith.publishing.publish import publish
 

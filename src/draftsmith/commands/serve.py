@@ -17,10 +17,6 @@ class Serve(RecipeCommand):
     print: bool = False
     """Print the command instead of running it."""
 
-    @property
-    def writes(self) -> bool:
-        return False
-
     def __call__(self, run: "Run") -> int:
         from draftsmith.engines.process import serve
 

@@ -2,7 +2,9 @@
 
 from typing import TYPE_CHECKING, Literal
 
+from draftsmith.commands import GROUPS
 from draftsmith.commands.base import RecipeCommand
+from draftsmith.commands.card import Card
 from draftsmith.core.errors import RecipeError
 from draftsmith.core.recipe import EngineName
 
@@ -28,38 +30,27 @@ class Stages(RecipeCommand):
     check: EngineName | None = None
     """After export: start this engine and compare it with the embedded one, token by token and depth by depth."""
 
-    @property
-    def writes(self) -> bool:
-        return not self.dry_run
-
     def __call__(self, run: "Run") -> int:
         from draftsmith.runs.pipeline import explain, run_pipeline
 
         only = None if self.stage == "run" else self.stage
         if self.dry_run:
-            print(explain(run, only))
+            print(explain(run, GROUPS["its stages"], only))
             return 0
-        report = run_pipeline(run, only, self.redo)
+        run_pipeline(run, only, self.redo)
         if self.check:
             from draftsmith.runs.check import check
 
             if not check(run, self.check):
                 return 1
         if self.stage == "report":
-            print(f"report: {report}")
+            print(f"report: {run.files.report}")
         if self.stage == "run" and run.processes.main:
-            print(f"report: {report}\ndraft:  {run.files.draft}")
-            self._card(run)
+            print(f"report: {run.files.report}\ndraft:  {run.files.draft}")
+            try:
+                Card(recipe=self.recipe)(run)
+            except RecipeError as error:  # the draft is done; only its card has to wait
+                print(f"card:   none yet; {error}")
             for engine, line in run.serve_commands.items():
                 print(f"\nserve it on {engine}:\n  {line}")
         return 0
-
-    @staticmethod
-    def _card(run: "Run") -> None:
-        from draftsmith.publishing.card import write_card
-        from draftsmith.runs.estimates import card_prediction
-
-        try:
-            print(f"card:   {write_card(run, card_prediction(run))}")
-        except RecipeError as error:  # the draft is done; only its card has to wait
-            print(f"card:   none yet; {error}")

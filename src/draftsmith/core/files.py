@@ -3,6 +3,7 @@
 import hashlib
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,13 @@ def replace(temporary: Path, path: Path) -> None:
     sync(path.parent)
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write to a temporary name beside `path`, then rename."""
+def write_atomic(path: Path, content: bytes | str | Iterable[bytes]) -> None:
+    """Write to a temporary name beside `path`, an iterable piece by piece, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    content = content.encode() if isinstance(content, str) else content
+    with temporary.open("wb") as file:
+        file.writelines([content] if isinstance(content, bytes) else content)
     replace(temporary, path)
 
 

@@ -1,6 +1,5 @@
 """What a run's stages were made of: their recipes as they ran, and the files they wrote as they were written."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from draftsmith.core.files import JsonObject, digest
@@ -61,22 +60,16 @@ def results_of(run: RunFiles) -> dict[Decodes, Results]:
     return standing
 
 
-def _files(directory: Path) -> Iterator[Path]:
-    for path in sorted(directory.rglob("*")):
-        parts = path.relative_to(directory).parts
-        hidden = any(part.startswith(".") or part in NOT_OUTPUT for part in parts)
-        if path.is_file() and not hidden and path.suffix not in (".log", ".unused"):
-            yield path
-
-
 def outputs_of(directory: Path) -> dict[str, Output]:
     """Every file that a finished stage answers for."""
-    return {str(path.relative_to(directory)): _output(path) for path in _files(directory)}
-
-
-def _output(path: Path) -> Output:
-    status = path.stat()
-    return Output(size=status.st_size, mtime_ns=status.st_mtime_ns, digest=digest(path))
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        place = path.relative_to(directory)
+        hidden = any(part.startswith(".") or part in NOT_OUTPUT for part in place.parts)
+        if path.is_file() and not hidden and path.suffix not in (".log", ".unused"):
+            status = path.stat()
+            found[str(place)] = Output(size=status.st_size, mtime_ns=status.st_mtime_ns, digest=digest(path))
+    return found
 
 
 def changed(directory: Path, outputs: dict[str, Output]) -> list[str]:

@@ -15,7 +15,7 @@ import orjson
 
 from draftsmith.core import run_files
 from draftsmith.core.errors import DataError
-from draftsmith.core.files import digest, replace
+from draftsmith.core.files import digest, write_atomic
 from draftsmith.core.progress import Meter, say
 from draftsmith.core.recipe import Recipe
 from draftsmith.core.records.data import Prompt, PromptsSummary
@@ -200,15 +200,6 @@ def _split_off(prompts: list[Held], per_category: int) -> tuple[list[Held], list
     return list(held_out.values()), [prompt for prompt in prompts if prompt.whole not in held_out]
 
 
-def _write(path: Path, prompts: list[Held]) -> None:
-    """As `write_rows` does, row by row, so that a million rows are never held twice."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.writelines(prompt.row for prompt in prompts)
-    replace(temporary, path)
-
-
 def gather(recipe: Recipe, out: Path) -> PromptsSummary:
     """Stage `prompts`: writes prompts.jsonl, evaluation.jsonl and summary.json."""
     settings, tally = recipe.prompts, Tally()
@@ -244,8 +235,8 @@ def gather(recipe: Recipe, out: Path) -> PromptsSummary:
         by_category=dict(Counter(prompt.category for prompt in kept)),
         by_source=dict(Counter(prompt.source for prompt in kept)),
     )
-    _write(out / "prompts.jsonl", _with_own_ids(kept))
-    _write(out / "evaluation.jsonl", _with_own_ids(held_out))
+    write_atomic(out / "prompts.jsonl", (prompt.row for prompt in _with_own_ids(kept)))
+    write_atomic(out / "evaluation.jsonl", (prompt.row for prompt in _with_own_ids(held_out)))
     summary.save(out / run_files.SUMMARY)
     say(
         f"prompts: {summary.prompts} to train on, {summary.evaluation_prompts} to evaluate; dropped "

@@ -58,14 +58,6 @@ class Draft(nn.Module):
         """Draft logits [..., D] from an output [..., H] of `Method.guesses`."""
         raise NotImplementedError
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
 
 @dataclass(frozen=True)
 class Forward:
@@ -76,22 +68,21 @@ class Forward:
     parameters: float
 
 
+@dataclass(frozen=True)
 class DraftSize(ABC):
     """What a draft weighs, and what its steps and its training cost; bf16 as it is served."""
 
+    config: DraftConfig
+
     @property
-    @abstractmethod
-    def hidden(self) -> int: ...
+    def head(self) -> float:
+        """Parameters of the output head."""
+        return float(self.config.draft_vocab_size) * self.config.hidden_size
 
     @property
     @abstractmethod
     def parameters(self) -> float:
         """Without the few thousand of the norms."""
-
-    @property
-    @abstractmethod
-    def head(self) -> float:
-        """Parameters of the output head."""
 
     @property
     @abstractmethod

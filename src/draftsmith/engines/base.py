@@ -4,7 +4,6 @@ Another engine is one more file with a class of these (docs/architecture.md); a 
 engines/server.py. Engines are asked through sessions alone, so that what is measured is measured alike.
 """
 
-import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from draftsmith.core.errors import DataError
+from draftsmith.core.errors import DataError, TargetError
 from draftsmith.core.progress import say
 from draftsmith.core.recipe import Recipe
 from draftsmith.core.records.base import Decodes
@@ -31,11 +30,6 @@ class Session(Protocol):
     identity: TargetIdentity
 
     @property
-    def capacity(self) -> int:
-        """Prompts worth giving it at once."""
-        ...
-
-    @property
     def one(self) -> "Session":
         """A single server of those that answer, which is what a speed is told of."""
         ...
@@ -51,16 +45,12 @@ class Session(Protocol):
         at_once: int | None = None,
         ignore_end: bool = False,
     ) -> Iterator[tuple[int, Generation]]:
-        """Completions as (index of the prompt, generation), each as soon as it ends; at most `at_once` in flight.
-        `ignore_end`: end tokens do not end them."""
+        """Completions as (index of the prompt, generation), each as soon as it ends; at most `at_once` in flight,
+        else as many as it is worth giving. `ignore_end`: end tokens do not end them."""
         ...
 
     def logprobs(self, document: list[int]) -> list[float]:
         """Log-probability of every token of a text after the first."""
-        ...
-
-    def first_choices(self, prompt: list[int], ids: list[int]) -> list[bool] | None:
-        """Whether each token that follows the prompt is the target's own first choice; None where it does not tell."""
         ...
 
 
@@ -94,9 +84,9 @@ class Engine(ABC):
     tells_with: ClassVar[str] = ""
     """What a server has to be started with before it tells of its drafting."""
 
-    @abstractmethod
     def serves(self, taps: Sequence[int]) -> bool:
         """Whether it can capture at these taps (HF hidden_states)."""
+        return True
 
     @abstractmethod
     def open(self, setup: Setup, shape: Shape | None, url: str | None = None) -> AbstractContextManager[Session]:
@@ -106,17 +96,18 @@ class Engine(ABC):
         """Why it cannot sample this draft at this shape; None where it can."""
         return None
 
-    @contextlib.contextmanager
-    def exact(self, setup: Setup) -> Iterator[Setup | None]:
-        """What losslessness is proved on: in fp32, in which ties do not hide behind rounding, where that is ours to
-        choose; None where the device has no room for it, which is said."""
-        yield setup
-
     def draftable(self, shapes: Sequence[Shape], setup: Setup) -> list[Shape]:
-        """Those of the shapes that it can draft; says which it cannot, and a `DataError` if that is all."""
-        kept = [shape for shape in shapes if self.drafts_trees or shape.topk == 1]
+        """Those of the shapes that it can draft; says which it cannot, and an error if that is all."""
+        library = setup.target.library if self.in_process and setup.target else None
+        if library is not None and not library.can_cut_back:
+            raise TargetError(
+                "evaluate.engine: this target keeps a state that cannot be cut back, so only an engine verifies its "
+                "drafts; give --evaluate.engine vllm or sglang"
+            )
+        who = "transformers' own forward" if library else self.title
+        kept = [shape for shape in shapes if shape.topk == 1 or (self.drafts_trees and not library)]
         if left_out := [str(shape) for shape in shapes if shape not in kept]:
-            say(f"evaluate: {', '.join(left_out)} left out; {self.title} drafts chains only")
+            say(f"evaluate: {', '.join(left_out)} left out; {who} drafts chains only")
         if not kept:
-            raise DataError(f"evaluate.shapes: none that {self.title} can draft; add 3/1/4")
+            raise DataError(f"evaluate.shapes: none that {who} can draft; add 3/1/4")
         return kept

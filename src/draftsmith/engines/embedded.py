@@ -4,9 +4,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import torch
-
-from draftsmith.core.errors import TargetError
 from draftsmith.core.progress import say
 from draftsmith.core.shape import DraftSampling, Shape
 from draftsmith.decoding.generation import Generation
@@ -34,10 +31,6 @@ class EmbeddedSession:
         self._decoder = Decoder(target, drafter, draft_sampling=draft_sampling)
 
     @property
-    def capacity(self) -> int:
-        return 1 if self.drafter else self.target.batch_size
-
-    @property
     def one(self) -> "EmbeddedSession":
         return self
 
@@ -62,20 +55,12 @@ class EmbeddedSession:
     def logprobs(self, document: list[int]) -> list[float]:
         return self.target.logprobs(document)
 
-    @torch.inference_mode()
-    def first_choices(self, prompt: list[int], ids: list[int]) -> list[bool]:
-        last = self.target.capture([[*prompt, *ids]], ()).last_TH[len(prompt) - 1 : -1]
-        return (self.target.logits(last).argmax(-1).cpu() == torch.tensor(ids)).tolist()
-
 
 class Embedded(Engine):
     name = "embedded"
     title = "draftsmith"
     drafts_trees = True
     in_process = True
-
-    def serves(self, taps: Sequence[int]) -> bool:
-        return True
 
     @contextlib.contextmanager
     def open(self, setup: Setup, shape: Shape | None, url: str | None = None) -> Iterator[EmbeddedSession]:
@@ -85,45 +70,31 @@ class Embedded(Engine):
         asked = setup.recipe.serve.draft_sampling
         yield EmbeddedSession(setup.target, drafter, shape, "greedy" if asked == "auto" else asked)
 
-    @contextlib.contextmanager
-    def exact(self, setup: Setup) -> Iterator[Setup | None]:
-        settings, served = setup.recipe.target, setup.target
-        assert served is not None
-        if settings.dtype == "fp32":
-            yield setup
-            return
-        device = served.device
-        served.lm.to("cpu")  # a card holds one of the two at a time
-        try:
-            room, needed = card_room(device), 4 * sum(weight.numel() for weight in served.lm.parameters())
-            if room and needed > room[0]:
-                say(
-                    f"evaluate: losslessness is not tested; in fp32 the target takes {needed / 1e9:.1f} GB, and "
-                    f"{room[0] / 1e9:.1f} are free on {device}; --evaluate.engine vllm tests it as it is served"
-                )
-                yield None
-                return
-            target = LocalTarget(settings.model, settings.revision, "fp32", str(device), settings.trust_remote_code)
-            try:
-                yield replace(setup, target=target)
-            finally:
-                target.lm.to("meta")  # whoever still holds it, its weights are gone
-        finally:
-            served.lm.to(device)
 
-    def draftable(self, shapes: Sequence[Shape], setup: Setup) -> list[Shape]:
-        assert setup.target is not None
-        library = setup.target.library
-        if library is None:
-            return super().draftable(shapes, setup)
-        if not library.can_cut_back:
-            raise TargetError(
-                f"evaluate.engine: {setup.target.identity.architecture} keeps a state that cannot be cut back, so only "
-                "an engine verifies its drafts; give --evaluate.engine vllm or sglang"
+@contextlib.contextmanager
+def exact(setup: Setup) -> Iterator[Setup | None]:
+    """What losslessness is proved on: in fp32, in which ties do not hide behind rounding; None where the device has no
+    room for it, which is said."""
+    settings, served = setup.recipe.target, setup.target
+    assert served is not None
+    if settings.dtype == "fp32":
+        yield setup
+        return
+    device = served.device
+    served.lm.to("cpu")  # a card holds one of the two at a time
+    try:
+        room, needed = card_room(device), 4 * sum(weight.numel() for weight in served.lm.parameters())
+        if room and needed > room[0]:
+            say(
+                f"evaluate: losslessness is not tested; in fp32 the target takes {needed / 1e9:.1f} GB, and "
+                f"{room[0] / 1e9:.1f} are free on {device}; --evaluate.engine vllm tests it as it is served"
             )
-        kept = [shape for shape in shapes if shape.topk == 1]
-        if left_out := [str(shape) for shape in shapes if shape.topk > 1]:
-            say(f"evaluate: {', '.join(left_out)} left out; transformers' own forward verifies chains only")
-        if not kept:
-            raise TargetError("evaluate.shapes: none that can be verified here; add 3/1/4")
-        return kept
+            yield None
+            return
+        target = LocalTarget(settings.model, settings.revision, "fp32", str(device), settings.trust_remote_code)
+        try:
+            yield replace(setup, target=target)
+        finally:
+            target.lm.to("meta")  # whoever still holds it, its weights are gone
+    finally:
+        served.lm.to(device)

@@ -87,11 +87,6 @@ class ServedTarget(WeightsOnlyTarget):
             sweep(folder, self._lost)
         self.pool.close()
 
-    @property
-    def capacity(self) -> int:
-        """Requests worth having in flight."""
-        return self.pool.capacity
-
     def generate(
         self,
         prompts: Iterable[list[int]],
@@ -125,7 +120,7 @@ class ServedTarget(WeightsOnlyTarget):
                     done.put((number, answer))
 
         async def every() -> None:
-            await all_or_none(work() for _ in range(at_once or self.capacity))
+            await all_or_none(work() for _ in range(at_once or self.pool.capacity))
 
         future = self.pool.submit(every)
         future.add_done_callback(lambda _: done.put(None))
@@ -136,9 +131,6 @@ class ServedTarget(WeightsOnlyTarget):
             future.result()
         finally:
             future.cancel()
-
-    def first_choices(self, prompt: list[int], ids: list[int]) -> None:
-        return None
 
     def logprobs(self, document: list[int]) -> list[float]:
         """Log-probability of every token of a text after the first."""
@@ -310,11 +302,9 @@ class ServedTarget(WeightsOnlyTarget):
         require_same_logprobs(self.identity_logprobs, found, f"server.urls: {replica.url}{again}")
 
     async def _check_capture(self, replica: Replica) -> None:
-        path = self.engine.capture_check(self.config.model_type) if self.last is not None else None
-        if path is None:
+        check = self.engine.capture_check(self.config.model_type) if self.last is not None else None
+        if check is None:
             return
-        answer = await self.pool.request(replica, "GET", path)
-        with reading(f"{path}: an answer that is none"):
-            fault = self.engine.capture_fault(answer)
-        if fault:
+        path, wanted, fault = check
+        if wanted not in str(await self.pool.request(replica, "GET", path)):
             raise TargetError(f"server.urls: {replica.url} {fault}")

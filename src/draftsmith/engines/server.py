@@ -112,12 +112,9 @@ class ServerEngine(Engine):
         None if the server keeps no hidden states.
         """
 
-    def capture_check(self, model_type: str) -> str | None:
-        """What a server is asked (GET) before its hidden states are believed; None where all of them are right."""
-        return None
-
-    def capture_fault(self, answer: Any) -> str | None:
-        """What is wrong with hidden states, from the answer to `capture_check`."""
+    def capture_check(self, model_type: str) -> tuple[str, str, str] | None:
+        """Before hidden states are believed: (what a server is asked by GET, what its answer has to hold, what is wrong
+        where it does not); None where all of them are right."""
         return None
 
     # --- how it is started --------------------------------------------------------------------------------------

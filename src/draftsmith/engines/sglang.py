@@ -72,16 +72,12 @@ class SGLang(ServerEngine):
         forwards = answer["meta_info"].get("hidden_states")  # the prompt's rows, then one list for each token written
         return forwards and forwards[0]
 
-    def capture_check(self, model_type: str) -> str | None:
-        return "/server_info" if model_type.startswith("gemma3") else None
-
-    def capture_fault(self, answer: Any) -> str | None:
-        if RESIDUAL in (answer.get("json_model_override_args") or "{}"):
-            return None
-        return (
+    def capture_check(self, model_type: str) -> tuple[str, str, str] | None:
+        fault = (
             "runs SGLang's own Gemma-3, which returns its taps without the residual stream (docs/engines.md); start "
             "it with `draftsmith serve RECIPE --purpose capture`"
         )
+        return ("/server_info", RESIDUAL, fault) if model_type.startswith("gemma3") else None
 
     def serves(self, taps: Sequence[int]) -> bool:
         return to_outputs(taps) is not None

@@ -59,9 +59,6 @@ class VLLM(ServerEngine):
     def read_capture(self, answer: Any) -> str | None:
         return (answer.get("kv_transfer_params") or {}).get("hidden_states_path")
 
-    def serves(self, taps: Sequence[int]) -> bool:
-        return True
-
     def arguments(
         self, recipe: Recipe, model: str, draft: Path, purpose: Purpose, layers: Sequence[int]
     ) -> tuple[list[str], dict[str, str]]:

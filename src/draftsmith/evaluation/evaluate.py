@@ -41,6 +41,7 @@ from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.stopping import Ends, loop_onset
 from draftsmith.drafts.directories import ready_draft
 from draftsmith.engines.base import Engine, Session, Setup
+from draftsmith.engines.embedded import exact
 from draftsmith.evaluation.acceptance import bootstrap_tau, conversations, count, oracle_walk, summarise, tau_line
 from draftsmith.evaluation.asking import Question, balanced, complete, time_group
 from draftsmith.evaluation.draft_sampling import taking, ways
@@ -225,16 +226,17 @@ class Evaluation:
             turn = [question for question in following if question is not None]
         pairs = zip(asked, answers, strict=True)
         rows = conversations([count(q.id, q.category, a, shape.steps, len(q.ids)) for q, a in pairs])
-        entry = summarise(rows, shape, temperature, drafts)
+        entry, target = summarise(rows, shape, temperature, drafts), self.setup.target
         greedy_chain = shape.topk == 1 and drafts == "greedy"
-        return self._with_oracle(session, entry, asked, answers) if temperature and greedy_chain else entry
+        known = self.engine.in_process and target is not None  # a server does not tell its first choices
+        return self._with_oracle(entry, asked, answers) if known and temperature and greedy_chain else entry
 
     def _answers(self, session: Session, turn: list[Question], what: str, temperature: float) -> list[Generation]:
         length, stop = self.settings.max_new_tokens, self.chat.stop
         # An engine may tell nothing of completions that a stop text ends: there it is looked for afterwards.
         asked_stop = stop if self.engine.tells_of_stopped else ()
         sampling, seed = self.sampling(temperature), self.recipe.seed
-        answers = complete(session, turn, what, sampling, length, session.capacity, asked_stop, seed)
+        answers = complete(session, turn, what, sampling, length, None, asked_stop, seed)
         if self.engine.tells_of_stopped:
             return answers
         ends = Ends(frozenset(), session.tokenizer, stop)
@@ -259,14 +261,14 @@ class Evaluation:
                 "start it with a draft" + (f" and {self.engine.tells_with}" if self.engine.tells_with else "")
             )
 
-    def _with_oracle(
-        self, session: Session, entry: Acceptance, questions: list[Question], answers: list[Generation]
-    ) -> Acceptance:
-        walks = []
+    @torch.inference_mode()
+    def _with_oracle(self, entry: Acceptance, questions: list[Question], answers: list[Generation]) -> Acceptance:
+        target, walks = self.setup.target, []
+        assert target is not None
         for question, answer in zip(questions, answers, strict=True):
-            hits, onset = session.first_choices(question.ids, answer.ids), loop_onset(answer.ids)
-            if hits is None:
-                return entry
+            last_TH = target.capture([[*question.ids, *answer.ids]], ()).last_TH[len(question.ids) - 1 : -1]
+            hits = (target.logits(last_TH).argmax(-1).cpu() == torch.tensor(answer.ids)).tolist()
+            onset = loop_onset(answer.ids)
             walks.append(oracle_walk(hits, entry.shape.steps, len(answer.ids) if onset is None else onset))
         oracle = bootstrap_tau([accepted for accepted, _ in walks], [steps for _, steps in walks])
         own, best = entry.all.tau, oracle.tau
@@ -345,7 +347,7 @@ class Evaluation:
 
     def _proof(self) -> Lossless | None:
         """In this process: all shapes in fp32, against plain decoding of all prompts as one batch."""
-        with self.engine.exact(self.setup) as setup:
+        with exact(self.setup) as setup:
             return None if setup is None else self._proof_in(setup)
 
     def _proof_in(self, setup: Setup) -> Lossless | None:

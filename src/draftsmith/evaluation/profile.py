@@ -66,7 +66,8 @@ def walks_of(
 def _digits(target: LocalTarget, ready: ReadyDraft, pack: Pack, sampling: Sampling) -> tuple[list[str], list[str]]:
     """Of every chain of the pack."""
     draft, embedding = ready.draft, ready.embedding_VH
-    device, dtype = draft.device, draft.dtype
+    weight = next(draft.parameters())
+    device, dtype = weight.device, weight.dtype
     states = target.capture(pack.documents, draft.config.taps)
     embeds = embedding[pack.ids_T.to(embedding.device)].to(device, dtype)
     outputs = METHODS[draft.method].guesses(draft, pack, states.taps_TKH.to(device, dtype), embeds, DEPTH)

@@ -6,6 +6,7 @@ One step verifies w tokens of each of B sequences and yields tau of them; plain 
 costs come from a probe of the machine itself, or from a preset and the sizes of the two models (a roofline).
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ class RooflineCosts:
         cache = batch * context * draft.kv_bytes_per_token
 
         def forward(tokens: float, read_bytes: float, parameters: float) -> float:
-            collectives = (DRAFT_ALL_REDUCES + DRAFT_ALL_GATHERS) * self.all_reduce_s(tokens, draft.hidden)
+            collectives = (DRAFT_ALL_REDUCES + DRAFT_ALL_GATHERS) * self.all_reduce_s(tokens, draft.config.hidden_size)
             launches = DRAFT_LAUNCHES * self.machine.launch_s
             return self._seconds(read_bytes + cache, 2 * parameters * tokens) + launches + collectives
 
@@ -188,16 +189,7 @@ def paying_batches(costs: Costs, shape: Shape, tau: float, context: int = 512) -
 
     The gain need not fall all the way: once a batch touches every expert anyway, verifying more tokens is cheap again.
     """
-    ranges: list[tuple[int, int]] = []
-    largest, paid = 0, False
-    for batch in GRID:
-        gain = predict(costs, shape, tau, batch, context).speedup
-        if math.isnan(gain):
-            break
-        largest = batch
-        if gain > 1 and paid:
-            ranges[-1] = (ranges[-1][0], batch)
-        elif gain > 1:
-            ranges.append((batch, batch))
-        paid = gain > 1
-    return ranges, largest
+    gains = ((batch, predict(costs, shape, tau, batch, context).speedup) for batch in GRID)
+    known = list(itertools.takewhile(lambda one: not math.isnan(one[1]), gains))
+    paying = [[batch for batch, _ in run] for pays, run in itertools.groupby(known, lambda one: one[1] > 1) if pays]
+    return [(run[0], run[-1]) for run in paying], known[-1][0] if known else 0

@@ -83,7 +83,7 @@ def _losslessness(found: Iterable[tuple[str, Results]]) -> list[str]:
 def _command(run: Run, engine: ServerEngine) -> dict[str, str]:
     """What `serve` runs, with the hub's names instead of this machine's paths, and what there is to say of it."""
     repo = run.recipe.card.repo or f"OWNER/{run.recipe.name}"
-    launched = run.serving_elsewhere(engine.name, base_model(run.recipe), Path(repo))
+    launched = run.serving(engine=engine.name, elsewhere=(base_model(run.recipe), Path(repo)))
     words = list(launched.command)
     if words[0] == sys.executable:
         words[0] = "python"
@@ -181,7 +181,7 @@ def make_card(run: Run, prediction: Predictions) -> str:
         results=titled,
         categories=sorted({name for entry in entries for name in entry.by_category}),
         sets=[(title, measured) for title, results in titled for measured in results.sets],
-        contexts=_contexts(found),
+        contexts=sorted({edge for results in found for _, entry in results.entries for edge in entry.by_context}),
         longest=max(entry.longest_context for results in found for _, entry in results.entries),
         window=found[0].settings.window,
         hottest=max((entry.temperature for entry in entries), default=0.0),
@@ -196,12 +196,6 @@ def make_card(run: Run, prediction: Predictions) -> str:
         sampling=_sampling(recipe),
         training=TrainingSummary.load(run.files.train / run_files.SUMMARY),
     )
-
-
-def _contexts(found: list[Results]) -> list[int]:
-    """Where tau is told by context: not where all of it is short."""
-    edges = sorted({edge for results in found for _, entry in results.entries for edge in entry.by_context})
-    return edges if len(edges) > 1 else []
 
 
 def _records(run: RunFiles, results: list[Path]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from draftsmith.core.records.machine import Predictions, Probe
 from draftsmith.core.run_files import DECODERS
 from draftsmith.core.shape import DraftSampling, Shape
 from draftsmith.drafts import METHODS
-from draftsmith.drafts.method import DraftConfig, DraftSize
+from draftsmith.drafts.method import DraftConfig
 from draftsmith.engines import ENGINES
 from draftsmith.hardware.accept_length import AcceptLength, from_results, published
 from draftsmith.hardware.cost_model import Costs, MeasuredCosts, RooflineCosts, predict
@@ -32,16 +32,10 @@ def draft_of(run: Run) -> DraftConfig:
     return config
 
 
-def draft_size(run: Run, config: DraftConfig) -> DraftSize:
-    return METHODS[run.recipe.draft.method].size(config)
-
-
-def target_size(run: Run) -> TargetSize:
-    return TargetSize.of(run.target_config, run.recipe.target.dtype)
-
-
-def roofline(run: Run, machine: Machine, correlation: float = 0.0) -> RooflineCosts:
-    return RooflineCosts(machine, target_size(run), draft_size(run, draft_of(run)), correlation)
+def roofline(run: Run, machine: Machine, correlation: float = 0.0, draft: DraftConfig | None = None) -> RooflineCosts:
+    """`draft`: another one than the recipe's."""
+    target = TargetSize.of(run.target_config, run.recipe.target.dtype)
+    return RooflineCosts(machine, target, METHODS[run.recipe.draft.method].size(draft or draft_of(run)), correlation)
 
 
 def probed(run: Run) -> Path | None:
@@ -122,13 +116,14 @@ def plan_of(
         machine = replace(machine, network_bytes_s=network_gbit * 1e9 / 8)
     if note := METHODS[run.recipe.draft.method].config_note(run.recipe.draft, run.target_config.get_text_config()):
         say(note)
-    return plan(run.recipe, costs, machine, target_size(run), draft_of(run), trainer_gpus, completion_tokens)
+    target = TargetSize.of(run.target_config, run.recipe.target.dtype)
+    return plan(run.recipe, costs, machine, target, draft_of(run), trainer_gpus, completion_tokens)
 
 
 def speeds_of(run: Run, draft: ComparedDraft) -> dict[str, float]:
     """Predicted speed-up of the best measured shape, by machine: here, if it was probed, and on one named GPU."""
-    size = draft_size(run, METHODS[run.recipe.draft.method].read_config(draft.config))
-    machines: list[Costs] = [replace(roofline(run, preset("h100-1")), draft=size)]
+    config = METHODS[run.recipe.draft.method].read_config(draft.config)
+    machines: list[Costs] = [roofline(run, preset("h100-1"), draft=config)]
     if run.files.probe().exists():
         machines.append(read_probe(run, run.files.probe()))
     try:

@@ -1,9 +1,10 @@
 """The hours of a plan: an estimate, from a probe or a named machine's published rates and shares measured once."""
 
+from draftsmith.core.progress import short_duration as duration
 from draftsmith.evaluation.evaluate import PROFILE_PROMPTS
 from draftsmith.hardware.cost_model import FLOPS_SHARE, Costs, RooflineCosts
 from draftsmith.hardware.quantisation import BYTES
-from draftsmith.runs.plan import GPU_FLOPS_S, Plan, Sizes, duration, source_size
+from draftsmith.runs.plan import GPU_FLOPS_S, Plan, Sizes, source_size
 
 # Of a device's matrix peak: calibrated on runs of the quick recipe on two quiet cores; GPUs are assumed alike.
 TRAIN_SHARE = 0.55
@@ -31,13 +32,18 @@ def put_hours(out: Plan, s: Sizes, costs: Costs) -> float:
 
     captured = s.epoch if s.recipe.train.capture == "offline" else s.trained
     capture_s = captured * reading_s / s.replicas
-    compute_s = _training_flops(s) / (machine.flops_s * TRAIN_SHARE * s.trainers)
+    loss_tokens = s.trained * min(1.0, s.turns * s.answer / s.document)
+    flops = s.draft.training_flops(s.recipe.train, s.steps, s.trained, loss_tokens)
+    compute_s = flops / (machine.flops_s * TRAIN_SHARE * s.trainers)
     network_s = s.trained * s.token_bytes / machine.network_bytes_s if s.served else 0.0
     limits = {"the trainer": compute_s, "the target": capture_s, "the network": network_s}
     # servers work while the trainer does; in one process they take turns
     train_s = max(limits.values()) if s.served else compute_s + capture_s
     slowest = max(limits, key=lambda name: limits[name])
-    if (launches_s := _launches_s(s)) > train_s:
+    # for which a GPU would wait in a training without arithmetic
+    pack_s = DEPTH_S * s.recipe.train.ttt_steps + EAGER_LAYER_S * (0 if s.served else s.target.layers)
+    launches_s = s.steps * s.accumulate / s.trainers * pack_s if s.gpu else 0.0
+    if launches_s > train_s:
         train_s, slowest = launches_s, "launching kernels"
     parts = f"trainer alone {duration(compute_s)}, hidden states {duration(capture_s)}"
     pace = f"{s.trained / train_s:,.0f} tokens/s; {slowest} sets the pace ({parts})"
@@ -80,18 +86,6 @@ def _rate(s: Sizes, costs: Costs, here: bool) -> float:
         full = settings.shard_prompts / s.batch * s.answer
         occupancy = REFILL * full / (full + (settings.max_new_tokens - s.answer) / 2)
     return s.replicas * s.batch * occupancy / _step_s(s, costs, s.batch, here)
-
-
-def _launches_s(s: Sizes) -> float:
-    """For which a GPU would wait in a training without arithmetic."""
-    layers = 0 if s.served else s.target.layers
-    packs = s.steps * s.accumulate / s.trainers
-    return packs * (DEPTH_S * s.recipe.train.ttt_steps + EAGER_LAYER_S * layers) if s.gpu else 0.0
-
-
-def _training_flops(s: Sizes) -> float:
-    loss_tokens = s.trained * min(1.0, s.turns * s.answer / s.document)
-    return s.draft.training_flops(s.recipe.train, s.steps, s.trained, loss_tokens)
 
 
 def _evaluation_s(s: Sizes, costs: Costs, rate: float, reading_s: float) -> float:

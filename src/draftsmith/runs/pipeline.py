@@ -11,7 +11,7 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from draftsmith.core import files, run_files
@@ -23,24 +23,20 @@ from draftsmith.core.recipe_file import dump_recipe
 from draftsmith.core.records.run import Manifest, StageRun, StageState
 from draftsmith.core.secrets import masked
 from draftsmith.runs.run import Run, commit
-from draftsmith.runs.stages import STAGES, Stage, completion_files, starting_draft
+from draftsmith.runs.stages import STAGES, Stage, starting_draft
+from draftsmith.training.tracking import require_tracker
 
 FORMAT = 4  # raise when a stage's output changes meaning
 
 
-def _peak_memory() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def stage_directory(run: Run, stage: Stage) -> Path:
     asked = run.recipe.evaluate.engine not in ("auto", "embedded")  # beside what the embedded engine measured
-    return run.files.stage(stage.name, run.evaluation_engine if stage.name == "evaluate" and asked else "embedded")
+    return run.files.stage(stage.name, run.engine_of("evaluate") if stage.name == "evaluate" and asked else "embedded")
 
 
 def stage_key(run: Run, stage: Stage) -> str:
     missing = [path for path in stage.inputs(run) if not path.exists()]
-    if missing or (stage.name in ("vocab", "train") and not completion_files(run)):
+    if missing or (stage.name in ("vocab", "train") and not run_files.shards(run.files.completions)):
         lacking = missing[0] if missing else run.files.completions
         raise DataError(f"{stage.name}: {lacking} is missing; run the stages before it, or: draftsmith run RECIPE")
     return files.digest(FORMAT, stage.key(run), *stage.inputs(run))
@@ -160,25 +156,24 @@ def run_stage(run: Run, stage: Stage) -> StageRun:
     run.lock.require()
     outputs = outputs_of(out)
     StageState(key=key, resume_key=continued, finished=True, recipe=recipe, outputs=outputs).save(path)
+    unit = 1 if sys.platform == "darwin" else 1024
     return StageRun(
         ran=True,
         why=why,
         seconds=round(time.monotonic() - started, 1),
-        peak_memory_bytes=_peak_memory(),
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         commit=commit(),
         command=masked(" ".join(run.command)),
     )
 
 
-def run_pipeline(run: Run, only: str | None = None, redo: str | None = None) -> Path:
-    """All stages, or one of them; returns the report's path. `redo`: a stage whose output is made anew.
+def run_pipeline(run: Run, only: str | None = None, redo: str | None = None) -> None:
+    """All stages, or one of them. `redo`: a stage whose output is made anew.
 
     Under torchrun the first process does everything and the others join it in training.
     """
     chosen = [stage for stage in STAGES if only in (None, stage.name)]
     if only in (None, "train"):
-        from draftsmith.training.tracking import require_tracker
-
         require_tracker(run.recipe.train.track)
     if redo is not None and redo not in [stage.name for stage in chosen]:
         raise RecipeError(
@@ -193,7 +188,7 @@ def run_pipeline(run: Run, only: str | None = None, redo: str | None = None) -> 
                     stage.run(run, out)
                 run.release_target()
             run.processes.wait()
-        return run.files.report
+        return
     starting_draft(run)  # one that cannot be read is told before hours of work
     with run.lock:
         if only is not None:
@@ -201,25 +196,20 @@ def run_pipeline(run: Run, only: str | None = None, redo: str | None = None) -> 
         for stage in STAGES:
             if stage.name == redo and (out := stage_directory(run, stage)).exists():
                 say(f"{stage.name}: asked for anew; the old output is kept in {_set_aside(out, 'redo')}")
-        return _run_stages(run, chosen)
+        manifest = Manifest.readable(run.files.manifest)
+        earlier = manifest.stages if manifest else {}
+        stages = dict(earlier)
+        for stage in chosen:
+            entry = run_stage(run, stage)
+            if not entry.ran and stage.name in earlier:
+                entry = earlier[stage.name].model_copy(update={"ran": False, "why": entry.why})
+            stages[stage.name] = entry
+            Manifest(created_with=run.created_with, stages=stages).save(run.files.manifest)
+            run.processes.wait()
 
 
-def _run_stages(run: Run, chosen: list[Stage]) -> Path:
-    manifest = Manifest.readable(run.files.manifest)
-    earlier = manifest.stages if manifest else {}
-    stages = dict(earlier)
-    for stage in chosen:
-        entry = run_stage(run, stage)
-        if not entry.ran and stage.name in earlier:
-            entry = earlier[stage.name].model_copy(update={"ran": False, "why": entry.why})
-        stages[stage.name] = entry
-        Manifest(created_with=run.created_with, stages=stages).save(run.files.manifest)
-        run.processes.wait()
-    return run.files.report
-
-
-def explain(run: Run, only: str | None = None) -> str:
-    """What `--dry-run` prints: the resolved recipe and what every stage would do and why."""
+def explain(run: Run, does: Mapping[str, str], only: str | None = None) -> str:
+    """What `--dry-run` prints: the resolved recipe and what every stage `does` (by its name), or why it would not."""
     lines = [dump_recipe(run.recipe), f"run directory: {run.files.root}"]
     before: str | None = None  # a stage that runs first
     for stage in STAGES:
@@ -236,9 +226,5 @@ def explain(run: Run, only: str | None = None) -> str:
             what, why = "stop", str(error)
         if why is not None and not stage.always:
             before = before or stage.name
-        lines.append(f"{stage.name:<11} {what if why else 'skip'}  {stage.what} ({why or 'up to date'})")
+        lines.append(f"{stage.name:<11} {what if why else 'skip'}  {does[stage.name]} ({why or 'up to date'})")
     return "\n".join(lines)
-
-
-def command_line() -> list[str]:
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]

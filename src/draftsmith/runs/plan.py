@@ -68,16 +68,6 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def duration(seconds: float) -> str:
-    return (
-        f"{seconds / 3600:.1f} h"
-        if seconds >= 3600
-        else f"{seconds / 60:.1f} min"
-        if seconds >= 60
-        else f"{seconds:.0f} s"
-    )
-
-
 def source_size(source: Source, max_turns: int) -> tuple[int, float, float]:
     """(conversations, user turns of each, mean tokens of a prompt)."""
     if source.name in HUB_SETS:

@@ -50,17 +50,12 @@ PACKAGES = ("draftsmith", "torch", "transformers", "safetensors", "pydantic", "n
 
 def commit() -> str | None:
     """Commit of the checkout that this package runs from, with `+dirty` where files differ."""
-    here = Path(__file__).parent
-
-    def git(*command: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(here), *command], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    head = git("rev-parse", "--short=12", "HEAD")
-    return f"{head}+dirty" if head and git("status", "--porcelain", "--untracked-files=no") else head
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--abbrev=12"]
+    try:
+        done = subprocess.run([*describe, "--dirty=+dirty"], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
 
 
 def hardware() -> Hardware:
@@ -170,15 +165,6 @@ class Run:
         known = set(self.tokenizer.all_special_ids) | set(self.target.eos_ids)
         return {token for token in known if token < self.target.identity.vocab_size}
 
-    @property
-    def evaluation_engine(self) -> Decodes:
-        """The engine that `evaluate` decodes with."""
-        asked, own = self.recipe.evaluate.engine, self.recipe.target.engine
-        here = asked == "embedded" or (asked == "auto" and own == "transformers")
-        if self.recipe.evaluate.url is not None and here:
-            raise TargetError("evaluate.url: given, but the embedded engine decodes; give --evaluate.engine too")
-        return self.engine_of("evaluate")
-
     def evaluation_sets(self) -> list[EvaluationPrompts]:
         """Those of evaluate.sets, read where they were not before."""
         training, skip_bad = self.files.training_prompts, self.recipe.prompts.skip_bad
@@ -188,7 +174,10 @@ class Run:
         """What decodes in a stage: servers where the target runs on them; else what is asked for, and for `auto` vLLM
         on GPUs that have it, which is several times faster than this process."""
         asked: DecoderName = getattr(self.recipe, stage).engine
-        own = self.recipe.target.engine
+        own, serve = self.recipe.target.engine, self.recipe.serve
+        here = asked == "embedded" or (asked == "auto" and own == "transformers")
+        if stage == "evaluate" and self.recipe.evaluate.url is not None and here:
+            raise TargetError("evaluate.url: given, but the embedded engine decodes; give --evaluate.engine too")
         if asked == "embedded" and own != "transformers":
             raise TargetError(
                 f"{stage}.engine: embedded needs the target in this process; where it fits, give --target.engine "
@@ -198,7 +187,9 @@ class Run:
             return asked
         if own != "transformers":
             return own
-        return "vllm" if self.cards and self._program_found else "embedded"
+        program = shlex.split(serve.program) or SERVERS["vllm"].program
+        able = serve.engine == "vllm" and shutil.which(program[0]) is not None
+        return "vllm" if self.cards and able else "embedded"
 
     @cached_property
     def cards(self) -> list[str]:
@@ -207,13 +198,6 @@ class Run:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         names = seen.split(",")[: torch.cuda.device_count()] if kind in ("auto", "cuda") else []
         return names[int(number) : int(number) + 1] if number.isdecimal() else names
-
-    @cached_property
-    def _program_found(self) -> bool:
-        """Whether vLLM, where it is what serves the draft, can be started here."""
-        serve = self.recipe.serve
-        program = shlex.split(serve.program) or SERVERS["vllm"].program
-        return serve.engine == "vllm" and shutil.which(program[0]) is not None
 
     def tell_engine(self, stage: Literal["regenerate", "evaluate"]) -> Decodes:
         """What decodes in a stage; on GPUs `auto` says what it chose, or what would be faster."""
@@ -305,8 +289,8 @@ class Run:
         settings = self.recipe.serve
         if not settings.tuned or settings.shape != DEFAULT_SHAPE:
             return settings.shape, None
-        names: tuple[Decodes, ...] = (engine, "embedded")
-        for path in (path for name in names if (path := self.files.tuned(name)).exists()):
+        decoders: tuple[Decodes, ...] = (engine, "embedded")
+        for path in map(self.files.tuned, decoders):
             tuned, here = Tuned.readable(path), hardware()
             if tuned is None:
                 continue
@@ -351,19 +335,20 @@ class Run:
         self,
         purpose: Purpose = "draft",
         engine: EngineName | None = None,
-        model: str | None = None,
-        draft: Path | None = None,
+        elsewhere: tuple[str, Path] | None = None,
     ) -> Launch:
         """What `serve` runs, and what report, card and `run` print.
 
         `engine`: another one than serve.engine, without that one's program and extra flags; a tree becomes the chain of
-        as many steps where it drafts chains only. `model`, `draft`: other places of the target and the draft, for a
-        command that others run.
+        as many steps where it drafts chains only. `elsewhere`: where target and draft lie on somebody else's machine:
+        the command is without this one's program, extra flags and port.
         """
-        serve = self.recipe.serve
+        serve, (model, draft) = self.recipe.serve, elsewhere or (None, None)
         other = engine is not None and engine != serve.engine
-        if other:
-            serve = serve.model_copy(update={"engine": engine, "program": "", "extra": ""})
+        if other or elsewhere:
+            serve = serve.model_copy(update={"engine": engine or serve.engine, "program": "", "extra": ""})
+        if elsewhere:
+            serve = serve.model_copy(update={"port": 8000, "host": "127.0.0.1"})
         if purpose == "draft":
             shape, drafts = self.serving_shape(serve.engine)
             if other and shape.topk > 1 and not SERVERS[serve.engine].drafts_trees:
@@ -376,12 +361,6 @@ class Run:
         recipe = self.recipe.model_copy(update={"serve": serve})
         place = model or resolve_model(recipe.target.model)
         return launch(SERVERS[serve.engine], recipe, place, draft or Path(), purpose, layers)
-
-    def serving_elsewhere(self, engine: EngineName, model: str, draft: Path) -> Launch:
-        """The same on somebody else's machine: without this one's program, extra flags and port."""
-        serve = self.recipe.serve.model_copy(update={"program": "", "extra": "", "port": 8000, "host": "127.0.0.1"})
-        elsewhere = Run(self.recipe.model_copy(update={"serve": serve}), self.files.root, self.command)
-        return elsewhere.serving(engine=engine, model=model, draft=draft)
 
     @property
     def serve_commands(self) -> dict[EngineName, str]:

@@ -13,6 +13,14 @@ from draftsmith.core.history import target_part
 from draftsmith.core.progress import say
 from draftsmith.core.recipe import BOOKKEEPING
 from draftsmith.core.sources import Source
+from draftsmith.data.prompts import gather
+from draftsmith.data.regenerate import Regeneration
+from draftsmith.data.sources import data_files
+from draftsmith.data.templates import ChatFormat
+from draftsmith.data.vocabulary import DraftVocabulary, build_vocabulary
+from draftsmith.drafts.directories import files_of, inspect_draft
+from draftsmith.engines import ENGINES, SERVERS
+from draftsmith.evaluation.evaluate import Evaluation
 from draftsmith.runs.run import Run, commit
 
 
@@ -21,7 +29,6 @@ class Stage:
     """`key` and `inputs` decide whether it runs; `resume_key` whether its directory can be continued."""
 
     name: str
-    what: str
     key: Callable[["Run"], Any]
     inputs: Callable[["Run"], list[Path]]
     run: Callable[["Run", Path], Any]
@@ -33,29 +40,16 @@ class Stage:
 
 
 def _source_files(run: Run) -> list[Path]:
-    from draftsmith.data.sources import data_files
-
     return [path for s in (*run.recipe.prompts.sources, *run.recipe.prompts.evaluation) for path in data_files(s)]
 
 
-def _prompts(run: Run, out: Path) -> None:
-    from draftsmith.data.prompts import gather
-
-    gather(run.recipe, out)
-
-
 def _regenerate(run: Run, out: Path) -> None:
-    from draftsmith.data.regenerate import Regeneration
-    from draftsmith.data.templates import ChatFormat
-
     with run.answering(out) as target:
         chat = ChatFormat.of(run.recipe, target)
         Regeneration(run.recipe, target, chat, run.files.training_prompts, out).run()
 
 
 def _vocab(run: Run, out: Path) -> None:
-    from draftsmith.data.vocabulary import build_vocabulary
-
     size = run.target.identity.vocab_size
     build_vocabulary(run.recipe, run.files.completions, size, run.special_tokens, run.files)
 
@@ -63,7 +57,6 @@ def _vocab(run: Run, out: Path) -> None:
 def _train(run: Run, out: Path) -> None:
     import torch
 
-    from draftsmith.data.vocabulary import DraftVocabulary
     from draftsmith.hardware.presets import peak_flops_s
     from draftsmith.training.trainer import Trainer
 
@@ -75,7 +68,6 @@ def _train(run: Run, out: Path) -> None:
 
 
 def _export(run: Run, out: Path) -> None:
-    from draftsmith.data.vocabulary import DraftVocabulary
     from draftsmith.training.export import export
 
     provenance = {"version": version("draftsmith"), "commit": commit()}
@@ -83,12 +75,8 @@ def _export(run: Run, out: Path) -> None:
 
 
 def _evaluate(run: Run, out: Path) -> None:
-    from draftsmith.engines import ENGINES, SERVERS
-    from draftsmith.evaluation.evaluate import Evaluation
-
     sets = run.evaluation_sets()  # first, as nothing may be lost to a set that cannot be read
-    run.tell_engine("evaluate")
-    name = run.evaluation_engine
+    name = run.tell_engine("evaluate")
     stuck = name == "embedded" and run.target.library is not None and not run.target.library.can_cut_back
     if stuck and run.recipe.evaluate.engine == "auto":
         name = run.recipe.serve.engine
@@ -105,14 +93,8 @@ def _report(run: Run, out: Path) -> None:
     write_report(run.files, run.tokenizer, run.serve_commands)
 
 
-def completion_files(run: Run) -> list[Path]:
-    return run_files.shards(run.files.completions)
-
-
 def starting_draft(run: Run) -> list[Path]:
     """The draft that training goes on from: its content decides, not its place."""
-    from draftsmith.drafts.directories import files_of, inspect_draft
-
     start = run.recipe.train.from_draft
     if start is None:
         return []
@@ -134,9 +116,7 @@ def _part(*names: str, **without: set[str]) -> Callable[[Run], Any]:
 
 
 def _evaluation_key(run: Run, *without: str) -> list[Any]:
-    from draftsmith.data.sources import data_files
-
-    serve = {"draft_sampling"} if run.evaluation_engine == "embedded" else SERVED
+    serve = {"draft_sampling"} if run.engine_of("evaluate") == "embedded" else SERVED
     local = [Source(name=str(chosen.path)) for chosen in run.recipe.evaluate.sets if chosen.path and not without]
     return [
         [files.digest(*data_files(source)) for source in local],
@@ -150,12 +130,9 @@ def _evaluation_key(run: Run, *without: str) -> list[Any]:
 # of `serve`, what an evaluation depends on
 SERVED = {"draft_sampling", "extra", "tensor_parallel", "context", "draft_quantization"}
 STAGES = (
-    Stage(
-        "prompts", "gather, de-duplicate and decontaminate prompts", _part("prompts", "seed"), _source_files, _prompts
-    ),
+    Stage("prompts", _part("prompts", "seed"), _source_files, lambda run, out: gather(run.recipe, out)),
     Stage(
         "regenerate",
-        "let the target answer them",
         _part("target", "seed", regenerate={"engine"}),  # whoever answers for it
         lambda run: [run.files.training_prompts],
         _regenerate,
@@ -165,16 +142,14 @@ STAGES = (
     ),
     Stage(
         "vocab",
-        "choose the draft vocabulary",
         _part("target", "vocab"),
-        lambda run: [*completion_files(run), *starting_draft(run)],
+        lambda run: [*run_files.shards(run.files.completions), *starting_draft(run)],
         _vocab,
     ),
     Stage(
         "train",
-        "train the draft",
         _part("target", "draft", "seed", train={"from_draft"}),
-        lambda run: [*completion_files(run), run.files.vocabulary, *starting_draft(run)],
+        lambda run: [*run_files.shards(run.files.completions), run.files.vocabulary, *starting_draft(run)],
         _train,
         # What is only watched or kept does not restart a training.
         lambda run: [
@@ -185,7 +160,6 @@ STAGES = (
     ),
     Stage(
         "export",
-        "write the engine directory",
         lambda run: {},
         lambda run: [
             run.files.train / run_files.SUMMARY,
@@ -196,7 +170,6 @@ STAGES = (
     ),
     Stage(
         "evaluate",
-        "measure accept length, speed and losslessness",
         _evaluation_key,
         lambda run: [run.files.draft / run_files.WEIGHTS, run.files.evaluation_prompts],
         _evaluate,
@@ -206,7 +179,6 @@ STAGES = (
     ),
     Stage(
         "report",
-        "write report.html",
         lambda run: {},
         lambda run: [
             path for path in (*run.files.results.values(), run.files.train / run_files.METRICS) if path.exists()

@@ -75,7 +75,7 @@ class _Timing:
     def warm(self, session: Session, drafted: bool) -> None:
         """A plain token costs the same however it is drawn, so what a drafting server cannot is found out late."""
         questions = self.evaluation.questions(session)[:SERVED_PROMPTS]
-        complete(session, questions, "warm", Sampling(), 1, session.capacity)
+        complete(session, questions, "warm", Sampling(), 1, None)
         if drafted and self.temperature and not self.evaluation.draws(session, questions, self.temperature):
             self.temperature = 0.0
         self.per_token(session, questions[0].ids)

@@ -1,5 +1,6 @@
 """Where the trainer gets a pack's hidden states: from the target at once (online) or from disk (offline)."""
 
+import contextlib
 import itertools
 import shutil
 import threading
@@ -32,27 +33,17 @@ class CaptureSource(Protocol):
 
 
 class OnlineCapture:
-    """The target runs in this process, on one pack at a time; its hidden states never touch the disk."""
+    """By the target itself, without the disk: in this process one pack at a time, on servers as many as are asked."""
 
     def __init__(self, target: Target, taps: Sequence[int]):
         self.target, self.taps = target, tuple(taps)
-        self._turn = threading.Lock()
+        self._turn: Any = contextlib.nullcontext() if target.independent else threading.Lock()
 
     def __call__(self, names: list[str], documents: list[list[int]]) -> Capture:
         with self._turn:
             states = self.target.capture(documents, self.taps)
         # Made under inference mode, and autograd saves only ordinary tensors.
         return Capture(states.taps_TKH.clone(), states.last_TH.clone())
-
-
-class ServedCapture:
-    """Servers run the target, on as many packs at once as they are asked for."""
-
-    def __init__(self, target: Target, taps: Sequence[int]):
-        self.target, self.taps = target, tuple(taps)
-
-    def __call__(self, names: list[str], documents: list[list[int]]) -> Capture:
-        return self.target.capture(documents, self.taps)
 
 
 class PrefetchedCapture:

@@ -37,7 +37,8 @@ def orthogonalised(gradient: Tensor, dtype: torch.dtype) -> Tensor:
     x = (gradient if wide else gradient.T).to(dtype)
     x = x / (x.norm() * SAFETY).clamp(min=1e-7)
     if dtype == torch.float32:
-        gram, factors = x @ x.T, []
+        gram = x @ x.T
+        factors: list[Tensor] = []
         for a, b, c in POLYNOMIALS:
             if factors:  # they commute, as all are polynomials of one matrix
                 gram = factors[-1] @ gram @ factors[-1]

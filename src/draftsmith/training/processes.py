@@ -10,14 +10,14 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from draftsmith.core.errors import TrainingError
 
@@ -26,7 +26,6 @@ PATIENCE = datetime.timedelta(days=7)  # the others wait while rank 0 regenerate
 START = datetime.timedelta(minutes=10)  # until all are there
 # NCCL ends a process without a word of ours, so gloo, which is waited in at every step as well, is to notice first.
 AFTER_GLOO = datetime.timedelta(minutes=2)
-BUCKET = 64 * 2**20  # numbers summed at once: few messages, little extra memory
 
 
 class Groups(NamedTuple):
@@ -112,22 +111,12 @@ class ProcessGroup:
         dist.all_gather_object(gathered, list(names), group=self._groups.numbers)
         return sorted({name for part in gathered for name in part})
 
-    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Every rank's gradient becomes the sum over ranks; a rank that had no pack adds nothing."""
-        if self.size == 1:
-            return
-        for parameter in parameters:
+        for parameter in parameters if self.size > 1 else ():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        bucket: list[Tensor] = []
-        for parameter in parameters:
-            bucket.append(parameter.grad)  # type: ignore[arg-type]
-            if sum(g.numel() for g in bucket) >= BUCKET or parameter is parameters[-1]:
-                flat = torch.cat([g.flatten() for g in bucket])
-                dist.all_reduce(flat, group=self._groups.gradients)
-                for grad, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                    grad.copy_(part.view_as(grad))
-                bucket = []
+            dist.all_reduce(parameter.grad, group=self._groups.gradients)
 
     def shard(self, module: nn.Module, dtype: torch.dtype) -> None:
         """FSDP2: parameters, gradients and optimiser states lie in parts on the ranks; gradients are averaged."""

@@ -31,7 +31,6 @@ from draftsmith.training.capture import (
     OfflineCapture,
     OnlineCapture,
     PrefetchedCapture,
-    ServedCapture,
 )
 from draftsmith.training.checkpoints import (
     BEST,
@@ -230,7 +229,7 @@ class Trainer:
         if self.sharded:
             self._keep_pace(rounds - len(done))
         else:
-            self.processes.sum_gradients(list(self.draft.parameters()))
+            self.processes.sum_gradients(self.draft.parameters())
         clipped = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self.settings.clip_norm)
         norm = clipped.full_tensor() if isinstance(clipped, DTensor) else clipped
         # The step's one look at the device: until here the host only lays out work for it.
@@ -328,12 +327,13 @@ class Trainer:
         if self.settings.capture == "offline":
             documents = {c.id: c.ids for c in (*self.heldout, *self.rows)}
             return OfflineCapture(self.out / "hidden_states", self.target, taps, documents, self.processes)
-        return (OnlineCapture if self.recipe.target.engine == "transformers" else ServedCapture)(self.target, taps)
+        return OnlineCapture(self.target, taps)
 
     def _ahead(self, source: CaptureSource, packs: Iterator[Pack]) -> CaptureSource:
-        if isinstance(source, OnlineCapture) and self.device.type != "cuda":
+        online = isinstance(source, OnlineCapture)
+        if online and not self.target.independent and self.device.type != "cuda":
             return source  # target and draft would only take each other's cores
-        ahead = self.recipe.server.packs_ahead if isinstance(source, ServedCapture) else 1
+        ahead = self.recipe.server.packs_ahead if online and self.target.independent else 1
         return PrefetchedCapture(source, ((p.names, p.documents) for p in packs), ahead, self.device)
 
     def _packs_to_come(self) -> Iterator[Pack]:

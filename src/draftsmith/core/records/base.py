@@ -93,7 +93,7 @@ R = TypeVar("R", bound=Record)
 
 
 def write_rows(path: Path, rows: Iterable[Record]) -> None:
-    files.write_atomic(path, b"".join(row.line() for row in rows))
+    files.write_atomic(path, (row.line() for row in rows))
 
 
 def measured_once(out: Path, name: str, kind: type[R], measure: Callable[[], R | None]) -> R | None:

@@ -1,7 +1,5 @@
 """What an EAGLE-3 draft weighs and costs; the embedding is the target's."""
 
-from dataclasses import dataclass
-
 import torch
 
 from draftsmith.core.recipe import TrainRecipe
@@ -11,7 +9,6 @@ from draftsmith.drafts.eagle3.model import Eagle3Config
 from draftsmith.drafts.method import DraftSize, Forward
 from draftsmith.drafts.objectives import chunk_rows
 
-NEWTON_SCHULZ = 5  # iterations of Muon, each of about 4 m m n + 2 m m m operations for an m x n matrix
 # Counted on real-size steps (tests/unit/test_planned_bytes.py): bytes of a logit while its loss and gradient are made,
 # times that plain attention holds the scores of a chunk of queries in its backward, bytes that a CPU's norms keep. On a
 # GPU the compiled loss holds no more than the logits and their gradient.
@@ -19,7 +16,6 @@ LOGIT_BYTES = {"soft_ce": 19, "lk_alpha": 25, "lk_lambda": 35}
 SCORES, CPU_NORMS = 2.3, 20
 
 
-@dataclass(frozen=True)
 class Eagle3Size(DraftSize):
     config: Eagle3Config
 
@@ -36,10 +32,6 @@ class Eagle3Size(DraftSize):
         return self.config.hidden_size, len(self.config.taps) * self.config.tap_size
 
     @property
-    def hidden(self) -> int:
-        return self.config.hidden_size
-
-    @property
     def layer(self) -> float:
         return float(sum(rows * columns for rows, columns in self._matrices))
 
@@ -47,10 +39,6 @@ class Eagle3Size(DraftSize):
     def fuse(self) -> float:
         """fc, used once per verified token."""
         return float(self._fc[0] * self._fc[1])
-
-    @property
-    def head(self) -> float:
-        return float(self.config.draft_vocab_size) * self.config.hidden_size
 
     @property
     def parameters(self) -> float:
@@ -101,7 +89,9 @@ class Eagle3Size(DraftSize):
         if train.optimizer != "muon":
             return flops
         sides = [(min(shape), max(shape)) for shape in (*self._matrices, self._fc)]
-        return flops + steps * NEWTON_SCHULZ * sum(4 * m * m * n + 2 * m**3 for m, n in sides)
+        # five polynomials: products of m x m and m x n matrices (training/optimizers.py)
+        small, wide = (17, 2) if train.dtype == "fp32" else (5, 10)
+        return flops + 2 * steps * sum(small * m**3 + wide * m * m * n for m, n in sides)
 
     def attention_flops(self, train: TrainRecipe, pairs: float) -> float:
         return 12.0 * train.ttt_steps * pairs * self.config.num_attention_heads * self.config.head_dim
