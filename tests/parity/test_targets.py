@@ -107,6 +107,15 @@ def test_completions_are_those_of_the_library_and_no_neighbour_matters(target):
         assert made[index].ids == text[len(prompt) :]
 
 
+def test_tokens_are_told_as_they_come(target):
+    told = []
+    for number, answer in target.generate(PROMPTS, Sampling(), 10, written=told.append):
+        assert sum(told) >= len(answer.ids), "told no later than the answer ends"
+        if number == 0 and target.library is None:
+            assert len(told) >= len(answer.ids), "one by one, not answer by answer"
+    assert sum(told) == sum(len(a.ids) for a in dict(target.generate(PROMPTS, Sampling(), 10)).values())
+
+
 def test_chains_verify_where_the_cache_can_be_cut_back(target):
     draft, ids = tiny_draft(target)
     drafter = Eagle3Drafter(draft, ids, target.embedding_rows())

@@ -1,7 +1,7 @@
 """The optimisers of training: AdamW, and Muon (Jordan et al. 2024), scaled to AdamW's step size (arXiv 2502.16982).
 
-Muon is momentum, orthogonalised; the rule is torch.optim.Muon's. That one is fixed to bf16, which a CPU without bf16
-products multiplies ten times slower than fp32: the optimiser then takes nine tenths of a step.
+Muon is momentum, orthogonalised; torch.optim.Muon does it with another iteration and is fixed to bf16, which a CPU
+without bf16 products multiplies ten times slower than fp32: the optimiser then takes nine tenths of a step.
 """
 
 from collections.abc import Iterable
