@@ -36,7 +36,7 @@ CASES = (  # README's three ways to begin
     ("a served 230 B MoE", "minimax-m2.7-eagle3", "h200-nvlink-8"),
 )
 OURS, GREEDY, SAMPLED = "draftsmith", "all T=0", "all T=1 sampled"
-ARENA = (OURS, "speculators", "specforge", "specforge-tuned")
+ARENA = (OURS, "speculators", "specforge", "specforge-tuned", "specforge-3e-3")
 TITLES = {
     "smollm2-135m-cpu": "SmolLM2-135M-Instruct, one draft on three engines",
     "gemma3-270m-cpu": "Gemma-3-270m, the longer CPU recipe",

@@ -19,7 +19,7 @@ from draftsmith.hardware.cost_model import RooflineCosts
 from draftsmith.hardware.presets import Machine, preset
 from draftsmith.hardware.sizes import TargetSize
 from draftsmith.runs.estimates import plan_of, roofline
-from draftsmith.runs.plan import against, page, page_against, plan
+from draftsmith.runs.plan import Sizes, against, page, page_against, plan
 from draftsmith.runs.run import Run
 from draftsmith.targets.configs import target_config
 
@@ -51,7 +51,7 @@ def planned(name="minimax-m2.7-eagle3", machine="h200-nvlink-8", trainer_gpus=No
         run = Run(recipe, Path("nowhere"), [])
         costs = roofline(run, chosen)
         assert METHODS["eagle3"].size(draft) == costs.draft
-    return plan(recipe, costs, chosen, target, draft, trainer_gpus, completion_tokens)
+    return plan(Sizes(recipe, chosen, target, draft, trainer_gpus, completion_tokens), costs)
 
 
 def test_the_reference_run_is_that_of_a_quarter_billion_draft():

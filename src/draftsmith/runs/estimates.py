@@ -20,7 +20,7 @@ from draftsmith.hardware.predict import predict_all, where_it_pays
 from draftsmith.hardware.presets import CPU, PRESETS, Machine, preset
 from draftsmith.hardware.probe import as_machine
 from draftsmith.hardware.sizes import TargetSize
-from draftsmith.runs.plan import Plan, plan
+from draftsmith.runs.plan import Plan, Sizes, plan
 from draftsmith.runs.run import Run
 
 
@@ -117,7 +117,7 @@ def plan_of(
     if note := METHODS[run.recipe.draft.method].config_note(run.recipe.draft, run.target_config.get_text_config()):
         say(note)
     target = TargetSize.of(run.target_config, run.recipe.target.dtype)
-    return plan(run.recipe, costs, machine, target, draft_of(run), trainer_gpus, completion_tokens)
+    return plan(Sizes(run.recipe, machine, target, draft_of(run), trainer_gpus, completion_tokens), costs)
 
 
 def speeds_of(run: Run, draft: ComparedDraft) -> dict[str, float]:

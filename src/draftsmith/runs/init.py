@@ -22,7 +22,7 @@ from draftsmith.drafts import METHODS
 from draftsmith.hardware.cost_model import RooflineCosts
 from draftsmith.hardware.presets import CPU, Machine, preset
 from draftsmith.hardware.sizes import TargetSize
-from draftsmith.runs.plan import GPU_FLOPS_S, ROOM, Plan, plan, size
+from draftsmith.runs.plan import GPU_FLOPS_S, ROOM, Plan, Sizes, plan, size
 from draftsmith.targets.configs import target_config
 from draftsmith.targets.parts import context_of, load_tokenizer, resolve_model
 
@@ -96,7 +96,7 @@ def planned(recipe: Recipe, facts: Facts, machine: Machine) -> Plan:
     method = METHODS[recipe.draft.method]
     draft = method.config(recipe.draft, facts.text, facts.text.num_hidden_layers, recipe.vocab.size)
     target = TargetSize.of(facts.config, recipe.target.dtype)
-    return plan(recipe, RooflineCosts(machine, target, method.size(draft)), machine, target, draft)
+    return plan(Sizes(recipe, machine, target, draft), RooflineCosts(machine, target, method.size(draft)))
 
 
 def _values(facts: Facts, data: Path | None, gpu: bool, revision: str | None, trusted: bool) -> JsonObject:

@@ -87,18 +87,22 @@ def source_size(source: Source, max_turns: int) -> tuple[int, float, float]:
 
 @dataclass
 class Sizes:
-    """Counts and bytes of a run, from its recipe. `machine`: a replica of the target; `trainers`: GPUs that train."""
+    """Counts and bytes of a run, from its recipe. `machine`: of a replica of the target; `trainer_gpus`: those that
+    train, of the same kind, else all of a replica's; `completion_tokens`: mean answer, else COMPLETION_SHARE tells."""
 
     recipe: Recipe
     machine: Machine
     target: TargetSize
     config: DraftConfig
-    trainers: int
-    completion_tokens: float | None
+    trainer_gpus: int | None = None
+    completion_tokens: float | None = None
 
     def __post_init__(self) -> None:
         recipe = self.recipe
         self.served = recipe.target.engine != "transformers"
+        if not self.served:  # the target in this process runs on one device
+            self.machine = dataclasses.replace(self.machine, gpus=1)
+        self.trainers = self.trainer_gpus or self.machine.gpus
         self.gpu = self.machine.gpus > 1 or self.machine.flops_s > GPU_FLOPS_S
         self.decodes_here = not self.served and recipe.regenerate.engine in ("auto", "embedded")
         self.replicas = max(1, len(recipe.server.urls)) if self.served else 1
@@ -173,24 +177,10 @@ class Sizes:
         self.trainer = self.trainer_state + self.activations + self.ahead + self.target_beside
 
 
-def plan(
-    recipe: Recipe,
-    costs: Costs,
-    machine: Machine,
-    target: TargetSize,
-    config: DraftConfig,
-    trainer_gpus: int | None = None,
-    completion_tokens: float | None = None,
-) -> Plan:
-    """`costs` and `machine` are those of one target replica.
-
-    trainer_gpus: GPUs that train, of the same kind; completion_tokens: mean answer, COMPLETION_SHARE if left out.
-    """
+def plan(sizes: Sizes, costs: Costs) -> Plan:
+    """`costs` are those of one target replica."""
     from draftsmith.runs.hours import put_hours
 
-    if recipe.target.engine == "transformers":  # the target in this process runs on one device
-        machine = dataclasses.replace(machine, gpus=1)
-    sizes = Sizes(recipe, machine, target, config, trainer_gpus or machine.gpus, completion_tokens)
     out = Plan()
     _put_data(out, sizes)
     _put_memory(out, sizes)

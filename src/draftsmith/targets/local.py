@@ -5,8 +5,8 @@ Shapes: B sequences, T packed tokens, W tokens a step, L cached positions, K tap
 
 import inspect
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -126,7 +126,7 @@ class LocalTarget(ModelParts):
         self._taps: tuple[int, ...] = ()
         self._takes = frozenset(inspect.signature(self.decoder.forward).parameters)
         for index, layer in enumerate(self.layers):
-            layer.register_forward_pre_hook(self._record_tap(index), with_kwargs=True)
+            layer.register_forward_pre_hook(partial(self._record_tap, index), with_kwargs=True)
         own = self.lm.config._attn_implementation
         why = self._why_not_packed(lean or [])
         if why is None:
@@ -154,12 +154,6 @@ class LocalTarget(ModelParts):
             f"{decoding} ({why})"
         )
 
-    def _check_lengths(self) -> list[int]:
-        """Two texts, one longer than the sliding window where that is affordable: a window that is ignored shows."""
-        windows = [getattr(self.config, "sliding_window", None), getattr(self.config, "attention_chunk_size", None)]
-        longest = max((w for w in windows if w and w <= LONGEST_CHECK), default=0)
-        return [min(longest + 16, self.context), min(7, self.context)]
-
     def _why_not_packed(self, lean: list[LeanLayer]) -> str | None:
         """Drive two documents our way (packed, then prefill and one cached step) and compare with the model's own
         forward; None where the logits agree."""
@@ -167,8 +161,11 @@ class LocalTarget(ModelParts):
         kinds = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
         if kinds & {"longrope", "dynamic"}:
             return "its RoPE depends on a text's length"
+        # one text longer than the sliding window where that is affordable: a window that is ignored shows
+        windows = [getattr(self.config, key, None) for key in ("sliding_window", "attention_chunk_size")]
+        longest = max((w for w in windows if w and w <= LONGEST_CHECK), default=0)
         documents, start = [], 1
-        for length in self._check_lengths():
+        for length in (min(longest + 16, self.context), min(7, self.context)):
             documents.append([(start + i * 7) % self.identity.vocab_size for i in range(length)])
             start += 3
         with torch.inference_mode():
@@ -192,12 +189,9 @@ class LocalTarget(ModelParts):
                 return first_line(error)
         return None
 
-    def _record_tap(self, index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: JsonObject) -> None:
-            if index in self._taps:
-                self._tap_outputs[index] = args[0] if args else kwargs["hidden_states"]
-
-        return hook
+    def _record_tap(self, index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: JsonObject) -> None:
+        if index in self._taps:
+            self._tap_outputs[index] = args[0] if args else kwargs["hidden_states"]
 
     def _forward(
         self, ids: Tensor, positions: Tensor, cache: Any, plan: Any, taps: Sequence[int] = ()
@@ -321,7 +315,12 @@ class LocalTarget(ModelParts):
         asked = list(prompts)
         if not asked:
             return
-        longest = self._longest(asked)
+        longest = max(map(len, asked))
+        if longest >= self.context:
+            raise TargetError(
+                f"target.model: a prompt of {longest} tokens fills the context of {self.identity.model}, "
+                f"{self.context}; give a smaller regenerate.max_prompt_tokens"
+            )
         ends = Ends(frozenset() if ignore_end else self.eos_ids, self.tokenizer, stop, stop_loops)
         generator = torch.Generator().manual_seed(seed)
         yield from self._batched(asked, sampling, max_new_tokens, ends, generator, max_tokens, follow, written, longest)
@@ -381,15 +380,6 @@ class LocalTarget(ModelParts):
                 continue
             next_ids = self._decode_step(cache, lengths, next_ids, sampling, generator)
             lengths = lengths + torch.tensor([r is not None for r in running])
-
-    def _longest(self, prompts: list[list[int]]) -> int:
-        longest = max(len(p) for p in prompts)
-        if longest >= self.context:
-            raise TargetError(
-                f"target.model: a prompt of {longest} tokens fills the context of {self.identity.model}, "
-                f"{self.context}; give a smaller regenerate.max_prompt_tokens"
-            )
-        return longest
 
     def _admit(
         self, cache: Any, rows: list[int], prompts: list[list[int]], sampling: Sampling, generator: torch.Generator
