@@ -327,9 +327,8 @@ def arena() -> list[str]:
     ]
 
 
-def ablations() -> str:
-    """Every switch that ran, beside the recipe as it is."""
-    told = read_json(RESULTS / "arena.json")
+def ablation_table(told: JsonObject) -> list[str]:
+    """Every switch that ran on one text, beside the recipe as it is."""
     means = arena_rows(told)
     changed = {r["system"]: r["changed"] for r in told["rows"] if r["changed"] or r["system"] == OURS}
     rows = []
@@ -339,17 +338,26 @@ def ablations() -> str:
         what = ", ".join(f"`{key} {value}`" for key, value in changed[name].items()) or "nothing"
         taus = [f"{last[k]:.3f} ({last[k] - base[k]:+.3f})" for k in (GREEDY, "unlike T=0", "all T=1 greedy", SAMPLED)]
         rows.append([what, str(last["seeds"]), f"{last['tokens'] / 1000:.0f} k", f"{last['cpu_s']:.0f}", *taus])
-    head = ["changed", "seeds", "tokens", "CPU s", "T=0", "foreign, T=0", "T=1", "T=1, sampled drafts"]
+    return table(["changed", "seeds", "tokens", "CPU s", "T=0", "foreign, T=0", "T=1", "T=1, sampled drafts"], rows)
+
+
+def ablations() -> str:
+    now, before = (read_json(RESULTS / f"{name}.json") for name in ("arena", "arena-newton-schulz"))
     lines = [
         "# Ablations",
         "",
-        "Made by `python benchmarks/results.py render` from `benchmarks/results/arena.json`: one switch each of "
+        "Made by `python benchmarks/results.py render` from `benchmarks/results/arena*.json`: one switch each of "
         "`recipes/smollm2-135m-cpu.yaml` with `train.learning_rate 0.008`, "
-        f"{told['seconds']:g} CPU seconds of training (`python benchmarks/arena.py --only NAME`), tau of the chain "
+        f"{now['seconds']:g} CPU seconds of training (`python benchmarks/arena.py --only NAME`), tau of the chain "
         "3/1/4, in brackets the difference to the first row. What did not help stays here; what was not run is not "
         "here. Seeds differ by about as much as the rows of `docs/results.md` show.",
         "",
-        *table(head, rows),
+        *ablation_table(now),
+        "",
+        f"The same by commit {before['commit'].removesuffix('+dirty')} on another text, when five steps of "
+        "Newton-Schulz made Muon's update:",
+        "",
+        *ablation_table(before),
     ]
     return "\n".join(lines) + "\n"
 
