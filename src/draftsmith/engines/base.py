@@ -98,11 +98,12 @@ class Engine(ABC):
 
     def draftable(self, shapes: Sequence[Shape], setup: Setup) -> list[Shape]:
         """Those of the shapes that it can draft; says which it cannot, and an error if that is all."""
-        library = setup.target.library if self.in_process and setup.target else None
-        if library is not None and not library.can_cut_back:
+        target = setup.target if self.in_process else None
+        library = target.library if target else None
+        if target and library and not library.can_cut_back:
             raise TargetError(
-                "evaluate.engine: this target keeps a state that cannot be cut back, so only an engine verifies its "
-                "drafts; give --evaluate.engine vllm or sglang"
+                f"evaluate.engine: {target.identity.architecture} keeps a state that cannot be cut back, so only an "
+                "engine verifies its drafts; give --evaluate.engine vllm or sglang"
             )
         who = "transformers' own forward" if library else self.title
         kept = [shape for shape in shapes if shape.topk == 1 or (self.drafts_trees and not library)]
