@@ -92,8 +92,10 @@ OURS: dict[str, JsonObject] = {  # one switch each
     "lk_alpha": {"train.objective": "lk_alpha"},
     "true-teacher": {"train.true_probabilities": True},
     "adamw": {"train.optimizer": "adamw", "train.learning_rate": 1e-3},
+    "ttt-2": {"train.ttt_steps": 2},
     "ttt-5": {"train.ttt_steps": 5},
     "ttt-7": {"train.ttt_steps": 7},
+    "decay-0.4": {"train.step_decay": 0.4},  # nearer to the chance that a depth is reached
     "taps-even": {"draft.taps": [7, 15, 23]},
     "taps-late": {"draft.taps": [9, 19, 29]},
     "no-fc-norm": {"draft.fc_norm": False},
