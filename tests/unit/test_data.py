@@ -11,15 +11,25 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from models import VOCAB, WORDS, save_tiny_target, tiny_lm, tiny_recipe, tiny_target, tiny_tokenizer, write_prompts
+from models import (
+    VOCAB,
+    WORDS,
+    read_source,
+    save_tiny_target,
+    tiny_lm,
+    tiny_recipe,
+    tiny_target,
+    tiny_tokenizer,
+    write_prompts,
+)
 
 from draftsmith.core.errors import CheckpointError, DataError
 from draftsmith.core.recipe import Template
 from draftsmith.core.records.data import Completion, CompletionsSummary, Prompt
 from draftsmith.core.sources import Source
-from draftsmith.data.prompts import gather, read_source
+from draftsmith.data.prompts import gather
 from draftsmith.data.regenerate import Regeneration, read_completions
-from draftsmith.data.rows import messages_of
+from draftsmith.data.rows import read_row
 from draftsmith.data.sources import BUNDLED, HUB
 from draftsmith.data.templates import ChatFormat
 from draftsmith.data.vocabulary import DraftVocabulary, choose, coverage_of
@@ -44,7 +54,7 @@ USER = [{"role": "user", "content": "hello"}]
     ],
 )
 def test_three_forms_give_the_same_turns(row, expected):
-    assert messages_of(row, max_turns=2) == expected
+    assert read_row(row, max_turns=2).messages == expected
 
 
 @pytest.mark.parametrize(
@@ -61,7 +71,7 @@ def test_three_forms_give_the_same_turns(row, expected):
 )
 def test_rows_without_a_prompt_are_refused(row):
     with pytest.raises(DataError):
-        messages_of(row, max_turns=1)
+        read_row(row, max_turns=1)
 
 
 def test_a_bad_line_names_file_line_and_reason(tmp_path):

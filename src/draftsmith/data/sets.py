@@ -4,7 +4,6 @@ Questions are asked as they stand in the set, no instruction is added to them. C
 the hub and FastChat's `question.jsonl`, in which MT-Bench, Spec-Bench and the EAGLE repositories keep theirs.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.core.errors import DataError
-from draftsmith.core.files import JsonObject, digest
+from draftsmith.core.files import digest
 from draftsmith.core.progress import Meter, say
 from draftsmith.core.records.data import EvaluationPrompts, Prompt
 from draftsmith.core.sources import EvaluationSet, Source
-from draftsmith.data.prompts import opening
-from draftsmith.data.rows import IDS, NothingToAsk, label, map_columns, read_row
+from draftsmith.data.prompts import Tally, opening
+from draftsmith.data.rows import IDS, label, map_columns, read_row
 from draftsmith.data.sources import HubSource, Row, data_files, file_rows, remote_rows
 
 TURNS = 16  # of a conversation; MT-Bench has 2, SPEED-Bench up to 5
@@ -102,12 +101,12 @@ def read_set(chosen: EvaluationSet, training: Path, folder: Path, skip_bad: bool
     kept = folder / f"{chosen.name}-{key}.json"
     if (found := EvaluationPrompts.readable(kept)) is not None:
         return found
-    left_out: Counter[str] = Counter()
-    prompts = list(_prompts(chosen, files, skip_bad, left_out))
+    tally = Tally()
+    prompts = list(_prompts(chosen, files, skip_bad, tally))
     trained = {opening(prompt) for path in trained_on for prompt in Prompt.read_rows(path)}
     fresh = [prompt for prompt in prompts if opening(prompt) not in trained]
     if not fresh:
-        lost = f"{len(prompts)} prompts that were trained on" if prompts else _told(left_out) or "no rows"
+        lost = f"{len(prompts)} prompts that were trained on" if prompts else str(tally) or "no rows"
         raise DataError(f"evaluate.sets: {chosen.name}: nothing to ask ({lost}); give another path, or leave it out")
     read = EvaluationPrompts(
         name=chosen.name,
@@ -115,18 +114,14 @@ def read_set(chosen: EvaluationSet, training: Path, folder: Path, skip_bad: bool
         licence=known.licence if known else "not stated",
         prompts=fresh,
         trained_on=len(prompts) - len(fresh),
-        left_out=dict(left_out),
+        left_out=dict(tally.left_out),
     )
     read.save(kept)
     say(
         f"evaluate: {chosen.name}: {len(fresh)} prompts of {read.source}; left out: {read.trained_on} that were "
-        f"trained on{', ' if left_out else ''}{_told(left_out)}"
+        f"trained on{', ' if tally.left_out else ''}{tally}"
     )
     return read
-
-
-def _told(reasons: Counter[str]) -> str:
-    return ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common())
 
 
 def _files(chosen: EvaluationSet) -> list[Path]:
@@ -153,51 +148,39 @@ def _rows(chosen: EvaluationSet, files: list[Path]) -> Iterator[Row]:
         ) from None
 
 
-def _prompts(chosen: EvaluationSet, files: list[Path], skip_bad: bool, left_out: Counter[str]) -> Iterator[Prompt]:
+def _prompts(chosen: EvaluationSet, files: list[Path], skip_bad: bool, tally: Tally) -> Iterator[Prompt]:
     known = SETS.get(chosen.name)
     rows = islice(_rows(chosen, files), chosen.limit or known.rows) if known and known.rows else _rows(chosen, files)
     default = chosen.category or (known.category if known else "other")
     merged: Mapping[str, str] = known.categories if known else {}
     ids: set[str] = set()
+    mend = "give the set's own file, name its columns, or pass --prompts.skip-bad"
     with Meter(f"set {chosen.name}", None, "rows") as meter:
         for number, (where, row) in enumerate(rows):
             meter.advance()
-            try:
+            with tally.reading(f"evaluate.sets: {chosen.name}: {where}", skip_bad, mend):
                 row = _ours(chosen, row)
                 conversation = read_row(row, TURNS)
-            except NothingToAsk as error:
-                left_out.update(error.reasons)
-                continue
-            except DataError as error:
-                if not skip_bad:
-                    raise DataError(
-                        f"evaluate.sets: {chosen.name}: {where}: {error}; give the set's own file, name its columns, "
-                        "or pass --prompts.skip-bad"
-                    ) from None
-                left_out["malformed row"] += 1
-                continue
-            left_out.update(conversation.left_out)
-            category = label(row, "category") or default
-            name = label(row, *IDS)
-            name = f"{name or chosen.name}-{number}" if not name or name in ids else name
-            ids.add(name)
-            yield Prompt(
-                id=name,
-                category=merged.get(category, category),
-                source=chosen.name,
-                messages=conversation.messages,
-                tools=conversation.tools,
-            )
+                tally.left_out.update(conversation.left_out)
+                category = label(row, "category") or default
+                name = label(row, *IDS)
+                name = f"{name or chosen.name}-{number}" if not name or name in ids else name
+                ids.add(name)
+                yield Prompt(
+                    id=name,
+                    category=merged.get(category, category),
+                    source=chosen.name,
+                    messages=conversation.messages,
+                    tools=conversation.tools,
+                )
+    if tally.bad:
+        tally.left_out["malformed row"] = tally.bad
 
 
-def _ours(chosen: EvaluationSet, row: Any) -> JsonObject:
+def _ours(chosen: EvaluationSet, row: Any) -> Any:
     """The row under our names; raises `DataError` where it is no row of the set."""
-    if isinstance(row, Exception):
-        raise DataError(f"not JSON: {row}")
-    if not isinstance(row, dict):
-        raise DataError("not an object")
     known, own = SETS.get(chosen.name), {str(ours): theirs for ours, theirs in chosen.columns.items()}
-    if own or known is None:
+    if own or known is None or not isinstance(row, dict):
         return map_columns(row, own)
     if not any(all(key in row for key in keys) for keys in (known.keys, QUESTIONS)):
         wanted = " or ".join(", ".join(keys) for keys in dict.fromkeys((known.keys, QUESTIONS)))
