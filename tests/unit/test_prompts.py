@@ -344,7 +344,7 @@ def test_a_folder_is_its_files(tmp_path):
     (folder / "README.md").write_text("no rows")
     (folder / "dataset_info.json").write_text("{}")
     source = Source(name=str(folder))
-    assert [path.name for path in data_files(source)] == ["a.jsonl.gz", "b.jsonl", "a.parquet"]
+    assert [path.name for path in data_files(source.name)] == ["a.jsonl.gz", "b.jsonl", "a.parquet"]
     assert [p.users[0] for p in read_source(source, 1, False, 0)[0]] == ["one", "two", "three"]
 
 

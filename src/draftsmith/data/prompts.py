@@ -6,7 +6,7 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +68,7 @@ class Tally:
 def prompts_of(source: Source, max_turns: int, skip_bad: bool, seed: int, tally: Tally) -> Iterator[Prompt]:
     """The prompts of one source as they are read; of a file all of them, whatever `limit` says."""
     hub = hub_source(source)
-    columns: Any = source.columns or (hub.columns if hub else {})
+    columns: Mapping[Any, str] = source.columns or (hub.columns if hub else {})
     category = source.category or (hub.category if hub else "other")
     stem = hub.path.rpartition("/")[2] if hub and source.name not in HUB else Path(source.name).stem
     limit = source.limit if hub else None

@@ -98,7 +98,7 @@ def read_row(row: Any, max_turns: int) -> Conversation:
     return Conversation(messages, _tools(row.get("tools"), left_out), left_out)
 
 
-def map_columns(row: Any, columns: Mapping[str, str]) -> Any:
+def map_columns(row: Any, columns: Mapping[Any, str]) -> Any:
     """The row under our names; `columns` is {our name: the row's key}. A mapped text or dialogue is the only one.
 
     Raises `DataError` where the row is an error instead, or lacks all columns with what to ask.
