@@ -131,7 +131,7 @@ def test_a_recipes_own_template_joins_ids():
     chat = ChatFormat(tiny_tokenizer(chat_template=None), template)
     asked = chat.first_turn("the a", "be it")
     assert chat.tokenizer.decode(asked) == "be it <user> the a <assistant>"
-    following = chat.next_turn(asked, Generation([50, 51], "stop"), "of to")
+    following = chat.next_turn(asked, Generation([50, 51], "stop"), "of to", 100)
     assert following[: len(asked) + 2] == [*asked, 50, 51]
     assert chat.tokenizer.decode(following[len(asked) + 2 :]) == "<end> <user> of to <assistant>"
 
@@ -144,7 +144,7 @@ def test_options_and_tools_reach_the_template():
     chat = ChatFormat(tokenizer_with(with_tools), None, {"effort": "w5"})
     ids = chat.first_turn("the a", None, [{"name": "w7"}])
     assert chat.tokenizer.decode(ids).startswith("w7 <system> w5 <user> the a")
-    following = chat.next_turn(ids, Generation(chat.tokenizer("w1 <turn_end>").input_ids, "eos"), "of to")
+    following = chat.next_turn(ids, Generation(chat.tokenizer("w1 <turn_end>").input_ids, "eos"), "of to", 100)
     assert chat.tokenizer.decode(following).startswith("w7 <system> w5 <user> the a")
 
 

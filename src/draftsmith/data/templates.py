@@ -68,14 +68,21 @@ class ChatFormat:
             return self._known(self.tokenizer(self.template.prefix + system_text + turn).input_ids, messages)
         return self._render(messages, tools)
 
-    def next_turn(self, asked: Rendered, answer: Generation, user: str) -> Rendered:
-        """Ids before the next answer, after `answer` to what was `asked` and the user's reply to it."""
+    def next_turn(self, asked: list[int], answer: Generation, user: str, longest: int) -> Rendered | None:
+        """Ids before the next answer, after `answer` to what was `asked` (an earlier turn's `Rendered`) and the user's
+        reply to it; None where they are more than `longest`, or the template refuses them."""
+        assert isinstance(asked, Rendered)
         messages = [*asked.messages, self._as_message(answer), {"role": "user", "content": user}]
-        if self.template:  # texts joined by hand: nothing is tokenised twice
-            text = self.template.close + self.template.user.replace("{content}", user) + self.template.assistant
-            ids = self.tokenizer(text, add_special_tokens=False).input_ids
-            return self._known([*asked, *answer.ids, *ids], messages)
-        return self._render(messages, asked.tools)
+        try:
+            if self.template:  # texts joined by hand: nothing is tokenised twice
+                text = self.template.close + self.template.user.replace("{content}", user) + self.template.assistant
+                ids = self.tokenizer(text, add_special_tokens=False).input_ids
+                following = self._known([*asked, *answer.ids, *ids], messages)
+            else:
+                following = self._render(messages, asked.tools)
+        except DataError:
+            return None
+        return following if len(following) <= longest else None
 
     def _as_message(self, answer: Generation) -> Message:
         """The answer as a client sends it back: without its end token, the reasoning apart."""
