@@ -3,9 +3,9 @@
 import os
 import sys
 import time
-from types import TracebackType
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
 LOG_EVERY_S = 15.0
 EARLY = 0.02  # share of the work before which nobody can say how long the rest takes
@@ -40,22 +40,13 @@ class Meter:
 
     def __enter__(self) -> "Meter":
         if sys.stderr.isatty():
-            from rich.console import Console
-
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.fields[detail]}"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
+            columns = "{task.description}", BarColumn(), "{task.fields[detail]}", TimeRemainingColumn()
+            self._bar = Progress(*columns, console=Console(stderr=True))
             self._bar.start()
             self._task = self._bar.add_task(self.label, total=self.total, detail="")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar:
             self._bar.stop()
         if kind is None and self.seconds > QUIET_S:

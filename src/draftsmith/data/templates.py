@@ -17,8 +17,6 @@ from draftsmith.decoding.generation import Generation
 # What ends a model's reasoning; clients send back what follows it. DeepSeek-R1, Qwen3, MiniMax-M2, GLM and others;
 # Mistral's Magistral; gpt-oss' final channel; Seed-OSS.
 REASONING_ENDS = ("</think>", "[/THINK]", "<|channel|>final<|message|>", "</seed:think>")
-RENDER_S = 4.0  # of a processor; a template that takes longer is broken or hostile
-RENDER_CHARACTERS = 1_000_000  # beyond four times what it is given
 
 Message = JsonObject
 RENDERER = Renderer()
@@ -138,7 +136,7 @@ class ChatFormat:
             "chat_template": self.tokenizer.get_chat_template(None, tools),
             "add_generation_prompt": True,
         }
-        return RENDERER.render(request, RENDER_S, RENDER_CHARACTERS)
+        return RENDERER.render(request)
 
     def _known(self, ids: list[int], messages: Sequence[Message], tools: list[Any] | None = None) -> Rendered:
         """Some tokenizers have tokens (images) for which the model has no row: a text that holds one is refused."""
