@@ -60,21 +60,22 @@ class Conversation:
         following = chat.next_turn(asked, generation, self.users.pop(0), max_prompt_tokens)
         if following is None:  # what was answered before it stands
             return None
-        if following[: len(self.ids)] != self.ids:
-            self._end_document()
+        if self.spans and following[: len(self.ids)] != self.ids:
+            self.documents.append(self._document())
+            self.spans = []
         self.ids, self.last = following, None
         return following
 
-    def _end_document(self) -> None:
-        if self.spans:
-            self.documents.append((self.ids[: self.spans[-1][1]], self.spans))
-        self.spans = []
+    def _document(self) -> tuple[list[int], list[tuple[int, int]]]:
+        """What stands; a user turn that nobody answered is left out."""
+        end = self.spans[-1][1] if self.spans else None
+        return self.ids[:end], self.spans
 
     def rows(self, sampling: Sampling) -> list[Completion]:
-        """One row for each document; a user turn that nobody answered is left out."""
+        """One row for each document."""
         documents = list(self.documents)
         if self.spans or not documents:
-            documents.append((self.ids[: self.spans[-1][1]] if self.spans else list(self.ids), self.spans))
+            documents.append(self._document())
         name = self.prompt.id
         return [
             Completion(
