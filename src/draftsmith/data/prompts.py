@@ -1,7 +1,6 @@
 """Stage 1: prompts from hub data sets, files, folders and the bundled sets, in one form (`Prompt`)."""
 
 import hashlib
-import itertools
 import random
 import re
 import sys
@@ -184,11 +183,9 @@ def _with_own_ids(prompts: list[Held]) -> list[Held]:
 def _split_off(prompts: list[Held], per_category: int) -> tuple[list[Held], list[Held]]:
     """(held out, kept). Conversations that begin as others do are held out last: that beginning is trained on."""
     openings = Counter(prompt.opening for prompt in prompts)
-    alone = (prompt for prompt in prompts if openings[prompt.opening] == 1)
-    alike = (prompt for prompt in prompts if openings[prompt.opening] > 1)
     taken: Counter[str] = Counter()
     held_out: dict[bytes, Held] = {}
-    for prompt in itertools.chain(alone, alike):
+    for prompt in sorted(prompts, key=lambda prompt: openings[prompt.opening] > 1):
         if taken[prompt.category] < per_category:
             taken[prompt.category] += 1
             held_out[prompt.whole] = prompt
