@@ -24,6 +24,7 @@ from models import (
 )
 
 from draftsmith.core.errors import CheckpointError, DataError
+from draftsmith.core.files import save_tensors
 from draftsmith.core.recipe import Template
 from draftsmith.core.records.data import Completion, CompletionsSummary, Prompt
 from draftsmith.core.sources import Source
@@ -256,10 +257,11 @@ def test_a_vocabulary_is_checked_when_read(tmp_path):
     vocabulary = choose(Counter({5: 9, 7: 3}), 3, 20, {0})
     vocabulary.save(tmp_path / "v.safetensors")
     assert DraftVocabulary.load(tmp_path / "v.safetensors").name == vocabulary.name
-    with pytest.raises(CheckpointError, match="name different tokens"):
-        DraftVocabulary.from_tensors(vocabulary.d2t, vocabulary.t2d.roll(1), tmp_path)
-    with pytest.raises(CheckpointError, match="ascending"):
-        DraftVocabulary.from_tensors(vocabulary.d2t.flip(0), vocabulary.t2d, tmp_path)
+    d2t, t2d = vocabulary.d2t, vocabulary.t2d
+    for wrong, message in (((d2t, t2d.roll(1)), "name different tokens"), ((d2t.flip(0), t2d), "ascending")):
+        save_tensors(tmp_path / "w.safetensors", dict(zip(("d2t", "t2d"), wrong, strict=True)))
+        with pytest.raises(CheckpointError, match=message):
+            DraftVocabulary.load(tmp_path / "w.safetensors")
 
 
 def test_chains_are_where_serving_drafts():

@@ -56,10 +56,6 @@ class Meter:
     def seconds(self) -> float:
         return time.monotonic() - self._start
 
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / max(self.seconds, 1e-9)
-
     def resume(self, done: float) -> None:
         """Units finished by an earlier process: they count as done but not towards the rate."""
         self.done = self._skipped = done
@@ -84,5 +80,5 @@ class Meter:
         of_total = "" if self.total is None else f"/{self.total:,.0f}"
         parts = [f"{self.done:,.0f}{of_total} {self.unit}"]
         if self.tokens:
-            parts.append(f"{self.tokens_per_s:,.0f} tokens/s")
+            parts.append(f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s")
         return ", ".join([*parts, self.note] if self.note else parts)
