@@ -5,6 +5,7 @@ chat template, which is what a server does: reasoning of past turns disappears w
 turn ends with the template's own token, whatever ended the generation.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -97,17 +98,13 @@ class ChatFormat:
 
     def _after_reasoning(self, ids: Sequence[int]) -> int:
         """Index of the first token after the last end of reasoning; 0 where there is none."""
-        whole = self.tokenizer.decode(ids, skip_special_tokens=False)
-        found = [mark for mark in REASONING_ENDS if mark in whole]
-        if not found:
-            return 0
-        count = sum(whole.count(mark) for mark in found)
-        low, high = 0, len(ids)  # the shortest beginning that holds every mark
-        while low < high:
-            middle = (low + high) // 2
-            text = self.tokenizer.decode(ids[:middle], skip_special_tokens=False)
-            low, high = (low, middle) if sum(text.count(mark) for mark in found) >= count else (middle + 1, high)
-        return low
+
+        def ends_before(index: int) -> int:
+            text = self.tokenizer.decode(ids[:index], skip_special_tokens=False)
+            return sum(text.count(mark) for mark in REASONING_ENDS)
+
+        every = ends_before(len(ids))
+        return bisect_left(range(len(ids)), every, key=ends_before) if every else 0
 
     def _render(self, messages: Sequence[Message], tools: list[Any] | None) -> Rendered:
         try:
