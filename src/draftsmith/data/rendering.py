@@ -84,7 +84,7 @@ class Renderer:
 
 
 def serve() -> None:
-    """Answer each line of stdin with one of stdout."""
+    """Answer each line of stdin (seconds, characters, request) with one of stdout."""
     import psutil
     from transformers.utils.chat_template_utils import render_jinja_template
 
