@@ -29,7 +29,7 @@ def main() -> None:
 
     from draftsmith.core.recipe_file import load_recipe
     from draftsmith.core.sources import Source
-    from draftsmith.data.prompts import read_source
+    from draftsmith.data.prompts import Tally, chosen, prompts_of
     from draftsmith.data.templates import ChatFormat
     from draftsmith.decoding.sampling import Sampling
     from draftsmith.targets.local import LocalTarget
@@ -39,7 +39,8 @@ def main() -> None:
     target = LocalTarget("gemma3-270m", batch_size=options.batch)
     reference = AutoModelForCausalLM.from_pretrained(resolve_model("gemma3-270m"), dtype=torch.bfloat16).eval()
     chat = ChatFormat(target.tokenizer, recipe.target.template)
-    prompts, _ = read_source(Source(name="bundled", limit=options.batch), 1, False, 0)
+    source = Source(name="bundled", limit=options.batch)
+    prompts = chosen(prompts_of(source, 1, False, 0, Tally()), source, 0)
     ids = [chat.first_turn(p.users[0]) for p in prompts]
     wish = recipe.regenerate
     sampling = Sampling(wish.temperature, wish.top_p, wish.top_k)

@@ -113,7 +113,7 @@ def run_ours(data: Path, dtype: str, batch: int, steps: int) -> dict:
         },
         "benchmark",
     )
-    vocabulary = DraftVocabulary.from_tensors(tensors["d2t"], tensors["t2d"], data)
+    vocabulary = DraftVocabulary.load(data)
     trainer = Trainer(recipe, target, target.config, scratch / "completions", vocabulary, scratch / "train")
     capture = trainer._capture_source()
     seconds = []

@@ -21,7 +21,9 @@ from transformers import (
 
 from draftsmith.core.recipe import Recipe
 from draftsmith.core.recipe_file import parse_recipe
-from draftsmith.core.records.data import Completion
+from draftsmith.core.records.data import Completion, Prompt
+from draftsmith.core.sources import Source
+from draftsmith.data.prompts import Tally, chosen, prompts_of
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.drafts.eagle3.loss import TTTLoss
 from draftsmith.drafts.eagle3.model import Eagle3Config, Eagle3Draft
@@ -229,3 +231,9 @@ def write_prompts(path, count: int = 20) -> str:
             category = ("chat", "code", "math")[i % 3]
             file.write(json.dumps({"id": f"p{i}", "category": category, "prompt": text}) + "\n")
     return str(path)
+
+
+def read_source(source: Source, max_turns: int, skip_bad: bool, seed: int) -> tuple[list[Prompt], int]:
+    """(prompts of one source, number of bad rows skipped)."""
+    tally = Tally()
+    return chosen(prompts_of(source, max_turns, skip_bad, seed, tally), source, seed), tally.bad

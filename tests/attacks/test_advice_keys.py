@@ -14,7 +14,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from models import save_tiny_target, tiny_lm, tiny_recipe, tiny_target, tiny_tokenizer
+from models import read_source, save_tiny_target, tiny_lm, tiny_recipe, tiny_target, tiny_tokenizer
 from outcomes import read, told
 
 from draftsmith import cli
@@ -22,7 +22,6 @@ from draftsmith.core.recipe_file import dump_recipe, parse_recipe
 from draftsmith.core.records.data import Prompt
 from draftsmith.core.sources import EvaluationSet, Source
 from draftsmith.data.licences import licence_of
-from draftsmith.data.prompts import read_source
 from draftsmith.data.regenerate import open_conversations
 from draftsmith.data.sets import read_set
 from draftsmith.data.templates import ChatFormat

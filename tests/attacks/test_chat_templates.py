@@ -11,7 +11,8 @@ from models import CHAT_TEMPLATE, tiny_tokenizer
 from outcomes import outcome
 
 from draftsmith.core.errors import DataError
-from draftsmith.data.templates import RENDER_S, RENDERER, ChatFormat
+from draftsmith.data.rendering import SECONDS
+from draftsmith.data.templates import RENDERER, ChatFormat
 
 DOUBLED = "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}"
 LOOPS = "{% for a in range(99999) %}" * 3 + "BODY" + "{% endfor %}" * 3
@@ -66,7 +67,7 @@ FAILING = {
 def told(template, **options):
     chat = ChatFormat(tiny_tokenizer(chat_template=template), None, options)
     before = psutil.Process().memory_info().rss
-    text = outcome(lambda: chat.first_turn("the a"), 5 * RENDER_S)
+    text = outcome(lambda: chat.first_turn("the a"), 5 * SECONDS)
     assert psutil.Process().memory_info().rss < before + (256 << 20)
     return text
 

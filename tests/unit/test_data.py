@@ -11,15 +11,26 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from models import VOCAB, WORDS, save_tiny_target, tiny_lm, tiny_recipe, tiny_target, tiny_tokenizer, write_prompts
+from models import (
+    VOCAB,
+    WORDS,
+    read_source,
+    save_tiny_target,
+    tiny_lm,
+    tiny_recipe,
+    tiny_target,
+    tiny_tokenizer,
+    write_prompts,
+)
 
 from draftsmith.core.errors import CheckpointError, DataError
+from draftsmith.core.files import save_tensors
 from draftsmith.core.recipe import Template
 from draftsmith.core.records.data import Completion, CompletionsSummary, Prompt
 from draftsmith.core.sources import Source
-from draftsmith.data.prompts import gather, read_source
+from draftsmith.data.prompts import gather
 from draftsmith.data.regenerate import Regeneration, read_completions
-from draftsmith.data.rows import messages_of
+from draftsmith.data.rows import read_row
 from draftsmith.data.sources import BUNDLED, HUB
 from draftsmith.data.templates import ChatFormat
 from draftsmith.data.vocabulary import DraftVocabulary, choose, coverage_of
@@ -44,7 +55,7 @@ USER = [{"role": "user", "content": "hello"}]
     ],
 )
 def test_three_forms_give_the_same_turns(row, expected):
-    assert messages_of(row, max_turns=2) == expected
+    assert read_row(row, max_turns=2).messages == expected
 
 
 @pytest.mark.parametrize(
@@ -61,7 +72,7 @@ def test_three_forms_give_the_same_turns(row, expected):
 )
 def test_rows_without_a_prompt_are_refused(row):
     with pytest.raises(DataError):
-        messages_of(row, max_turns=1)
+        read_row(row, max_turns=1)
 
 
 def test_a_bad_line_names_file_line_and_reason(tmp_path):
@@ -246,10 +257,11 @@ def test_a_vocabulary_is_checked_when_read(tmp_path):
     vocabulary = choose(Counter({5: 9, 7: 3}), 3, 20, {0})
     vocabulary.save(tmp_path / "v.safetensors")
     assert DraftVocabulary.load(tmp_path / "v.safetensors").name == vocabulary.name
-    with pytest.raises(CheckpointError, match="name different tokens"):
-        DraftVocabulary.from_tensors(vocabulary.d2t, vocabulary.t2d.roll(1), tmp_path)
-    with pytest.raises(CheckpointError, match="ascending"):
-        DraftVocabulary.from_tensors(vocabulary.d2t.flip(0), vocabulary.t2d, tmp_path)
+    d2t, t2d = vocabulary.d2t, vocabulary.t2d
+    for wrong, message in (((d2t, t2d.roll(1)), "name different tokens"), ((d2t.flip(0), t2d), "ascending")):
+        save_tensors(tmp_path / "w.safetensors", dict(zip(("d2t", "t2d"), wrong, strict=True)))
+        with pytest.raises(CheckpointError, match=message):
+            DraftVocabulary.load(tmp_path / "w.safetensors")
 
 
 def test_chains_are_where_serving_drafts():

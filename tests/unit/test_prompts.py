@@ -9,13 +9,13 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from models import tiny_recipe
+from models import read_source, tiny_recipe
 
 from draftsmith.core.errors import DataError, RecipeError
 from draftsmith.core.records.data import Prompt, PromptsSummary
 from draftsmith.core.sources import Source
-from draftsmith.data.prompts import gather, read_source
-from draftsmith.data.rows import NothingToAsk, map_columns, messages_of, read_row
+from draftsmith.data.prompts import gather
+from draftsmith.data.rows import NothingToAsk, map_columns, read_row
 from draftsmith.data.sources import data_files, hub_source
 from draftsmith.runs.plan import source_size
 
@@ -80,7 +80,7 @@ FORMS = {
 
 @pytest.mark.parametrize("name", FORMS)
 def test_forms_of_rows(name):
-    messages = messages_of(FORMS[name], 4)
+    messages = read_row(FORMS[name], 4).messages
     if name == "Alpaca":
         assert messages == [{"role": "user", "content": "weather\n\nin Oslo?"}]
     else:
@@ -101,18 +101,18 @@ def test_forms_of_rows(name):
     ],
 )
 def test_system_prompts_are_kept(row):
-    assert messages_of(row, 1) == [SYSTEM, USER]
+    assert read_row(row, 1).messages == [SYSTEM, USER]
 
 
 def test_two_system_prompts_are_joined():
     row = {"system": "Be kind.", "messages": [SYSTEM, USER]}
-    assert messages_of(row, 1)[0]["content"] == "Be kind.\n\nBe short."
+    assert read_row(row, 1).messages[0]["content"] == "Be kind.\n\nBe short."
 
 
 def test_turns_are_kept_up_to_the_limit_and_rounds_before_an_instruction():
-    assert messages_of({"messages": [USER, ANSWER, MORE, USER]}, 2) == [USER, MORE]
-    assert messages_of({"turns": [ASKED, MORE["content"]]}, 1) == [USER]
-    assert messages_of({"instruction": MORE["content"], "history": [[ASKED, "12 C"]]}, 2) == [USER, MORE]
+    assert read_row({"messages": [USER, ANSWER, MORE, USER]}, 2).messages == [USER, MORE]
+    assert read_row({"turns": [ASKED, MORE["content"]]}, 1).messages == [USER]
+    assert read_row({"instruction": MORE["content"], "history": [[ASKED, "12 C"]]}, 2).messages == [USER, MORE]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_what_is_left_out_is_named(row, reasons):
 )
 def test_rows_with_nothing_to_ask_are_told_from_malformed_ones(row, reasons):
     with pytest.raises(NothingToAsk) as caught:
-        messages_of(row, 1)
+        read_row(row, 1)
     assert caught.value.reasons == reasons
 
 
@@ -174,7 +174,7 @@ def test_rows_with_nothing_to_ask_are_told_from_malformed_ones(row, reasons):
 )
 def test_malformed_rows_say_why(row, message):
     with pytest.raises(DataError, match=message) as caught:
-        messages_of(row, 1)
+        read_row(row, 1)
     assert not isinstance(caught.value, NothingToAsk)
 
 
@@ -198,7 +198,7 @@ def test_tools_are_kept_as_objects(tools, kept):
 
 
 def test_halves_of_surrogate_pairs_are_mended():
-    assert messages_of({"prompt": "a\ud83d\ude00b\ud83d"}, 1)[0]["content"] == "a\U0001f600b\ufffd"
+    assert read_row({"prompt": "a\ud83d\ude00b\ud83d"}, 1).messages[0]["content"] == "a\U0001f600b\ufffd"
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------
@@ -344,7 +344,7 @@ def test_a_folder_is_its_files(tmp_path):
     (folder / "README.md").write_text("no rows")
     (folder / "dataset_info.json").write_text("{}")
     source = Source(name=str(folder))
-    assert [path.name for path in data_files(source)] == ["a.jsonl.gz", "b.jsonl", "a.parquet"]
+    assert [path.name for path in data_files(source.name)] == ["a.jsonl.gz", "b.jsonl", "a.parquet"]
     assert [p.users[0] for p in read_source(source, 1, False, 0)[0]] == ["one", "two", "three"]
 
 

@@ -17,7 +17,6 @@ from draftsmith.core.records.evaluation import Comparison, Results
 from draftsmith.core.run_files import RunFiles
 from draftsmith.core.sources import EVALUATION_SETS, EvaluationSet
 from draftsmith.data.sets import PLACEHOLDER, SETS, read_set
-from draftsmith.data.sources import HubSource
 from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.generation import Generation
 from draftsmith.evaluation.acceptance import conversations, count, summarise
@@ -90,7 +89,7 @@ def users(found):
 
 def test_every_set_that_a_recipe_names_is_declared():
     assert set(SETS) == set(EVALUATION_SETS) == set(ROWS)
-    pinned = [s.place.revision for s in SETS.values() if isinstance(s.place, HubSource)]
+    pinned = [known.revision for known in SETS.values() if known.split]
     assert len(pinned) == 5
     assert all(len(revision) == 40 for revision in pinned)
 
@@ -195,7 +194,7 @@ def test_a_set_stands_once():
         tiny_recipe("m", "p", **{"evaluate.sets": ["gsm8k", {"name": "gsm8k", "path": "x"}]})
 
 
-@pytest.mark.parametrize("name", [name for name, known in SETS.items() if isinstance(known.place, HubSource)])
+@pytest.mark.parametrize("name", [name for name, known in SETS.items() if known.split])
 def test_the_hubs_rows_are_read_once_pinned_and_in_order(monkeypatch, tmp_path, name):
     calls = []
 
@@ -204,7 +203,7 @@ def test_the_hubs_rows_are_read_once_pinned_and_in_order(monkeypatch, tmp_path, 
         return datasets.Dataset.from_list(ROWS[name]).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    chosen, place = EvaluationSet(name=name), SETS[name].place
+    chosen, place = EvaluationSet(name=name), SETS[name]
     found = [read_set(chosen, tmp_path / "none", tmp_path / "sets", False) for _ in range(2)]
     assert calls == [(place.path, place.configs[0], place.split, place.revision)]
     assert found[0] == found[1] == EvaluationPrompts.load(next((tmp_path / "sets").iterdir()))

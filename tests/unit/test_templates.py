@@ -11,7 +11,7 @@ from draftsmith.core.recipe import Template
 from draftsmith.core.recipe_file import parse_recipe
 from draftsmith.core.records.base import write_rows
 from draftsmith.core.records.data import Prompt
-from draftsmith.data import templates
+from draftsmith.data import rendering
 from draftsmith.data.regenerate import Conversation, Regeneration, open_conversations, read_completions
 from draftsmith.data.templates import ChatFormat, Rendered
 from draftsmith.decoding.generation import Generation
@@ -131,7 +131,7 @@ def test_a_recipes_own_template_joins_ids():
     chat = ChatFormat(tiny_tokenizer(chat_template=None), template)
     asked = chat.first_turn("the a", "be it")
     assert chat.tokenizer.decode(asked) == "be it <user> the a <assistant>"
-    following = chat.next_turn(asked, Generation([50, 51], "stop"), "of to")
+    following = chat.next_turn(asked, Generation([50, 51], "stop"), "of to", 100)
     assert following[: len(asked) + 2] == [*asked, 50, 51]
     assert chat.tokenizer.decode(following[len(asked) + 2 :]) == "<end> <user> of to <assistant>"
 
@@ -144,7 +144,7 @@ def test_options_and_tools_reach_the_template():
     chat = ChatFormat(tokenizer_with(with_tools), None, {"effort": "w5"})
     ids = chat.first_turn("the a", None, [{"name": "w7"}])
     assert chat.tokenizer.decode(ids).startswith("w7 <system> w5 <user> the a")
-    following = chat.next_turn(ids, Generation(chat.tokenizer("w1 <turn_end>").input_ids, "eos"), "of to")
+    following = chat.next_turn(ids, Generation(chat.tokenizer("w1 <turn_end>").input_ids, "eos"), "of to", 100)
     assert chat.tokenizer.decode(following).startswith("w7 <system> w5 <user> the a")
 
 
@@ -179,7 +179,7 @@ def test_whatever_a_template_raises_is_one_line(broken):
 
 
 def test_an_endless_template_ends(monkeypatch):
-    monkeypatch.setattr(templates, "RENDER_S", 0.3)
+    monkeypatch.setattr(rendering, "SECONDS", 0.3)
     started = time.monotonic()
     with pytest.raises(DataError, match=r"^target\.template: .*did not end within 0\.3 s"):
         ChatFormat(tiny_tokenizer(chat_template=ENDLESS), None).first_turn("the a")
@@ -187,7 +187,7 @@ def test_an_endless_template_ends(monkeypatch):
 
 
 def test_a_flood_of_text_is_refused(monkeypatch):
-    monkeypatch.setattr(templates, "RENDER_CHARACTERS", 1000)
+    monkeypatch.setattr(rendering, "CHARACTERS", 1000)
     with pytest.raises(DataError, match=r"^target\.template: .*characters of one prompt"):
         ChatFormat(tiny_tokenizer(chat_template="{{ 'the ' * 999 }}"), None).first_turn("the a")
 
@@ -200,7 +200,7 @@ def test_memory_is_not_the_templates_to_take(greedy):
 
 
 def test_a_product_that_never_ends_is_ended(monkeypatch):
-    monkeypatch.setattr(templates, "RENDER_S", 0.3)
+    monkeypatch.setattr(rendering, "SECONDS", 0.3)
     with pytest.raises(DataError, match=r"did not end within 0\.3 s"):
         ChatFormat(tiny_tokenizer(chat_template="{{ 9 ** (9 ** 9) }}"), None).first_turn("the a")
 

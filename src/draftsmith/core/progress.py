@@ -3,9 +3,9 @@
 import os
 import sys
 import time
-from types import TracebackType
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
 LOG_EVERY_S = 15.0
 EARLY = 0.02  # share of the work before which nobody can say how long the rest takes
@@ -40,22 +40,13 @@ class Meter:
 
     def __enter__(self) -> "Meter":
         if sys.stderr.isatty():
-            from rich.console import Console
-
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.fields[detail]}"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
+            columns = "{task.description}", BarColumn(), "{task.fields[detail]}", TimeRemainingColumn()
+            self._bar = Progress(*columns, console=Console(stderr=True))
             self._bar.start()
             self._task = self._bar.add_task(self.label, total=self.total, detail="")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar:
             self._bar.stop()
         if kind is None and self.seconds > QUIET_S:
@@ -64,10 +55,6 @@ class Meter:
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._start
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / max(self.seconds, 1e-9)
 
     def resume(self, done: float) -> None:
         """Units finished by an earlier process: they count as done but not towards the rate."""
@@ -93,5 +80,5 @@ class Meter:
         of_total = "" if self.total is None else f"/{self.total:,.0f}"
         parts = [f"{self.done:,.0f}{of_total} {self.unit}"]
         if self.tokens:
-            parts.append(f"{self.tokens_per_s:,.0f} tokens/s")
+            parts.append(f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s")
         return ", ".join([*parts, self.note] if self.note else parts)

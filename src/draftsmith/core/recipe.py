@@ -4,8 +4,10 @@ A YAML file gives the values, command-line flags of the same names override them
 The string under each field is its help text.
 """
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -397,11 +399,31 @@ class Recipe(Model):
     card: CardRecipe = CardRecipe()
 
     @model_validator(mode="after")
-    def _no_password(self) -> "Recipe":
-        """A run keeps its recipe in files, so nothing that is secret may be part of one."""
-        for part, values in self.model_dump(mode="json").items():
+    def _can_be_kept(self) -> "Recipe":
+        """A run keeps its recipe in files, so nothing that is secret may be part of one, no NUL, half of a surrogate
+        pair, NaN or infinity, and no number beyond 64 bits."""
+        for key, value in _leaves(self.model_dump()):
+            text = str(value)
+            kept = "\0" not in text and text.encode(errors="replace").decode() == text
+            if isinstance(value, int | float):
+                kept = math.isfinite(value) and abs(value) < 2**63
+            if not kept:
+                raise ValueError(f"{key}: {value!r} given; wanted a text without NUL, or a number of 64 bits")
             try:
-                secrets.no_password(str(values))
+                secrets.no_password(text)
             except ValueError as error:
-                raise ValueError(f"{part}: {error}") from None
+                raise ValueError(f"{key}: {error}") from None
         return self
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of everything inside."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield path, key
+            yield from _leaves(inner, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _leaves(inner, path)
+    else:
+        yield path, value

@@ -1,10 +1,9 @@
 """Recipes from YAML and flags, and back; what is wrong with one is a line that names the key."""
 
 import difflib
-import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,28 +71,6 @@ def read_yaml(text: str, origin: str) -> Any:
         raise RecipeError(f"{origin}: not YAML: {error}") from None
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(key, value) of everything inside."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield path, key
-            yield from _leaves(inner, f"{path}.{key}".lstrip("."))
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _leaves(inner, path)
-    else:
-        yield path, value
-
-
-def _can_be_kept(value: Any) -> bool:
-    """Whether files can hold it: no NUL, no half of a surrogate pair, no number beyond 64 bits, NaN or infinity."""
-    if isinstance(value, str | Path):
-        return "\0" not in str(value) and str(value).encode(errors="replace").decode() == str(value)
-    if isinstance(value, int | float):
-        return math.isfinite(value) and abs(value) < 2**63
-    return True
-
-
 def _submodel(annotation: Any) -> type[BaseModel] | None:
     """The model class inside Optional[...] or tuple[..., ...]."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
@@ -134,13 +111,9 @@ def parse_recipe(values: Any, origin: str) -> Recipe:
     if not isinstance(values, dict):
         raise RecipeError(f"{origin}: a recipe is a mapping of keys to values, not {type(values).__name__}")
     try:
-        recipe = Recipe.model_validate(values)
+        return Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(f"{origin}: {one_line(error)}") from None
-    for key, value in _leaves(recipe.model_dump()):
-        if not _can_be_kept(value):
-            raise RecipeError(f"{origin}: {key}: {value!r} given; wanted a text without NUL, or a number of 64 bits")
-    return recipe
 
 
 def _merged(values: JsonObject, over: Mapping[str, Any]) -> JsonObject:

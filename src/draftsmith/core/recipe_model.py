@@ -1,4 +1,4 @@
-"""What all parts of a recipe are. Imports no torch."""
+"""What all parts of a recipe, and all records, are. Imports no torch."""
 
 from typing import Annotated
 

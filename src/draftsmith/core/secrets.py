@@ -76,10 +76,11 @@ def variable(name: str) -> str:
 
 
 def command_line(text: str) -> str:
-    if flag := written_out(shlex.split(text)):  # which raises where a quotation has no end
-        raise ValueError(
-            f"{flag}: write $NAME, an environment variable that holds the secret; a run keeps its recipe in files"
-        )
+    for _, flag, value in _given(shlex.split(text)):  # which raises where a quotation has no end
+        if not _VARIABLE.fullmatch(value):
+            raise ValueError(
+                f"{flag}: write $NAME, an environment variable that holds the secret; a run keeps its recipe in files"
+            )
     return text
 
 
@@ -99,11 +100,6 @@ def _given(words: Sequence[str]) -> Iterator[tuple[int, str, str]]:
             continue
         if flag and value:
             yield place, flag, value
-
-
-def written_out(words: Sequence[str]) -> str | None:
-    """The flag or variable whose secret stands in a command line itself; None where all are `$NAME`."""
-    return next((flag for _, flag, value in _given(words) if not _VARIABLE.fullmatch(value)), None)
 
 
 def filled_in(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -24,17 +24,8 @@ Column = Literal[
 ]
 
 
-class Named(Model):
-    """Stands in a recipe as its name alone where nothing else is said of it."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_alone(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-
-class Source(Named):
-    """One source of prompts."""
+class Source(Model):
+    """One source of prompts; its name alone where nothing else is said of it."""
 
     name: str
     """`bundled` (495 prompts), `bundled-train` (6,000), `bundled-dev` (180); ultrachat, opencodeinstruct, codealpaca,
@@ -49,21 +40,22 @@ class Source(Named):
     limit: Positive | None = None
     """Take at most this many prompts, chosen by the recipe's seed."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
 
 EVALUATION_SETS = ("mt-bench", "humaneval", "gsm8k", "math500", "alpaca", "spec-bench", "speed-bench")
 
 
-class EvaluationSet(Named):
+class EvaluationSet(Source):
     """Prompts that are measured apart, all turns of each."""
 
     name: Annotated[str, AfterValidator(path_part)]
     """`mt-bench`, `humaneval`, `gsm8k`, `math500`, `alpaca`, `spec-bench` or `speed-bench`; or a name of yours."""
     path: Path | None = None
     """File or folder with the set, as prompts.sources takes them; left out: the hub's."""
-    columns: dict[Column, str] = {}
-    """Where rows of yours have keys that are not known: ours to theirs."""
-    category: str | None = None
-    """Category of rows that carry none."""
     limit: Positive | None = None
     """Prompts used, an equal number per category; left out: evaluate.prompts."""
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from draftsmith.core.errors import RecipeError
-from draftsmith.data.sources import HUB
+from draftsmith.data.sources import HUB, HubSource
 from draftsmith.targets.embedded import EMBEDDED
 
 
@@ -84,18 +84,13 @@ TARGETS: tuple[tuple[str, Licence], ...] = (
     (r"microsoft/phi-4.*", MIT),
     (r"zai-org/GLM-4\.[5-7].*", MIT),
 )
-# By the source's name in a recipe; licences as their hub pages state them.
+# Of what is bundled and of its parts, by the source's name.
 DATA = {
     "bundled": "apache-2.0",
     "gpteacher-roleplay": "mit",
     "gsm8k-train": "mit",
     "gsm8k-test": "mit",
     "ultrachat-eval": "mit",
-    "ultrachat": "mit",
-    "opencodeinstruct": "cc-by-4.0",
-    "codealpaca": "cc-by-4.0",
-    "gsm8k": "mit",
-    "hendrycks-math": "mit",
 }
 UNSTATED = "not stated"
 
@@ -137,6 +132,6 @@ def data_licences(sources: Sequence[str], told: Mapping[str, str]) -> list[tuple
     """(source, hub data set or "", licence) of every source of prompts; `told` is the recipe's card.data_licences."""
     rows = []
     for source in dict.fromkeys(sources):
-        hub = HUB[source].path if source in HUB else ""
-        rows.append((source, hub, told.get(source) or DATA.get(source) or UNSTATED))
+        hub = HUB.get(source, HubSource("", None, licence=DATA.get(source, UNSTATED)))
+        rows.append((source, hub.path, told.get(source) or hub.licence))
     return rows

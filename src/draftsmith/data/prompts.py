@@ -1,12 +1,12 @@
 """Stage 1: prompts from hub data sets, files, folders and the bundled sets, in one form (`Prompt`)."""
 
 import hashlib
-import itertools
 import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -38,7 +38,7 @@ class Tally:
     """Rows that lost something, or all, by reason."""
     first_bad: str = ""
     keys: dict[str, None] = field(default_factory=dict)
-    """Keys of the rows that gave no prompt."""
+    """Of all rows."""
 
     def add(self, other: "Tally") -> None:
         self.bad += other.bad
@@ -48,54 +48,54 @@ class Tally:
     def __str__(self) -> str:
         return ", ".join(f"{reason}: {count:,}" for reason, count in self.left_out.most_common())
 
+    @contextmanager
+    def reading(self, where: str, skip_bad: bool, mend: str) -> Iterator[None]:
+        """Counts a row that turns out to have nothing to ask, or to be malformed; without `skip_bad` the latter is a
+        `DataError` that says where it is and how to `mend` it."""
+        try:
+            yield
+        except NothingToAsk as error:
+            self.empty += 1
+            self.left_out.update(error.reasons)
+        except DataError as error:
+            if not skip_bad:
+                raise DataError(f"{where}: {error}; {mend}") from None
+            self.bad += 1
+            self.first_bad = self.first_bad or f"{where}: {error}"
+
 
 def prompts_of(source: Source, max_turns: int, skip_bad: bool, seed: int, tally: Tally) -> Iterator[Prompt]:
     """The prompts of one source as they are read; of a file all of them, whatever `limit` says."""
     hub = hub_source(source)
-    columns: Any = source.columns or (hub.columns if hub else {})
+    columns: Mapping[Any, str] = source.columns or (hub.columns if hub else {})
     category = source.category or (hub.category if hub else "other")
     stem = hub.path.rpartition("/")[2] if hub and source.name not in HUB else Path(source.name).stem
     limit = source.limit if hub else None
-    unseen: dict[str, str] = dict(columns)
-    found: dict[str, None] = {}
     count = 0
     with Meter(f"prompts {source.name}", limit, "rows") as meter:
         for where, row in read_rows(source, seed):
             meter.advance()
-            try:
-                if isinstance(row, Exception):
-                    raise DataError(f"not JSON: {row}")
-                if unseen and isinstance(row, dict):
-                    unseen = {ours: theirs for ours, theirs in unseen.items() if theirs not in row}
-                    found.update(dict.fromkeys(row) if unseen else {})
+            with tally.reading(where, skip_bad, "mend the line or pass --prompts.skip-bad"):
+                tally.keys.update(dict.fromkeys(row) if isinstance(row, dict) else {})
                 row = map_columns(row, columns)
                 conversation = read_row(row, max_turns)
-            except NothingToAsk as error:
-                tally.empty += 1
-                tally.left_out.update(error.reasons)
-                tally.keys.update(dict.fromkeys(row))
-                continue
-            except DataError as error:
-                if not skip_bad:
-                    raise DataError(f"{where}: {error}; mend the line or pass --prompts.skip-bad") from None
-                tally.bad += 1
-                tally.first_bad = tally.first_bad or f"{where}: {error}"
-                continue
-            tally.left_out.update(conversation.left_out)
-            count += 1
-            yield Prompt(
-                id=label(row, *IDS) or f"{stem}-{digest(conversation.messages)[:10]}",
-                category=label(row, "category") or category,
-                source=label(row, "source") or stem,
-                messages=conversation.messages,
-                tools=conversation.tools,
-            )
+                tally.left_out.update(conversation.left_out)
+                count += 1
+                yield Prompt(
+                    id=label(row, *IDS) or f"{stem}-{digest(conversation.messages)[:10]}",
+                    category=label(row, "category") or category,
+                    source=label(row, "source") or stem,
+                    messages=conversation.messages,
+                    tools=conversation.tools,
+                )
             if count == limit:
                 break
-    for ours, theirs in unseen.items() if found else ():
-        raise DataError(
-            f"prompts.sources: {source.name}: columns: {ours}: {theirs!r} is no column; found are {', '.join(found)}"
-        )
+    for ours, theirs in columns.items() if tally.keys else ():
+        if theirs not in tally.keys:
+            raise DataError(
+                f"prompts.sources: {source.name}: columns: {ours}: {theirs!r} is no column; found are "
+                f"{', '.join(tally.keys)}"
+            )
     if not count:
         reasons = [f"{tally.bad:,} bad rows"]
         reasons += [f"the first {tally.first_bad}"] if tally.first_bad else []
@@ -107,18 +107,12 @@ def prompts_of(source: Source, max_turns: int, skip_bad: bool, seed: int, tally:
         )
 
 
-def _chosen(items: Iterable[_T], source: Source, seed: int) -> list[_T]:
+def chosen(items: Iterable[_T], source: Source, seed: int) -> list[_T]:
     """At most `limit` of them."""
     items = list(items)
     if source.limit and len(items) > source.limit:
         return random.Random(f"{seed}-{source.name}").sample(items, source.limit)
     return items
-
-
-def read_source(source: Source, max_turns: int, skip_bad: bool, seed: int) -> tuple[list[Prompt], int]:
-    """(prompts of one source, number of bad rows skipped)."""
-    tally = Tally()
-    return _chosen(prompts_of(source, max_turns, skip_bad, seed, tally), source, seed), tally.bad
 
 
 def _words(text: str) -> str:
@@ -189,11 +183,9 @@ def _with_own_ids(prompts: list[Held]) -> list[Held]:
 def _split_off(prompts: list[Held], per_category: int) -> tuple[list[Held], list[Held]]:
     """(held out, kept). Conversations that begin as others do are held out last: that beginning is trained on."""
     openings = Counter(prompt.opening for prompt in prompts)
-    alone = (prompt for prompt in prompts if openings[prompt.opening] == 1)
-    alike = (prompt for prompt in prompts if openings[prompt.opening] > 1)
     taken: Counter[str] = Counter()
     held_out: dict[bytes, Held] = {}
-    for prompt in itertools.chain(alone, alike):
+    for prompt in sorted(prompts, key=lambda prompt: openings[prompt.opening] > 1):
         if taken[prompt.category] < per_category:
             taken[prompt.category] += 1
             held_out[prompt.whole] = prompt
@@ -208,7 +200,7 @@ def gather(recipe: Recipe, out: Path) -> PromptsSummary:
         held: list[Held] = []
         for source in sources:
             prompts = prompts_of(source, settings.max_turns, settings.skip_bad, recipe.seed, part := Tally())
-            held += _chosen(map(Held.of, prompts), source, recipe.seed)
+            held += chosen(map(Held.of, prompts), source, recipe.seed)
             tally.add(part)
         return held
 

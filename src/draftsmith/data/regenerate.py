@@ -1,7 +1,6 @@
 """Stage 2: the target answers the prompts; its token ids are kept as they were generated (`Completion`)."""
 
 import itertools
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from draftsmith.core.progress import Meter, say
 from draftsmith.core.recipe import Recipe, RegenerateRecipe
 from draftsmith.core.records.base import write_rows
 from draftsmith.core.records.data import Completion, CompletionsSummary, IdentityCheck, Prompt, Timing
-from draftsmith.data.templates import ChatFormat, Rendered
+from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.generation import FinishReason, Generation
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.targets.base import Target
@@ -58,28 +57,25 @@ class Conversation:
         self.last = generation
         if not self.users or generation.finish_reason not in ("eos", "stop"):
             return None
-        assert isinstance(asked, Rendered)
-        try:
-            following = chat.next_turn(asked, generation, self.users.pop(0))
-        except DataError:  # the template refuses this turn: what was answered before it stands
+        following = chat.next_turn(asked, generation, self.users.pop(0), max_prompt_tokens)
+        if following is None:  # what was answered before it stands
             return None
-        if len(following) > max_prompt_tokens:
-            return None
-        if following[: len(self.ids)] != self.ids:
-            self._end_document()
+        if self.spans and following[: len(self.ids)] != self.ids:
+            self.documents.append(self._document())
+            self.spans = []
         self.ids, self.last = following, None
         return following
 
-    def _end_document(self) -> None:
-        if self.spans:
-            self.documents.append((self.ids[: self.spans[-1][1]], self.spans))
-        self.spans = []
+    def _document(self) -> tuple[list[int], list[tuple[int, int]]]:
+        """What stands; a user turn that nobody answered is left out."""
+        end = self.spans[-1][1] if self.spans else None
+        return self.ids[:end], self.spans
 
     def rows(self, sampling: Sampling) -> list[Completion]:
-        """One row for each document; a user turn that nobody answered is left out."""
+        """One row for each document."""
         documents = list(self.documents)
         if self.spans or not documents:
-            documents.append((self.ids[: self.spans[-1][1]] if self.spans else list(self.ids), self.spans))
+            documents.append(self._document())
         name = self.prompt.id
         return [
             Completion(
@@ -128,58 +124,45 @@ def longest_prompt(settings: RegenerateRecipe, context: int | None) -> int:
     return min(settings.max_prompt_tokens, context - 1) if context else settings.max_prompt_tokens
 
 
-class Tally:
-    """What a regeneration made: becomes summary.json and, for what this process wrote itself, timing.json."""
+def loss_tokens(rows: Iterable[Completion]) -> int:
+    return sum(len(row.loss_tokens) for row in rows)
 
-    def __init__(self) -> None:
-        self.tokens = self.written = 0
-        self.left_out: Counter[str] = Counter()
-        self.started = time.monotonic()
-        self._empty = 0
-        self._finish_reasons = dict.fromkeys(("eos", "stop", "length", "loop"), 0)
-        self._by_category: Counter[str] = Counter()
 
-    def add(self, row: Completion) -> None:
-        size = len(row.loss_tokens)
-        self.tokens += size
-        self._by_category[row.category] += size
-        self._finish_reasons[row.finish_reason] += 1
-        self._empty += not row.spans
-
-    def finish(self, out: Path) -> CompletionsSummary:
-        """Write the files. No completion, or no loss token at all, is a `DataError`."""
-        if not any(self._finish_reasons.values()):
-            lost = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.most_common())
-            raise DataError(
-                f"regenerate: no prompt can be asked ({lost}); raise regenerate.max_prompt_tokens where the target's "
-                "context allows it, or give other prompts.sources"
-            )
-        if not self.tokens:
-            raise DataError(
-                "regenerate: the completions hold no loss tokens; check target.template (does a stop text come at "
-                "once?)"
-            )
-        summary = CompletionsSummary(
-            completion_tokens=self.tokens,
-            completions=sum(self._finish_reasons.values()),
-            finish_reasons=self._finish_reasons,
-            empty=self._empty,
-            prompts_too_long=self.left_out["longer than regenerate.max_prompt_tokens"],
-            prompts_refused=self.left_out["refused by the chat template"],
-            tokens_by_category=dict(sorted(self._by_category.items())),
+def summarise(completions: Iterable[Completion], left_out: Counter[str]) -> CompletionsSummary:
+    """What was written, and told; no completion, or no loss token at all, is a `DataError`."""
+    reasons = dict.fromkeys(("eos", "stop", "length", "loop"), 0)
+    by_category: Counter[str] = Counter()
+    empty = 0
+    for row in completions:
+        reasons[row.finish_reason] += 1
+        by_category[row.category] += len(row.loss_tokens)
+        empty += not row.spans
+    if not any(reasons.values()):
+        lost = ", ".join(f"{count:,} {reason}" for reason, count in left_out.most_common())
+        raise DataError(
+            f"regenerate: no prompt can be asked ({lost}); raise regenerate.max_prompt_tokens where the target's "
+            "context allows it, or give other prompts.sources"
         )
-        summary.save(out / run_files.SUMMARY)
-        if self.written:
-            seconds = time.monotonic() - self.started
-            timing = Timing(completion_tokens=self.written, seconds=seconds, tokens_per_s=self.written / seconds)
-            timing.save(out / run_files.TIMING)
-        reasons = ", ".join(f"{n} {reason}" for reason, n in self._finish_reasons.items() if n)
-        say(
-            f"regenerate: {self.tokens:,} completion tokens in {summary.completions:,} completions ({reasons}; "
-            f"{self._empty} empty, {summary.prompts_too_long} prompts too long, {summary.prompts_refused} refused by "
-            "the template)"
+    if not by_category.total():
+        raise DataError(
+            "regenerate: the completions hold no loss tokens; check target.template (does a stop text come at once?)"
         )
-        return summary
+    summary = CompletionsSummary(
+        completion_tokens=by_category.total(),
+        completions=sum(reasons.values()),
+        finish_reasons=reasons,
+        empty=empty,
+        prompts_too_long=left_out["longer than regenerate.max_prompt_tokens"],
+        prompts_refused=left_out["refused by the chat template"],
+        tokens_by_category=dict(sorted(by_category.items())),
+    )
+    ends = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+    say(
+        f"regenerate: {summary.completion_tokens:,} completion tokens in {summary.completions:,} completions ({ends}; "
+        f"{empty} empty, {summary.prompts_too_long} prompts too long, {summary.prompts_refused} refused by the "
+        "template)"
+    )
+    return summary
 
 
 class Regeneration:
@@ -195,7 +178,8 @@ class Regeneration:
         out.mkdir(parents=True, exist_ok=True)
         self.prompts = list(Prompt.read_rows(prompts_file))
         self.longest = longest_prompt(self.settings, target.identity.max_position_embeddings)
-        self.total, self.tally = self.settings.max_tokens, Tally()
+        self.total, self.written = self.settings.max_tokens, 0
+        self.left_out: Counter[str] = Counter()
         self.meter = Meter("regenerate", self.total or len(self.prompts), "tokens" if self.total else "prompts")
 
     def run(self) -> CompletionsSummary:
@@ -208,18 +192,24 @@ class Regeneration:
             else:
                 self._keep_identity()
                 self._shard_by_shard(shards)
-        return self.tally.finish(self.out)
+        summary = summarise(read_completions(self.out), self.left_out)
+        summary.save(self.out / run_files.SUMMARY)
+        if self.written:
+            seconds = self.meter.seconds
+            timing = Timing(completion_tokens=self.written, seconds=seconds, tokens_per_s=self.written / seconds)
+            timing.save(self.out / run_files.TIMING)
+        return summary
 
     def _sampling(self, greedy: bool) -> Sampling:
         settings = self.settings
         return Sampling() if greedy else Sampling(settings.temperature, settings.top_p, settings.top_k)
 
     def _open(self, prompts: Iterable[Prompt]) -> Iterator[Conversation]:
-        return open_conversations(prompts, self.chat, self.longest, self.recipe.prompts.skip_bad, self.tally.left_out)
+        return open_conversations(prompts, self.chat, self.longest, self.recipe.prompts.skip_bad, self.left_out)
 
     def _resume(self, rows: list[Completion]) -> None:
         """Rows of an earlier process count as done, but not towards the rate."""
-        done = sum(len(row.loss_tokens) if self.total else row.document == 0 for row in rows)
+        done = loss_tokens(rows) if self.total else sum(row.document == 0 for row in rows)
         self.meter.resume(self.meter.done + done)
 
     def _answer(
@@ -248,7 +238,7 @@ class Regeneration:
             lambda number, answer: conversations[number].extend(answer, self.chat, self.longest),
             written=lambda tokens: self.meter.advance(tokens if self.total else 0, tokens),
         ):
-            self.tally.written += len(answer.ids)
+            self.written += len(answer.ids)
             if conversations[number].last is answer:
                 self.meter.advance(0 if self.total else 1)
                 yield conversations.pop(number).rows(sampling)
@@ -257,10 +247,10 @@ class Regeneration:
     def _shard_by_shard(self, shards: dict[Path, list[Prompt]]) -> None:
         """The shard in which `max_tokens` is reached ends there, within one batch. As that depends on `max_tokens`, it
         is written again where a run goes on with another one."""
-        greedy_share = self.settings.greedy_share
+        greedy_share, written = self.settings.greedy_share, 0
         for number, (path, prompts) in enumerate(shards.items()):
             unused = path.with_suffix(".unused")
-            left = self.total - self.tally.tokens if self.total else None
+            left = self.total - written if self.total else None
             if left is not None and left <= 0:  # of an earlier run that wanted more: kept, but read by no stage
                 if path.exists():
                     path.replace(unused)
@@ -269,8 +259,8 @@ class Regeneration:
                 unused.replace(path)
             opened = list(self._open(prompts))
             rows = Completion.whole_rows(path)
-            tokens = sum(len(row.loss_tokens) for row in rows)
-            if sum(row.document == 0 for row in rows) == len(opened) and (left is None or tokens < left):
+            complete = sum(row.document == 0 for row in rows) == len(opened)
+            if complete and (left is None or loss_tokens(rows) < left):
                 self._resume(rows)
             else:  # greedy ones are spread evenly
                 sampling = self._sampling(int((number + 1) * greedy_share) > int(number * greedy_share))
@@ -278,15 +268,17 @@ class Regeneration:
                 rows = [row for answered in self._answer(opened, sampling, seed, left) for row in answered]
                 rows.sort(key=lambda row: row.id)
                 write_rows(path, rows)
-            for row in rows:
-                self.tally.add(row)
+            written += loss_tokens(rows)
 
     def _prompt_by_prompt(self, shards: dict[Path, list[Prompt]]) -> None:
         """Greedy ones are chosen by their names. The files are sorted in the end, so that they do not depend on who
         answered first."""
         place = {prompt.id: path for path, prompts in shards.items() for prompt in prompts}
         done: set[str] = set()
-        written = {True: 0, False: 0}  # tokens, greedily or drawn
+        drawn = self.settings.temperature > 0
+        greedy_share = self.settings.greedy_share if drawn else 1.0
+        shares = {True: greedy_share, False: 1 - greedy_share}  # of max_tokens, greedily or drawn
+        written = {True: 0, False: 0}  # tokens
         for path in shards:
             held = Completion.whole_rows(path)
             done |= {row.id for row in held if row.document == 0}  # written last, so that the others are there
@@ -295,28 +287,20 @@ class Regeneration:
                 write_rows(path, rows)
             self._resume(rows)
             for row in rows:
-                self.tally.add(row)
                 written[row.sampling[0] == 0.0] += len(row.loss_tokens)
 
         def greedy(prompt: Prompt) -> bool:
-            return int(digest(self.recipe.seed, "greedy", prompt.id), 16) < self.settings.greedy_share * 2**64
+            return int(digest(self.recipe.seed, "greedy", prompt.id), 16) < greedy_share * 2**64
 
         waiting = [prompt for prompt in self.prompts if prompt.id not in done]
         for greedily, chosen in itertools.groupby(sorted(waiting, key=greedy), greedy):
-            left = None
-            if self.total is not None and self.settings.temperature:  # each kind has its share of max_tokens
-                share = self.settings.greedy_share if greedily else 1 - self.settings.greedy_share
-                left = max(0, round(share * self.total) - written[greedily])
-            elif self.total is not None:
-                left = max(0, self.total - self.tally.tokens)
-            for rows in self._answer(self._open(chosen), self._sampling(greedily), self.recipe.seed, left):
+            left = None if self.total is None else max(0, round(shares[greedily] * self.total) - written[greedily])
+            for rows in self._answer(self._open(chosen), self._sampling(drawn and greedily), self.recipe.seed, left):
                 self._keep_identity()
-                with place[rows[0].id].open(
-                    "ab"
-                ) as file:  # in one write, the first row last: it says that all are there
-                    file.write(b"".join(row.line() for row in reversed(rows)))
-                for row in rows:
-                    self.tally.add(row)
+                # the first row last, as it says that all are there
+                content = b"".join(row.line() for row in reversed(rows))
+                with place[rows[0].id].open("ab") as file:
+                    file.write(content)  # at once
         for path in shards:
             if path.exists():
                 kept = sorted(Completion.read_rows(path), key=lambda row: row.id)

@@ -19,6 +19,8 @@ from draftsmith.core.errors import DataError
 from draftsmith.core.files import JsonObject
 
 MEMORY_BYTES = 512 << 20  # beside what the process has before its first template
+SECONDS = 4.0  # of a processor; a template that takes longer is broken or hostile
+CHARACTERS = 1_000_000  # of a text, beyond four times what it is made from
 
 
 class Renderer:
@@ -28,18 +30,21 @@ class Renderer:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
 
-    def render(self, request: JsonObject, seconds: float, characters: int) -> str:
-        """The text of one conversation; `request` are arguments of the library's own `render_jinja_template`, and the
-        text may be longer than four times them by so many characters.
+    def render(self, request: JsonObject) -> str:
+        """The text of one conversation; `request` are arguments of the library's own `render_jinja_template`.
 
         Raises `DataError`, in words that go on from the template's name, where it fails or takes more than it may.
         """
         asked = json.dumps(request, default=str)
-        line = json.dumps({"request": asked, "seconds": seconds, "characters": characters + 4 * len(asked)})
         with self._lock:
             process, ended = self._running(), None
+            assert process.stdin
+            assert process.stdout
             try:
-                answer = self._ask(process, line + "\n")
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.write(f"{SECONDS} {CHARACTERS + 4 * len(asked)} {asked}\n")
+                    process.stdin.flush()
+                answer = process.stdout.readline()
             except BaseException:  # nobody may take the answer that is still to come for another one's
                 process.kill()
                 process.wait()
@@ -47,7 +52,7 @@ class Renderer:
             if not answer.endswith("\n"):
                 ended = process.wait()
         if ended == -signal.SIGPROF:
-            raise DataError(f"did not end within {seconds:g} s")
+            raise DataError(f"did not end within {SECONDS:g} s")
         if ended is not None:
             raise DataError(f"ended the process that rendered it (exit code {ended})")
         told: JsonObject = json.loads(answer)
@@ -70,15 +75,6 @@ class Renderer:
         atexit.register(self.close)
         return self._process
 
-    @staticmethod
-    def _ask(process: subprocess.Popen[str], line: str) -> str:
-        assert process.stdin
-        assert process.stdout
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(line)
-            process.stdin.flush()
-        return process.stdout.readline()
-
     def close(self) -> None:
         """The process ends when it cannot be asked any more."""
         if self._process:
@@ -88,7 +84,7 @@ class Renderer:
 
 
 def serve() -> None:
-    """Answer each line of stdin with one of stdout."""
+    """Answer each line of stdin (seconds, characters, request) with one of stdout."""
     import psutil
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -96,14 +92,12 @@ def serve() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # it ends the process, in the middle of a product, too
     for line in sys.stdin:
-        asked = json.loads(line)
-        signal.setitimer(signal.ITIMER_PROF, asked["seconds"])  # of its own: a busy machine is not its fault
+        seconds, characters, request = line.split(" ", 2)
+        signal.setitimer(signal.ITIMER_PROF, float(seconds))  # of its own: a busy machine is not its fault
         try:
-            text = render_jinja_template(**json.loads(asked["request"]))[0][0]
-            if len(text) > asked["characters"]:
-                answer = {"error": f"makes more than {asked['characters']:,} characters of one prompt"}
-            else:
-                answer = {"text": text}
+            answer = {"text": render_jinja_template(**json.loads(request))[0][0]}
+            if len(answer["text"]) > int(characters):
+                answer = {"error": f"makes more than {int(characters):,} characters of one prompt"}
         except MemoryError:
             answer = {"error": f"takes more than {MEMORY_BYTES >> 20} MB of memory"}
         except Exception as error:  # a program from outside raises what it likes

@@ -51,11 +51,6 @@ class Conversation:
     """Reasons why something of the row is not here."""
 
 
-def messages_of(row: Any, max_turns: int) -> list[dict[str, str]]:
-    """The turns to answer; raises `DataError` where there are none."""
-    return read_row(row, max_turns).messages
-
-
 def read_row(row: Any, max_turns: int) -> Conversation:
     """A row in any known form; raises `NothingToAsk`, or `DataError` where the row is malformed.
 
@@ -103,8 +98,13 @@ def read_row(row: Any, max_turns: int) -> Conversation:
     return Conversation(messages, _tools(row.get("tools"), left_out), left_out)
 
 
-def map_columns(row: Any, columns: Mapping[str, str]) -> Any:
-    """The row under our names; `columns` is {our name: the row's key}. A mapped text or dialogue is the only one."""
+def map_columns(row: Any, columns: Mapping[Any, str]) -> Any:
+    """The row under our names; `columns` is {our name: the row's key}. A mapped text or dialogue is the only one.
+
+    Raises `DataError` where the row is an error instead, or lacks all columns with what to ask.
+    """
+    if isinstance(row, Exception):
+        raise DataError(f"not JSON: {row}")
     if not columns or not isinstance(row, dict):
         return row
     forms = {*DIALOGUES, *TEXTS, "input"}

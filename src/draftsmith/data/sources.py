@@ -11,7 +11,8 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
 from io import BufferedReader, TextIOWrapper
@@ -34,7 +35,7 @@ BUNDLED = {  # licences: bundled/LICENCES.md
 
 @dataclass(frozen=True)
 class HubSource:
-    """A data set on the hub; `columns` as in a recipe."""
+    """A data set on the hub; `columns` as in a recipe, `licence` as its page states it."""
 
     path: str
     split: str | None
@@ -42,17 +43,19 @@ class HubSource:
     columns: dict[str, str] = field(default_factory=dict)
     configs: tuple[str | None, ...] = (None,)
     revision: str | None = None
+    licence: str = ""
 
 
 HUB: dict[str, HubSource] = {
-    "ultrachat": HubSource("HuggingFaceH4/ultrachat_200k", "train_sft", "chat"),
-    "opencodeinstruct": HubSource("nvidia/OpenCodeInstruct", "train", "code", {"prompt": "input"}),
-    "codealpaca": HubSource("sahil2801/CodeAlpaca-20k", "train", "code"),
-    "gsm8k": HubSource("openai/gsm8k", "train", "math", configs=("main",)),
+    "ultrachat": HubSource("HuggingFaceH4/ultrachat_200k", "train_sft", "chat", licence="mit"),
+    "opencodeinstruct": HubSource("nvidia/OpenCodeInstruct", "train", "code", {"prompt": "input"}, licence="cc-by-4.0"),
+    "codealpaca": HubSource("sahil2801/CodeAlpaca-20k", "train", "code", licence="cc-by-4.0"),
+    "gsm8k": HubSource("openai/gsm8k", "train", "math", configs=("main",), licence="mit"),
     "hendrycks-math": HubSource(
         "EleutherAI/hendrycks_math",
         "train",
         "math",
+        licence="mit",
         configs=(
             "algebra",
             "counting_and_probability",
@@ -99,9 +102,9 @@ def hub_source(source: Source) -> HubSource | None:
     return HubSource(path, split or None, configs=(config or None,))
 
 
-def data_files(source: Source) -> list[Path]:
+def data_files(name: str | Path) -> list[Path]:
     """The local files of a source, in order; none for a data set on the hub."""
-    path = BUNDLED.get(source.name) or Path(source.name)
+    path = BUNDLED.get(str(name)) or Path(name)
     if not path.is_dir():
         return [path] if path.is_file() else []
     found = [p for folder in (path, path / "data") if folder.is_dir() for p in folder.iterdir()]
@@ -111,9 +114,9 @@ def data_files(source: Source) -> list[Path]:
 def read_rows(source: Source, seed: int) -> Iterator[Row]:
     """Every row of a source; raises `DataError` of one line for what cannot be read."""
     if hub := hub_source(source):
-        yield from _hub_rows(hub, source.limit, seed)
+        yield from hub_rows(hub, source.limit, seed)
         return
-    paths = data_files(source)
+    paths = data_files(source.name)
     if not paths:
         raise DataError(
             f"prompts.sources: {source.name!r} is no file; allowed are {', '.join([*BUNDLED, *HUB])}, a path to "
@@ -125,25 +128,17 @@ def read_rows(source: Source, seed: int) -> Iterator[Row]:
 
 def file_rows(paths: Sequence[Path]) -> Iterator[Row]:
     for path in paths:
-        yield from _one_line(str(path), _typed_rows if _suffix(path) in _TYPED else _json_rows, path)
+        with _one_line(str(path)):
+            yield from _typed_rows(path) if _suffix(path) in _TYPED else _json_rows(path)
 
 
-def remote_rows(place: HubSource | str) -> Iterator[Row]:
-    """In order, of a data set on the hub or of a JSONL file at a URL."""
-    if isinstance(place, str):
-        yield from _one_line(place, _downloaded, place)
-    else:
-        for config in place.configs:
-            yield from _one_line(f"{place.path} from the hub", _streamed, place, config, None)
-
-
-def _downloaded(url: str) -> Iterator[Row]:
+def downloaded_rows(url: str) -> Iterator[Row]:
+    """Of a JSONL file."""
     import httpx2
 
-    answer = httpx2.get(url, timeout=60, follow_redirects=True).raise_for_status()
-    with tempfile.TemporaryDirectory() as scratch:
+    with _one_line(url), tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / url.rpartition("/")[2]
-        path.write_bytes(answer.content)
+        path.write_bytes(httpx2.get(url, timeout=60, follow_redirects=True).raise_for_status().content)
         yield from _json_rows(path)
 
 
@@ -152,9 +147,10 @@ def _suffix(path: Path) -> str:
     return (Path(path.stem) if path.suffix.lower() in _PACKED else path).suffix.lower()
 
 
-def _one_line(what: str, read: Callable[..., Iterator[Row]], *arguments: Any) -> Iterator[Row]:
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
     try:
-        yield from read(*arguments)
+        yield
     except DataError:
         raise
     except Exception as error:  # pandas, pyarrow, decompressors and HTTP clients share no base of their errors
@@ -286,17 +282,16 @@ def _typed_rows(path: Path) -> Iterator[Row]:
             raise
 
 
-def _hub_rows(hub: HubSource, limit: int | None, seed: int) -> Iterator[Row]:
-    """Streamed and shuffled through a buffer, so a limited source is read only as far as needed; a data set of several
-    parts gives an equal share of each."""
+def hub_rows(hub: HubSource, limit: int | None = None, seed: int | None = None) -> Iterator[Row]:
+    """Streamed, in order or shuffled by `seed` through a buffer, so a limited source is read only as far as needed; a
+    data set of several parts gives an equal share of each."""
     share = -(-limit // len(hub.configs)) if limit and len(hub.configs) > 1 else None
     for config in hub.configs:
-        what = f"prompts.sources: {hub.path} from the hub"
-        yield from itertools.islice(_one_line(what, _streamed, hub, config, seed), share)
+        with _one_line(f"prompts.sources: {hub.path} from the hub"):
+            yield from itertools.islice(_streamed(hub, config, seed), share)
 
 
 def _streamed(hub: HubSource, config: str | None, seed: int | None) -> Iterator[Row]:
-    """In order without a seed."""
     from datasets import load_dataset
 
     rows = load_dataset(hub.path, config, split=hub.split, streaming=True, revision=hub.revision)

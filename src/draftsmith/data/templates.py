@@ -5,6 +5,7 @@ chat template, which is what a server does: reasoning of past turns disappears w
 turn ends with the template's own token, whatever ended the generation.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,6 @@ from draftsmith.decoding.generation import Generation
 # What ends a model's reasoning; clients send back what follows it. DeepSeek-R1, Qwen3, MiniMax-M2, GLM and others;
 # Mistral's Magistral; gpt-oss' final channel; Seed-OSS.
 REASONING_ENDS = ("</think>", "[/THINK]", "<|channel|>final<|message|>", "</seed:think>")
-RENDER_S = 4.0  # of a processor; a template that takes longer is broken or hostile
-RENDER_CHARACTERS = 1_000_000  # beyond four times what it is given
 
 Message = JsonObject
 RENDERER = Renderer()
@@ -68,14 +67,21 @@ class ChatFormat:
             return self._known(self.tokenizer(self.template.prefix + system_text + turn).input_ids, messages)
         return self._render(messages, tools)
 
-    def next_turn(self, asked: Rendered, answer: Generation, user: str) -> Rendered:
-        """Ids before the next answer, after `answer` to what was `asked` and the user's reply to it."""
+    def next_turn(self, asked: list[int], answer: Generation, user: str, longest: int) -> Rendered | None:
+        """Ids before the next answer, after `answer` to what was `asked` (an earlier turn's `Rendered`) and the user's
+        reply to it; None where they are more than `longest`, or the template refuses them."""
+        assert isinstance(asked, Rendered)
         messages = [*asked.messages, self._as_message(answer), {"role": "user", "content": user}]
-        if self.template:  # texts joined by hand: nothing is tokenised twice
-            text = self.template.close + self.template.user.replace("{content}", user) + self.template.assistant
-            ids = self.tokenizer(text, add_special_tokens=False).input_ids
-            return self._known([*asked, *answer.ids, *ids], messages)
-        return self._render(messages, asked.tools)
+        try:
+            if self.template:  # texts joined by hand: nothing is tokenised twice
+                text = self.template.close + self.template.user.replace("{content}", user) + self.template.assistant
+                ids = self.tokenizer(text, add_special_tokens=False).input_ids
+                following = self._known([*asked, *answer.ids, *ids], messages)
+            else:
+                following = self._render(messages, asked.tools)
+        except DataError:
+            return None
+        return following if len(following) <= longest else None
 
     def _as_message(self, answer: Generation) -> Message:
         """The answer as a client sends it back: without its end token, the reasoning apart."""
@@ -92,17 +98,13 @@ class ChatFormat:
 
     def _after_reasoning(self, ids: Sequence[int]) -> int:
         """Index of the first token after the last end of reasoning; 0 where there is none."""
-        whole = self.tokenizer.decode(ids, skip_special_tokens=False)
-        found = [mark for mark in REASONING_ENDS if mark in whole]
-        if not found:
-            return 0
-        count = sum(whole.count(mark) for mark in found)
-        low, high = 0, len(ids)  # the shortest beginning that holds every mark
-        while low < high:
-            middle = (low + high) // 2
-            text = self.tokenizer.decode(ids[:middle], skip_special_tokens=False)
-            low, high = (low, middle) if sum(text.count(mark) for mark in found) >= count else (middle + 1, high)
-        return low
+
+        def ends_before(index: int) -> int:
+            text = self.tokenizer.decode(ids[:index], skip_special_tokens=False)
+            return sum(text.count(mark) for mark in REASONING_ENDS)
+
+        every = ends_before(len(ids))
+        return bisect_left(range(len(ids)), every, key=ends_before) if every else 0
 
     def _render(self, messages: Sequence[Message], tools: list[Any] | None) -> Rendered:
         try:
@@ -131,7 +133,7 @@ class ChatFormat:
             "chat_template": self.tokenizer.get_chat_template(None, tools),
             "add_generation_prompt": True,
         }
-        return RENDERER.render(request, RENDER_S, RENDER_CHARACTERS)
+        return RENDERER.render(request)
 
     def _known(self, ids: list[int], messages: Sequence[Message], tools: list[Any] | None = None) -> Rendered:
         """Some tokenizers have tokens (images) for which the model has no row: a text that holds one is refused."""

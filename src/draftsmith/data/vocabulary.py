@@ -52,22 +52,19 @@ class DraftVocabulary:
         save_tensors(path, {"d2t": self.d2t, "t2d": self.t2d}, {"name": self.name})
 
     @classmethod
-    def from_tensors(cls, d2t: Tensor, t2d: Tensor, origin: Path) -> "DraftVocabulary":
-        ids = d2t.long() + torch.arange(len(d2t))
-        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= len(t2d) or bool((ids.diff() <= 0).any())):
-            raise CheckpointError(f"{origin}: d2t does not give ascending target ids below {len(t2d)}")
-        vocabulary = cls(ids, len(t2d))
-        if not torch.equal(vocabulary.t2d, t2d.bool()):
-            raise CheckpointError(f"{origin}: d2t and t2d name different tokens")
-        return vocabulary
-
-    @classmethod
     def load(cls, path: Path) -> "DraftVocabulary":
         try:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot read the draft vocabulary: {error}") from None
-        return cls.from_tensors(tensors["d2t"], tensors["t2d"], path)
+        d2t, t2d = tensors["d2t"].long(), tensors["t2d"].bool()
+        ids = d2t + torch.arange(len(d2t))
+        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= len(t2d) or bool((ids.diff() <= 0).any())):
+            raise CheckpointError(f"{path}: d2t does not give ascending target ids below {len(t2d)}")
+        vocabulary = cls(ids, len(t2d))
+        if not torch.equal(vocabulary.t2d, t2d):
+            raise CheckpointError(f"{path}: d2t and t2d name different tokens")
+        return vocabulary
 
 
 def choose(counts: Counter[int], size: int, target_size: int, always: set[int]) -> DraftVocabulary:

@@ -13,7 +13,7 @@ import random
 import ssl
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -39,6 +39,17 @@ GO_ON = "finished completions are kept, run the same command to go on"
 LARGEST_ANSWER = 1 << 26  # bytes; of log-probabilities, a few hundred a token
 
 T = TypeVar("T")
+
+
+async def all_or_none(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results in order; where one fails the others are cancelled."""
+    tasks = [asyncio.ensure_future(piece) for piece in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _content(response: httpx.Response, limit: int) -> bytearray:

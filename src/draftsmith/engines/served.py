@@ -21,12 +21,11 @@ from torch import Tensor
 from draftsmith.core.errors import TargetError
 from draftsmith.core.files import JsonObject, digest
 from draftsmith.core.recipe import ServerRecipe, TargetRecipe
-from draftsmith.core.tasks import all_or_none
 from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.stopping import Ends
 from draftsmith.engines.answers import Models, checked_completion, checked_logprobs, checked_reason, checked_tokens
-from draftsmith.engines.pool import LARGEST_ANSWER, Pool, Replica, reading
+from draftsmith.engines.pool import LARGEST_ANSWER, Pool, Replica, all_or_none, reading
 from draftsmith.engines.state_files import (
     FILE_PREFIX,
     Retry,

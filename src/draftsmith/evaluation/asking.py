@@ -5,11 +5,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from draftsmith.core.errors import DataError
 from draftsmith.core.progress import Meter
 from draftsmith.core.records.data import Prompt
 from draftsmith.core.records.evaluation import TimedGroup
-from draftsmith.data.templates import ChatFormat, Rendered
+from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.engines.base import Session
@@ -33,12 +32,8 @@ class Question:
         it would be too long, or where the template refuses it."""
         if not self.users or not answer.ids:
             return None
-        assert isinstance(self.ids, Rendered)
-        try:
-            ids = chat.next_turn(self.ids, answer, self.users[0])
-        except DataError:
-            return None
-        return replace(self, ids=ids, users=self.users[1:]) if len(ids) <= self.longest else None
+        ids = chat.next_turn(self.ids, answer, self.users[0], self.longest)
+        return replace(self, ids=ids, users=self.users[1:]) if ids is not None else None
 
 
 def balanced(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:

@@ -12,7 +12,6 @@ from draftsmith.core.files import JsonObject
 from draftsmith.core.history import target_part
 from draftsmith.core.progress import say
 from draftsmith.core.recipe import BOOKKEEPING
-from draftsmith.core.sources import Source
 from draftsmith.data.prompts import gather
 from draftsmith.data.regenerate import Regeneration
 from draftsmith.data.sources import data_files
@@ -40,7 +39,7 @@ class Stage:
 
 
 def _source_files(run: Run) -> list[Path]:
-    return [path for s in (*run.recipe.prompts.sources, *run.recipe.prompts.evaluation) for path in data_files(s)]
+    return [path for s in (*run.recipe.prompts.sources, *run.recipe.prompts.evaluation) for path in data_files(s.name)]
 
 
 def _regenerate(run: Run, out: Path) -> None:
@@ -117,9 +116,9 @@ def _part(*names: str, **without: set[str]) -> Callable[[Run], Any]:
 
 def _evaluation_key(run: Run, *without: str) -> list[Any]:
     serve = {"draft_sampling"} if run.engine_of("evaluate") == "embedded" else SERVED
-    local = [Source(name=str(chosen.path)) for chosen in run.recipe.evaluate.sets if chosen.path and not without]
+    local = [chosen.path for chosen in run.recipe.evaluate.sets if chosen.path and not without]
     return [
-        [files.digest(*data_files(source)) for source in local],
+        [files.digest(*data_files(path)) for path in local],
         _part("target", "seed")(run),
         run.recipe.evaluate.model_dump(mode="json", exclude=set(without)),
         run.recipe.regenerate.max_prompt_tokens,

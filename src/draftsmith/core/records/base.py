@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BeforeValidator, ValidationError
 
 from draftsmith.core import files
 from draftsmith.core.errors import DataError
 from draftsmith.core.progress import say
 from draftsmith.core.recipe import EngineName
+from draftsmith.core.recipe_model import Model
 
 Points = tuple[tuple[float, float], ...]
 """(x, y) of a measured curve, ascending in x."""
@@ -22,10 +23,8 @@ Decodes = Literal["embedded"] | EngineName
 _told: set[str] = set()  # what is wrong with records, each said once
 
 
-class Record(BaseModel):
-    """One file, or a part of one: validated when it is written and when it is read."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+class Record(Model):
+    """One file, or a part of one."""
 
     def save(self, path: Path) -> None:
         options = orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS

@@ -1,4 +1,4 @@
-"""docs/files.md, from the records themselves: `python -m draftsmith.core.records.document > docs/files.md`."""
+"""docs/files.md, from the records themselves: `python scripts/describe_files.py > docs/files.md`."""
 
 import re
 from types import ModuleType
@@ -9,7 +9,7 @@ from draftsmith.core.records.base import Record
 
 INTRODUCTION = """# Files of a run
 
-Made by `python -m draftsmith.core.records.document > docs/files.md`. Every file of a run is one of these models,
+Made by `python scripts/describe_files.py > docs/files.md`. Every file of a run is one of these models,
 validated when it is written and when it is read. Text is UTF-8, times are seconds, sizes are bytes, `tau` is
 1 + accepted draft tokens / verification steps. Where the files lie: `core/run_files.py`.
 """
