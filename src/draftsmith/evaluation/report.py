@@ -29,11 +29,12 @@ from draftsmith.drafts import METHODS
 from draftsmith.engines import ENGINES
 from draftsmith.evaluation.lossless import LosslessVerdict, lossless_verdict
 from draftsmith.evaluation.report_sections import (
-    Answer,
     Course,
+    as_text,
     categories_of,
     depth_plot,
     loss_mask,
+    nearest_to_readable,
     sample_completions,
     setting,
     size_label,
@@ -64,6 +65,7 @@ class Findings:
         self.coverage = Coverage.found(run.coverage)
         self.metrics = _rows(MetricsRow, run.train / run_files.METRICS)
         self.step_timing = _rows(StepTiming, run.train / run_files.STEP_TIMING)
+        self.course = Course(self.metrics, self.step_timing)
         self.training = TrainingSummary.found(run.train / run_files.SUMMARY)
         self.results = found.pop("embedded", None)
         self.elsewhere = list(found.values())  # what other engines measured
@@ -94,10 +96,6 @@ class Findings:
         parts = [f"cpu {hardware.cpu}", f"cores {hardware.cores}"]
         parts += [f"gpus {', '.join(hardware.gpus)}"] if hardware.gpus else []
         return ", ".join([*parts, *([f"threads {threads}"] if threads else [])])
-
-    @property
-    def course(self) -> Course:
-        return Course(self.metrics, self.step_timing)
 
     @cached_property
     def fastest(self) -> Speed | None:
@@ -209,6 +207,7 @@ def write_report(files_of_run: RunFiles, tokenizer: Any, serve: Mapping[EngineNa
     """Write report.html; sections whose stage has not run say so. `serve`: see `next_steps`."""
     run = Findings(files_of_run)
     rows = sample_completions(read_completions(run.files.completions), ANSWERS, run.recipe.seed if run.recipe else 0)
+    masked = nearest_to_readable(rows)
     page = environment().from_string((files("draftsmith.evaluation") / "report.html").read_text("utf-8"))
     entries = run.results.acceptance if run.results else []
     everywhere = run.results.entries if run.results else []
@@ -219,9 +218,9 @@ def write_report(files_of_run: RunFiles, tokenizer: Any, serve: Mapping[EngineNa
         recipe_rows=recipe_rows(run),
         recipe_text=dump_recipe(run.recipe) if run.recipe else "",
         vocabulary_plot=vocabulary_plot(run.coverage) if run.coverage else None,
-        mask=loss_mask(rows, tokenizer, run.files.vocabulary),
-        answers=[Answer.of(row, tokenizer) for row in rows],
-        course=run.course,
+        masked=masked,
+        mask=loss_mask(masked, tokenizer, run.files.vocabulary) if masked else [],
+        answers=[(row, *as_text(row, tokenizer)) for row in rows],
         trained_tokens=sum(row.tokens for row in run.step_timing),
         trained_seconds=sum(row.seconds for row in run.step_timing),
         last=held_out[-1] if held_out else None,
@@ -231,7 +230,8 @@ def write_report(files_of_run: RunFiles, tokenizer: Any, serve: Mapping[EngineNa
         everywhere=everywhere,
         contexts=sorted({edge for _, entry in everywhere for edge in entry.by_context}),
         evaluation_plots=[tau_plot(entries), depth_plot(entries)] if entries else [],
-        pairs=trees_and_chains(run.results) if run.results else [],
+        pairs=trees_and_chains(entries),
+        speedups={entry.shape: entry.speedup for entry in run.results.speed} if run.results else {},
         engine_categories=categories_of(e for results in run.elsewhere for e in results.acceptance),
         verdict_of=lossless_verdict,
         next_steps=next_steps(run, serve),
