@@ -23,15 +23,10 @@ from draftsmith.data.regenerate import read_completions
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.drafts import METHODS
 from draftsmith.drafts.objectives import pack_inputs
-from draftsmith.drafts.packing import Pack, PackInputs, make_pack, schedule, to_device, trainable
+from draftsmith.drafts.packing import Pack, PackInputs, epoch_packs, make_pack, schedule, to_device, trainable
 from draftsmith.targets.base import Target
 from draftsmith.targets.parts import DTYPES
-from draftsmith.training.capture import (
-    CaptureSource,
-    OfflineCapture,
-    OnlineCapture,
-    PrefetchedCapture,
-)
+from draftsmith.training.capture import CaptureSource, OfflineCapture, OnlineCapture, PrefetchedCapture
 from draftsmith.training.checkpoints import (
     BEST,
     checkpoint_paths,
@@ -274,7 +269,7 @@ class Trainer:
 
     def _inputs(self, pack: Pack, capture: CaptureSource) -> PackInputs | None:
         """Hidden states and teacher of a pack without its quarantined documents; None where it has no others."""
-        states = capture(pack.names, pack.documents)
+        states = capture(pack)
         good = self._without_quarantined(pack)
         if good is None:
             return None
@@ -334,7 +329,7 @@ class Trainer:
         if online and not self.target.independent and self.device.type != "cuda":
             return source  # target and draft would only take each other's cores
         ahead = self.recipe.server.packs_ahead if online and self.target.independent else 1
-        return PrefetchedCapture(source, ((p.names, p.documents) for p in packs), ahead, self.device)
+        return PrefetchedCapture(source, packs, ahead, self.device)
 
     def _packs_to_come(self) -> Iterator[Pack]:
         for step in self.steps[self.step :]:
@@ -343,8 +338,8 @@ class Trainer:
 
     def _heldout_inputs(self, source: CaptureSource) -> Iterator[PackInputs]:
         """Of this process's share."""
-        steps = schedule([len(c.ids) for c in self.heldout], self.settings.pack_tokens, 0, 1, 1)
-        every = [make_pack([self.heldout[i] for i in p]) for (p,) in steps]
+        chosen = epoch_packs([len(c.ids) for c in self.heldout], self.settings.pack_tokens, seed=0, epoch=0)
+        every = [make_pack([self.heldout[i] for i in indices]) for indices in chosen]
         packs = [good for p in self.processes.share(every) if (good := self._without_quarantined(p)) is not None]
         capture = self._ahead(source, iter(packs))
         for pack in packs:
