@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from draftsmith.core.recipe import Eagle3Recipe, TrainRecipe
 from draftsmith.core.records.data import Completion
 from draftsmith.drafts import METHODS
-from draftsmith.drafts.eagle3.loss import ttt_loss
+from draftsmith.drafts.eagle3.loss import TTTLoss
 from draftsmith.drafts.eagle3.model import Eagle3Draft
 from draftsmith.drafts.eagle3.shape import draft_config
 from draftsmith.drafts.objectives import pack_inputs
@@ -41,7 +41,7 @@ def counted(config, train: TrainRecipe, documents: int) -> int:
     states = dict(dtype=torch.bfloat16, device=META)
     with LiveBytes(META) as bytes_:
         with META:
-            loss = ttt_loss(Eagle3Draft(config).to(dtype), train)
+            loss = TTTLoss(Eagle3Draft(config).to(dtype), train)
         embedding = torch.empty(config.vocab_size, config.hidden_size, **states)
         head = torch.empty(config.draft_vocab_size, config.hidden_size, **states)
         base = bytes_.peak = bytes_.live

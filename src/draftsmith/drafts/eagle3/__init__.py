@@ -2,7 +2,7 @@
 
 from draftsmith.drafts.eagle3.drafter import Eagle3Drafter
 from draftsmith.drafts.eagle3.files import ARCHITECTURE, check_directory, draft_files, facts, named_taps
-from draftsmith.drafts.eagle3.loss import ttt_loss
+from draftsmith.drafts.eagle3.loss import TTTLoss
 from draftsmith.drafts.eagle3.model import Eagle3Config, Eagle3Draft
 from draftsmith.drafts.eagle3.shape import draft_config, shape_note
 from draftsmith.drafts.eagle3.size import Eagle3Size
@@ -19,7 +19,7 @@ METHOD = Method(
     read_config=Eagle3Config.model_validate,
     size=Eagle3Size,
     build=Eagle3Draft,
-    loss=ttt_loss,
+    loss=TTTLoss,
     guesses=ttt_outputs,
     drafter=Eagle3Drafter,
     files=draft_files,

@@ -18,11 +18,10 @@ from draftsmith.drafts.packing import PackInputs, to_device
 class TTTLoss(nn.Module):
     """A module, so that parameters can be swapped for bf16 copies."""
 
-    def __init__(self, draft: Eagle3Draft, steps: int, objective: Objective):
+    def __init__(self, draft: Eagle3Draft, train: TrainRecipe):
         super().__init__()
-        self.draft = draft
-        self.steps = steps
-        self.objective = objective
+        self.draft, self.steps = draft, train.ttt_steps
+        self.objective = Objective(train.objective, train.lk_eta)
 
     def forward(self, inputs: PackInputs, step_weights: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
         """(weighted loss, alpha of each step's scored rows).
@@ -41,7 +40,3 @@ class TTTLoss(nn.Module):
             x, self.draft.lm_head.weight, inputs.teacher_RD, teacher_rows, weights, self.objective, depths
         )
         return loss, list(alphas.split(depths))
-
-
-def ttt_loss(draft: Eagle3Draft, train: TrainRecipe) -> TTTLoss:
-    return TTTLoss(draft, train.ttt_steps, Objective(train.objective, train.lk_eta))
