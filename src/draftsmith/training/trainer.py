@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,16 +42,6 @@ from draftsmith.training.optimizers import make_optimizers
 from draftsmith.training.processes import ProcessGroup
 from draftsmith.training.start import first_draft
 from draftsmith.training.tracking import tracked
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What is left of a pack after its backward. measured, on the device: 1 where hidden states are not all finite,
-    loss, sum of alpha by depth."""
-
-    pack: Pack
-    finite_T: Tensor
-    measured: Tensor
 
 
 class Trainer:
@@ -152,7 +141,7 @@ class Trainer:
                 started, cpu = time.perf_counter(), time.process_time()
                 step = self.steps[self.step]
                 packs = [make_pack([self.rows[i] for i in p]) for p in processes.share(step)]
-                self._optimiser_step(packs, capture, math.ceil(len(step) / processes.size))
+                self._optimiser_step(packs, capture)
                 self.step += 1
                 last = self.step == len(self.steps)
                 size = sum(len(self.rows[i].ids) for p in step for i in p)
@@ -188,14 +177,13 @@ class Trainer:
             summary.save(self.out / run_files.SUMMARY)
         return summary
 
-    def _optimiser_step(self, packs: list[Pack], capture: CaptureSource, rounds: int = 0) -> None:
-        """`rounds`: packs of the process that has the most."""
+    def _optimiser_step(self, packs: list[Pack], capture: CaptureSource) -> None:
         lr = self._learning_rate()
         for optimizer in self.optimizers:
             beside_muon = len(self.optimizers) > 1 and isinstance(optimizer, torch.optim.AdamW)
             for group in optimizer.param_groups:
                 group["lr"] = lr * (self.settings.head_rate if beside_muon else 1.0)
-        while (measured := self._gradients(packs, capture, rounds)) is None:
+        while (measured := self._gradients(packs, capture)) is None:
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
         total, norm, alpha_sums, alpha_counts = measured
@@ -212,7 +200,7 @@ class Trainer:
         self.sums = self.sums.after(total, norm, alpha_sums, alpha_counts, lr)
 
     def _gradients(
-        self, packs: list[Pack], capture: CaptureSource, rounds: int
+        self, packs: list[Pack], capture: CaptureSource
     ) -> tuple[float, float, list[float], list[int]] | None:
         """Gradients of all packs, one pack in memory at a time; over all processes loss, norm, and sums and counts of
         alpha by depth. None where hidden states were not finite: their documents are now quarantined, and the step has
@@ -222,24 +210,26 @@ class Trainer:
         weights, counts = self._step_weights(kept)
         done = [seen for pack in packs if (seen := self._backward(pack, capture, weights)) is not None]
         if self.sharded:
-            self._keep_pace(rounds - len(done))
+            self._keep_pace(len(done))
         else:
             self.processes.sum_gradients(self.draft.parameters())
         clipped = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self.settings.clip_norm)
         norm = clipped.full_tensor() if isinstance(clipped, DTensor) else clipped
         # The step's one look at the device: until here the host only lays out work for it.
-        *flat, measured_norm = torch.cat([*(seen.measured for seen in done), norm.reshape(1)]).tolist()
+        *flat, measured_norm = torch.cat([*(measured for _, _, measured in done), norm.reshape(1)]).tolist()
         sums = [0.0] * (2 + self.settings.ttt_steps)
         for start in range(0, len(flat), len(sums)):
             sums = [a + b for a, b in zip(sums, flat[start : start + len(sums)], strict=True)]
         broken, total, *alpha_sums = self.processes.sum(sums)
         if broken:
-            for seen in done:
-                self._quarantine(seen.pack, seen.finite_T)
+            for pack, finite_T, _ in done:
+                self._quarantine(pack, finite_T)
             return None
         return total, measured_norm, alpha_sums, counts
 
-    def _backward(self, pack: Pack, capture: CaptureSource, weights: list[float]) -> Seen | None:
+    def _backward(self, pack: Pack, capture: CaptureSource, weights: list[float]) -> tuple[Pack, Tensor, Tensor] | None:
+        """(pack that was trained on, which of its tokens have finite states, and on the device: 1 where not all have,
+        loss, sum of alpha by depth); None where nothing of it is left."""
         inputs = self._inputs(pack, capture)
         if inputs is None:
             return None
@@ -247,12 +237,13 @@ class Trainer:
         (loss * self.processes.size if self.sharded else loss).backward()  # FSDP2 averages where we sum
         broken = (~inputs.finite_T.all()).float()
         measured = torch.stack([broken, loss.detach(), *(alpha.sum() for alpha in alphas)])
-        return Seen(inputs.pack, inputs.finite_T, measured)
+        return inputs.pack, inputs.finite_T, measured
 
-    def _keep_pace(self, rounds: int) -> None:
+    def _keep_pace(self, done: int) -> None:
         """Sharded weights are gathered by all processes or by none, so one that has no pack where others have one, be
         it left over or quarantined, goes through one that weighs nothing."""
-        for _ in range(rounds):
+        most = math.ceil(len(self.steps[self.step]) / self.processes.size)
+        for _ in range(most - done):
             pack, size = make_pack(self.rows[:1]), self.target.identity.hidden_size
             taps = self.head_rows.new_zeros(len(pack.ids_T), len(self.draft.config.taps), size)
             loss, _ = self._forward(self._pack_inputs(pack, taps, taps[:, 0]), [0.0] * self.settings.ttt_steps)
