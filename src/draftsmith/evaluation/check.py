@@ -1,7 +1,6 @@
 """Whether an engine and the embedded one made the same of a draft, prompt by prompt, within noise."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,29 +16,6 @@ NOISE = 3.0  # standard errors of the paired difference between the two engines
 LEAST_NOISE = 0.1
 
 
-@dataclass
-class Agreement:
-    """What the two engines made of the same prompts. Loops count here: they flatter both alike."""
-
-    engine: str
-    theirs: Acceptance
-    ours: Acceptance
-    same_tokens: int  # prompts whose greedy outputs are identical
-    tolerance: float
-    problems: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        def depths(entry: Acceptance) -> str:
-            return " ".join("-" if share is None else f"{share:.2f}" for share in entry.acceptance_by_depth)
-
-        same = f"; greedy tokens identical on {self.same_tokens} of {len(self.ours.prompts)} prompts"
-        return (
-            f"{self.engine} {self.theirs.shape}, {self.theirs.how}: tau {self.theirs.tau_with_loops:.2f} "
-            f"({depths(self.theirs)}), embedded {self.ours.tau_with_loops:.2f} ({depths(self.ours)}), "
-            f"noise {self.tolerance:.2f}{'' if self.ours.temperature else same}"
-        )
-
-
 def compare_engines(
     engine: str,
     shape: Shape,
@@ -47,9 +23,12 @@ def compare_engines(
     ours: Sequence[Generation],
     theirs: Sequence[Generation],
     temperature: float = 0.0,
-) -> Agreement:
-    """Paired over prompts; where greedy texts part (bf16 ties) the prompt still counts, as both are on-policy. Above
-    temperature 0 drafts are sampled, and so are the texts."""
+) -> tuple[str, list[str]]:
+    """(what the two engines made of the same prompts, what is wrong with it), paired over prompts.
+
+    Where greedy texts part (bf16 ties) the prompt still counts, as both are on-policy. Above temperature 0 drafts are
+    sampled, and so are the texts. Loops count here: they flatter both alike.
+    """
     own, others = (
         [count(q.id, q.category, answer, shape.steps) for q, answer in zip(questions, side, strict=True)]
         for side in (ours, theirs)
@@ -57,24 +36,34 @@ def compare_engines(
     same = sum(first_difference(a.ids, b.ids) is None for a, b in zip(ours, theirs, strict=True))
     drafts: DraftSampling = "sampled" if temperature else "greedy"
     told, known = (summarise(rows, shape, temperature, drafts) for rows in (others, own))
-    agreement = Agreement(engine, told, known, same, _noise(own, others))
-    tau, trained = agreement.theirs.tau_with_loops, agreement.ours.tau_with_loops
-    if abs(tau - trained) > agreement.tolerance:
-        agreement.problems.append(
-            f"{engine} accepts tau {tau:.2f} where the trained draft has {trained:.2f} "
-            f"(noise {agreement.tolerance:.2f}): it reads the directory differently"
+    tau, trained, tolerance = told.tau_with_loops, known.tau_with_loops, _noise(own, others)
+    summary = (
+        f"{engine} {shape}, {told.how}: tau {tau:.2f} ({_depths(told)}), embedded {trained:.2f} ({_depths(known)}), "
+        f"noise {tolerance:.2f}"
+    )
+    problems = []
+    if abs(tau - trained) > tolerance:
+        problems.append(
+            f"{engine} accepts tau {tau:.2f} where the trained draft has {trained:.2f} (noise {tolerance:.2f}): it "
+            "reads the directory differently"
         )
     for depth, (a, b, noise) in enumerate(_by_depth(others, own), 1):
         if abs(a - b) > noise:
-            agreement.problems.append(
+            problems.append(
                 f"at depth {depth} {engine} accepts {a:.0%} where the trained draft has {b:.0%} (noise {noise:.0%})"
             )
-    if not temperature and same * 2 < len(questions):
-        agreement.problems.append(
+    if temperature:
+        return summary, problems
+    if same * 2 < len(questions):
+        problems.append(
             f"greedy tokens of {engine} and the embedded engine agree on only {same} of {len(questions)} prompts: "
             "another target, revision or dtype"
         )
-    return agreement
+    return f"{summary}; greedy tokens identical on {same} of {len(questions)} prompts", problems
+
+
+def _depths(entry: Acceptance) -> str:
+    return " ".join("-" if share is None else f"{share:.2f}" for share in entry.acceptance_by_depth)
 
 
 def _noise(ours: Sequence[PromptCounts], theirs: Sequence[PromptCounts]) -> float:

@@ -19,7 +19,7 @@ from draftsmith.engines import ENGINES
 from draftsmith.engines.base import Setup
 from draftsmith.engines.embedded import EmbeddedSession
 from draftsmith.evaluation.asking import complete
-from draftsmith.evaluation.check import Agreement, compare_engines
+from draftsmith.evaluation.check import compare_engines
 from draftsmith.evaluation.draft_sampling import taking
 from draftsmith.evaluation.evaluate import Evaluation
 from draftsmith.runs.run import Run
@@ -41,15 +41,18 @@ def check(run: Run, engine: EngineName, directory: Path | None = None) -> bool:
         return False
     say(f"check: {directory} is what {checkpoints} exports to")
     agreements = agreements_with(run, engine, vocabulary, directory)
-    for agreement in agreements:
-        say(f"check: {agreement}")
-        for problem in agreement.problems:
+    for told, problems in agreements:
+        say(f"check: {told}")
+        for problem in problems:
             say(f"check: {problem}")
-    return not any(agreement.problems for agreement in agreements)
+    return not any(problems for _, problems in agreements)
 
 
-def agreements_with(run: Run, name: EngineName, vocabulary: DraftVocabulary, directory: Path) -> list[Agreement]:
-    """Start the engine with the directory and compare it with the embedded engine and the checkpoint's own weights."""
+def agreements_with(
+    run: Run, name: EngineName, vocabulary: DraftVocabulary, directory: Path
+) -> list[tuple[str, list[str]]]:
+    """Start the engine with the directory and compare it with the embedded engine and the checkpoint's own weights:
+    (what the two made of it, what is wrong) at every temperature."""
     recipe, engine = run.recipe, ENGINES[name]
     if recipe.target.engine != "transformers":
         raise TargetError(
