@@ -151,8 +151,7 @@ class Evaluation:
             if hottest := max(settings.temperatures):
                 measure = partial(self.profile, questions, hottest)
                 sampled_profile = self.once(f"profile-T{hottest:g}", Profile, measure)
-            proofs = list(filter(None, [self.once("lossless", Lossless, self._proof)]))
-        lossless = together(proofs)
+        lossless = self.once("lossless", Lossless, self._proof) if engine.in_process else together(proofs)
         say(str(lossless_verdict(lossless)))
         results = Results(
             created_with=created_with,
@@ -347,19 +346,17 @@ class Evaluation:
 
     def _proof(self) -> Lossless | None:
         """In this process: all shapes in fp32, against plain decoding of all prompts as one batch."""
-        with exact(self.setup) as setup:
-            return None if setup is None else self._proof_in(setup)
-
-    def _proof_in(self, setup: Setup) -> Lossless | None:
         proofs = []
-        with self.engine.open(setup, None) as alone:
-            questions = self.questions(alone)
-            chosen = questions[: self.settings.lossless_prompts]
-            length = self.settings.lossless_tokens
-            outputs = [a.ids for a in complete(alone, chosen, "lossless, plain", Sampling(), length, None)]
-            for shape in self.shapes:
-                with self.engine.open(setup, shape) as drafted:
-                    proofs.append(self._identity(drafted, questions, shape, outputs, alone))
+        with exact(self.setup) as setup:
+            if setup is None:
+                return None
+            with self.engine.open(setup, None) as alone:
+                questions = self.questions(alone)
+                chosen, length = questions[: self.settings.lossless_prompts], self.settings.lossless_tokens
+                outputs = [a.ids for a in complete(alone, chosen, "lossless, plain", Sampling(), length, None)]
+                for shape in self.shapes:
+                    with self.engine.open(setup, shape) as drafted:
+                        proofs.append(self._identity(drafted, questions, shape, outputs, alone))
         return together(proofs)
 
     # --- speed ----------------------------------------------------------------------------------------------------
