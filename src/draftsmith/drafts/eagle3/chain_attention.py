@@ -30,10 +30,6 @@ Part = tuple[Tensor, Tensor]
 """(output [r, N, D], log-sum-exp [r, N]) over some of the keys."""
 
 
-def has_cpu_flash(query: Tensor) -> bool:
-    return query.device.type == "cpu"
-
-
 def _fp32_zeros(like: Iterable[Tensor]) -> list[Tensor]:
     return [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in like]
 
@@ -167,7 +163,7 @@ def _plain_backward(grad: Tensor, saved: tuple[Tensor, ...], index: PackIndex, s
 def _way(query: Tensor) -> tuple[Any, Any]:
     """(forward, backward) over step 0's keys. A forward yields rows with the parts of their keys; a backward gives the
     gradients of query, key0 and value0 that go through them, from the output and log-sum-exp over *all* keys."""
-    if has_cpu_flash(query):
+    if query.device.type == "cpu":
         return _cpu_forward, _cpu_backward
     return (_cuda_forward, _cuda_backward) if flash.takes(query) else (_plain_forward, _plain_backward)
 
