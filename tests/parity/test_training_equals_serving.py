@@ -6,7 +6,8 @@ import torch
 from draftsmith.core.records.data import Completion
 from draftsmith.decoding.cache import StaticCache
 from draftsmith.drafts.eagle3 import chain_attention
-from draftsmith.drafts.eagle3.model import Eagle3Config, Eagle3Draft
+from draftsmith.drafts.eagle3.config import Eagle3Config
+from draftsmith.drafts.eagle3.model import Eagle3Draft
 from draftsmith.drafts.eagle3.ttt import ttt_outputs
 from draftsmith.drafts.packing import make_pack
 

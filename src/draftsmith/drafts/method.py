@@ -25,8 +25,18 @@ Reading = Literal["auto", "inputs", "outputs"]
 """How layer ids of a draft that others made are meant: of layer inputs, of layer outputs, or by the key they have."""
 
 
-class DraftConfig(Record):
-    """What every draft has, whatever its method."""
+@dataclass(frozen=True)
+class Forward:
+    """One forward of drafting: tokens of each sequence, bytes of weights that it reads, weights per token."""
+
+    tokens: int
+    read_bytes: float
+    parameters: float
+
+
+class DraftConfig(Record, ABC):
+    """What every draft has, whatever its method; what it weighs, and what its steps and its training cost, in bf16 as
+    it is served."""
 
     hidden_size: int
     vocab_size: int
@@ -40,44 +50,10 @@ class DraftConfig(Record):
     def tap_size(self) -> int:
         return self.target_hidden_size or self.hidden_size
 
-
-class Draft(nn.Module):
-    """Its parameters are what is trained; their names are those of the checkpoint file."""
-
-    method: ClassVar[str]
-    """Its name in recipes."""
-    config: DraftConfig
-    head: ClassVar[str] = "lm_head"
-    """Prefix of the output head's parameters."""
-
-    def initialise(self, head_rows_DH: Tensor, norm_gain_H: Tensor, generator: torch.Generator) -> None:
-        """Start from the target's own head rows and the gain of its final norm."""
-        raise NotImplementedError
-
-    def logits(self, output: Tensor) -> Tensor:
-        """Draft logits [..., D] from an output [..., H] of `Method.guesses`."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Forward:
-    """One forward of drafting: tokens of each sequence, bytes of weights that it reads, weights per token."""
-
-    tokens: int
-    read_bytes: float
-    parameters: float
-
-
-@dataclass(frozen=True)
-class DraftSize(ABC):
-    """What a draft weighs, and what its steps and its training cost; bf16 as it is served."""
-
-    config: DraftConfig
-
     @property
     def head(self) -> float:
         """Parameters of the output head."""
-        return float(self.config.draft_vocab_size) * self.config.hidden_size
+        return float(self.draft_vocab_size) * self.hidden_size
 
     @property
     @abstractmethod
@@ -112,6 +88,24 @@ class DraftSize(ABC):
     @abstractmethod
     def attention_flops(self, train: TrainRecipe, pairs: float) -> float:
         """Of attention, forward and backward, where queries see `pairs` keys of the target's tokens in all."""
+
+
+class Draft(nn.Module):
+    """Its parameters are what is trained; their names are those of the checkpoint file."""
+
+    method: ClassVar[str]
+    """Its name in recipes."""
+    config: DraftConfig
+    head: ClassVar[str] = "lm_head"
+    """Prefix of the output head's parameters."""
+
+    def initialise(self, head_rows_DH: Tensor, norm_gain_H: Tensor, generator: torch.Generator) -> None:
+        """Start from the target's own head rows and the gain of its final norm."""
+        raise NotImplementedError
+
+    def logits(self, output: Tensor) -> Tensor:
+        """Draft logits [..., D] from an output [..., H] of `Method.guesses`."""
+        raise NotImplementedError
 
 
 @dataclass
@@ -160,7 +154,6 @@ class Method(Generic[C, D]):
     """(recipe, text config) -> one line where the shape is neither the recipe's nor the target's own; else None."""
     read_config: Callable[[JsonObject], C]
     """Of a training checkpoint."""
-    size: Callable[[C], DraftSize]
 
     build: Callable[[C], D]
     loss: Callable[[D, TrainRecipe], nn.Module]

@@ -35,7 +35,7 @@ def draft_of(run: Run) -> DraftConfig:
 def roofline(run: Run, machine: Machine, correlation: float = 0.0, draft: DraftConfig | None = None) -> RooflineCosts:
     """`draft`: another one than the recipe's."""
     target = TargetSize.of(run.target_config, run.recipe.target.dtype)
-    return RooflineCosts(machine, target, METHODS[run.recipe.draft.method].size(draft or draft_of(run)), correlation)
+    return RooflineCosts(machine, target, draft or draft_of(run), correlation)
 
 
 def probed(run: Run) -> Path | None:

@@ -31,10 +31,9 @@ def truncate_rows(path: Path, kind: type[Row], last_step: int) -> None:
 
 def step_flops(draft: Draft, settings: TrainRecipe, packs: Sequence[Pack]) -> float:
     """Of the draft alone; docs/gpu.md has the formula."""
-    size = METHODS[draft.method].size(draft.config)
     tokens, rows = sum(len(p.ids_T) for p in packs), sum(p.chain_count for p in packs)
     pairs = sum(segment.pairs for p in packs for segment in p.segments)
-    return size.training_flops(settings, 1, tokens, rows) + size.attention_flops(settings, pairs)
+    return draft.config.training_flops(settings, 1, tokens, rows) + draft.config.attention_flops(settings, pairs)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any
 
 from draftsmith.core.files import JsonObject
 from draftsmith.core.taps import engine_default, of_outputs, to_outputs
-from draftsmith.drafts.eagle3.model import Eagle3Config
+from draftsmith.drafts.eagle3.config import Eagle3Config
 from draftsmith.drafts.layers import rope_frequencies
 
 IDS = "eagle_aux_hidden_state_layer_ids"

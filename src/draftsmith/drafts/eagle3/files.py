@@ -10,6 +10,7 @@ from torch import Tensor
 from draftsmith.core.errors import CheckpointError
 from draftsmith.core.files import JsonObject
 from draftsmith.core.taps import Taps, engine_default, of_outputs, to_outputs
+from draftsmith.drafts.eagle3.config import Eagle3Config
 from draftsmith.drafts.eagle3.config_file import (
     IDS,
     layer_ids,
@@ -20,7 +21,7 @@ from draftsmith.drafts.eagle3.config_file import (
     to_draft_config,
     uncomputed,
 )
-from draftsmith.drafts.eagle3.model import Eagle3Config, Eagle3Draft
+from draftsmith.drafts.eagle3.model import Eagle3Draft
 from draftsmith.drafts.method import DraftReport, Reading
 from draftsmith.drafts.tensors import EMBEDDING, FLOATS, WHOLE, Shapes, read_tensors
 

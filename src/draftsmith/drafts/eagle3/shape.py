@@ -12,7 +12,7 @@ from draftsmith.core.errors import TargetError
 from draftsmith.core.files import JsonObject
 from draftsmith.core.recipe import DraftRecipe
 from draftsmith.core.taps import default_taps
-from draftsmith.drafts.eagle3.model import Eagle3Config
+from draftsmith.drafts.eagle3.config import Eagle3Config
 from draftsmith.targets.configs import expert_count, per_layer, value_of
 from draftsmith.targets.parts import UNBOUNDED, context_of, rope_of
 
