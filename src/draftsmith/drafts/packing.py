@@ -6,7 +6,7 @@ start - 1 <= s < end - 2, and step i of chain s is scored while s + 2 + i < end.
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -38,6 +38,14 @@ class Segment:
     def pairs(self) -> int:
         """Keys of the target's tokens that its chains see, in all."""
         return len(self) * (self.first - self.document) + len(self) * (len(self) + 1) // 2
+
+
+def segment_rows(segments: Iterable[Segment]) -> Iterator[tuple[Segment, slice]]:
+    """Every segment with its rows among the chains of all of them."""
+    offset = 0
+    for segment in segments:
+        yield segment, slice(offset, offset + len(segment))
+        offset += len(segment)
 
 
 @dataclass(frozen=True)
@@ -75,11 +83,8 @@ class Pack:
 
     def step_rows(self, step: int) -> Tensor:
         """Rows (into R) of the chains that are scored at this step."""
-        rows, offset = [], 0
-        for segment in self.segments:
-            rows.append(torch.arange(offset, offset + max(0, len(segment) - step)))
-            offset += len(segment)
-        return torch.cat(rows)
+        every = [rows for _, rows in segment_rows(self.segments)]
+        return torch.cat([torch.arange(rows.start, max(rows.start, rows.stop - step)) for rows in every])
 
     def index(self, device: torch.device) -> PackIndex:
         """Made once for a device, and brought there by one copy that nobody waits for."""

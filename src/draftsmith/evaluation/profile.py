@@ -21,7 +21,7 @@ from draftsmith.decoding.sampling import Sampling, probabilities
 from draftsmith.decoding.stopping import loop_onset
 from draftsmith.drafts import METHODS
 from draftsmith.drafts.directories import ReadyDraft
-from draftsmith.drafts.packing import Pack, make_pack
+from draftsmith.drafts.packing import Pack, make_pack, segment_rows
 from draftsmith.targets.local import LocalTarget
 
 DEPTH, RANKS = 7, 9  # one digit per rank
@@ -55,11 +55,9 @@ def walks_of(
             pack = make_pack(rows)
             meter.advance(len(rows), sum(len(new) for _, new in chosen))
             ranked, likely = _digits(target, ready, pack, sampling) if pack.segments else ([], [])
-            first = 0
-            for segment in pack.segments:
-                ranks.append(ranked[first : first + len(segment)])
-                chances.append(likely[first : first + len(segment)])
-                first += len(segment)
+            for _, chains in segment_rows(pack.segments):
+                ranks.append(ranked[chains])
+                chances.append(likely[chains])
     return ranks, [] if sampling.greedy else chances
 
 

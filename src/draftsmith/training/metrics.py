@@ -13,7 +13,7 @@ from draftsmith.core.records.training import HeldOut, MetricsRow, StepTiming
 from draftsmith.drafts import METHODS
 from draftsmith.drafts.method import Draft
 from draftsmith.drafts.objectives import chunk_rows
-from draftsmith.drafts.packing import Pack, PackInputs
+from draftsmith.drafts.packing import Pack, PackInputs, segment_rows
 
 Row = TypeVar("Row", MetricsRow, StepTiming)
 
@@ -69,14 +69,13 @@ def chain_walk(pack: Pack, rows: list[Tensor], matches: list[Tensor], length: in
     for step in range(length):
         hits[step, rows[step]] = matches[step]
     accepted_R = hits.long().cumprod(0).sum(0).tolist()
-    accepted = verifications = offset = 0
-    for segment in pack.segments:
-        chain = 0
+    accepted = verifications = 0
+    for segment, rows_of_segment in segment_rows(pack.segments):
+        runs, chain = accepted_R[rows_of_segment], 0
         while chain + length <= len(segment):
-            accepted += accepted_R[offset + chain]
+            accepted += runs[chain]
             verifications += 1
-            chain += accepted_R[offset + chain] + 1
-        offset += len(segment)
+            chain += runs[chain] + 1
     return accepted, verifications
 
 
