@@ -120,11 +120,12 @@ class OfflineCapture:
             for number, shard in enumerate(shards):
                 names = [every[i] for i in shard]
                 path = directory / f"{number:05d}.safetensors"
-                mine = number % processes.size == processes.rank
-                if mine and not self._holds(path, names):
+                index = path.with_suffix(".json")
+                whole = path.exists() and index.exists() and read_json(index) == names
+                if number % processes.size == processes.rank and not whole:
                     states = target.capture([documents[name] for name in names], tuple(taps))
                     save_tensors(path, {"taps": states.taps_TKH.cpu(), "last": states.last_TH.cpu()})
-                    write_json(path.with_suffix(".json"), names)
+                    write_json(index, names)
                 start = 0
                 for name in names:
                     self.place[name] = (path, start, len(documents[name]))
@@ -133,11 +134,6 @@ class OfflineCapture:
                 if (number + 1) % processes.size == 0:  # nobody is long ahead, whoever finds shards that are there
                     processes.meet()
         processes.meet()
-
-    @staticmethod
-    def _holds(path: Path, names: list[str]) -> bool:
-        index = path.with_suffix(".json")
-        return path.exists() and index.exists() and read_json(index) == names
 
     def __call__(self, pack: Pack) -> Capture:
         taps, last = [], []
