@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
@@ -18,7 +18,6 @@ from draftsmith.core.history import recipe_that_ran, results_of
 from draftsmith.core.progress import short_duration
 from draftsmith.core.recipe import EngineName
 from draftsmith.core.recipe_file import dump_recipe, load_recipe
-from draftsmith.core.records.base import Record
 from draftsmith.core.records.data import CompletionsSummary, Coverage, PromptsSummary, Timing
 from draftsmith.core.records.evaluation import Acceptance, Speed
 from draftsmith.core.records.run import Manifest, Provenance
@@ -44,11 +43,6 @@ from draftsmith.evaluation.report_sections import (
 )
 
 ANSWERS = 20
-R = TypeVar("R", bound=Record)
-
-
-def _rows(kind: type[R], path: Path) -> list[R]:
-    return list(kind.read_rows(path)) if path.exists() else []
 
 
 class Findings:
@@ -63,8 +57,9 @@ class Findings:
         self.completions = CompletionsSummary.found(run.completions / run_files.SUMMARY)
         self.timing = Timing.found(run.completions / run_files.TIMING)
         self.coverage = Coverage.found(run.coverage)
-        self.metrics = _rows(MetricsRow, run.train / run_files.METRICS)
-        self.step_timing = _rows(StepTiming, run.train / run_files.STEP_TIMING)
+        metrics, timing = run.train / run_files.METRICS, run.train / run_files.STEP_TIMING
+        self.metrics = list(MetricsRow.read_rows(metrics)) if metrics.exists() else []
+        self.step_timing = list(StepTiming.read_rows(timing)) if timing.exists() else []
         self.course = Course(self.metrics, self.step_timing)
         self.training = TrainingSummary.found(run.train / run_files.SUMMARY)
         self.results = found.pop("embedded", None)
