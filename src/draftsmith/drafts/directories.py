@@ -116,11 +116,15 @@ class ReadyDraft:
 
 
 def require_fit(directory: Path, config: DraftConfig, identity: TargetIdentity) -> None:
-    """A `CheckpointError` where a draft was made for a target of another shape."""
+    """A `CheckpointError` where a draft was made for a target of another shape, or of more layers."""
     if config.tap_size != identity.hidden_size or config.vocab_size != identity.vocab_size:
         raise CheckpointError(
             f"{directory}: made for hidden size {config.tap_size} and {config.vocab_size} tokens, but "
             f"{identity.model} has {identity.hidden_size} and {identity.vocab_size}"
+        )
+    if max(config.taps) >= identity.num_layers:
+        raise CheckpointError(
+            f"{directory}: reads layer {max(config.taps)}, but {identity.model} has layers 0..{identity.num_layers - 1}"
         )
 
 
@@ -130,7 +134,6 @@ def ready_draft(target: LocalTarget, directory: Path, reading: Reading | None = 
     draft, ids_D = load_draft(directory, DTYPES[identity.dtype], identity.num_layers, reading)
     config = draft.config
     require_fit(directory, config, identity)
-    target.check_taps(config.taps)
     own = read_tensors(directory, {EMBEDDING}).get(EMBEDDING)
     embedding = target.embedding_rows() if own is None else own
     if embedding.shape[1] != config.hidden_size:

@@ -38,11 +38,6 @@ def _earlier(directory: Path, recipe: Recipe, target: Target, usual: DraftConfig
             f"{key}: {directory} is {draft.method}, {config.hidden_size} wide; a draft of this run is "
             f"{recipe.draft.method}, {usual.hidden_size} wide; go on from one like that"
         )
-    beyond = [tap for tap in config.taps if tap >= identity.num_layers]
-    if beyond:
-        raise CheckpointError(
-            f"{key}: {directory} reads layer {beyond[0]}, but {identity.model} has layers 0..{identity.num_layers - 1}"
-        )
     for name, value in recipe.draft.model_dump(exclude_defaults=True).items():
         if (held := getattr(config, name, value)) != value:
             raise CheckpointError(
