@@ -205,8 +205,6 @@ def write_report(files_of_run: RunFiles, tokenizer: Any, serve: Mapping[EngineNa
     masked = nearest_to_readable(rows)
     page = environment().from_string((files("draftsmith.evaluation") / "report.html").read_text("utf-8"))
     entries = run.results.acceptance if run.results else []
-    everywhere = run.results.entries if run.results else []
-    held_out = [row for row in run.metrics if row.held_out]
     text = page.render(
         run=run,
         name=run.recipe.name if run.recipe else run.files.root.name,
@@ -216,14 +214,10 @@ def write_report(files_of_run: RunFiles, tokenizer: Any, serve: Mapping[EngineNa
         masked=masked,
         mask=loss_mask(masked, tokenizer, run.files.vocabulary) if masked else [],
         answers=[(row, *as_text(row, tokenizer)) for row in rows],
-        trained_tokens=sum(row.tokens for row in run.step_timing),
-        trained_seconds=sum(row.seconds for row in run.step_timing),
-        last=held_out[-1] if held_out else None,
         entries=entries,
         categories=categories_of(entries),
         depth=max((len(entry.acceptance_by_depth) for entry in entries), default=0),
-        everywhere=everywhere,
-        contexts=sorted({edge for _, entry in everywhere for edge in entry.by_context}),
+        contexts=sorted({edge for _, e in run.results.entries for edge in e.by_context}) if run.results else [],
         evaluation_plots=[tau_plot(entries), depth_plot(entries)] if entries else [],
         pairs=trees_and_chains(entries),
         speedups={entry.shape: entry.speedup for entry in run.results.speed} if run.results else {},
