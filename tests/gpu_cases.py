@@ -14,7 +14,7 @@ from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.speculate import Decoder
 from draftsmith.drafts.eagle3.drafter import Eagle3Drafter
-from draftsmith.drafts.eagle3.loss import TTTLoss
+from draftsmith.drafts.eagle3.ttt import TTTLoss
 from draftsmith.drafts.objectives import pack_inputs
 from draftsmith.drafts.packing import Pack, make_pack
 from draftsmith.targets.local import LocalTarget

@@ -16,8 +16,8 @@ from draftsmith.core.records.data import Completion
 from draftsmith.decoding import flash
 from draftsmith.drafts import layers, objectives
 from draftsmith.drafts.eagle3.config import Eagle3Config
-from draftsmith.drafts.eagle3.loss import TTTLoss
 from draftsmith.drafts.eagle3.model import Eagle3Draft
+from draftsmith.drafts.eagle3.ttt import TTTLoss
 from draftsmith.drafts.objectives import pack_inputs
 from draftsmith.drafts.packing import Pack, make_pack
 

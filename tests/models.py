@@ -24,8 +24,8 @@ from draftsmith.core.recipe_file import parse_recipe
 from draftsmith.core.records.data import Completion
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.drafts.eagle3.config import Eagle3Config
-from draftsmith.drafts.eagle3.loss import TTTLoss
 from draftsmith.drafts.eagle3.model import Eagle3Draft
+from draftsmith.drafts.eagle3.ttt import TTTLoss
 from draftsmith.drafts.objectives import pack_inputs
 from draftsmith.drafts.packing import make_pack
 from draftsmith.targets.local import LocalTarget

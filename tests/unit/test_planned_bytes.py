@@ -7,9 +7,9 @@ from transformers import AutoConfig
 
 from draftsmith.core.recipe import Eagle3Recipe, TrainRecipe
 from draftsmith.core.records.data import Completion
-from draftsmith.drafts.eagle3.loss import TTTLoss
 from draftsmith.drafts.eagle3.model import Eagle3Draft
 from draftsmith.drafts.eagle3.shape import draft_config
+from draftsmith.drafts.eagle3.ttt import TTTLoss
 from draftsmith.drafts.objectives import pack_inputs
 from draftsmith.drafts.packing import make_pack
 from draftsmith.targets.configs import target_config

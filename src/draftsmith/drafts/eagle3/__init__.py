@@ -3,10 +3,9 @@
 from draftsmith.drafts.eagle3.config import Eagle3Config
 from draftsmith.drafts.eagle3.drafter import Eagle3Drafter
 from draftsmith.drafts.eagle3.files import ARCHITECTURE, check_directory, draft_files, facts, named_taps
-from draftsmith.drafts.eagle3.loss import TTTLoss
 from draftsmith.drafts.eagle3.model import Eagle3Draft
 from draftsmith.drafts.eagle3.shape import draft_config, shape_note
-from draftsmith.drafts.eagle3.ttt import ttt_outputs
+from draftsmith.drafts.eagle3.ttt import TTTLoss, ttt_outputs
 from draftsmith.drafts.method import Method
 from draftsmith.drafts.recognise import EAGLE3
 
