@@ -126,18 +126,20 @@ class Evaluation:
         alone_known = engine.in_process or (settings.url is not None and settings.plain_url is None)
         plain = None if alone_known else self.once("plain", PlainReference, self._plain)
         for shape in self.shapes:
-            for number, (drafts, temperatures) in enumerate(ways(engine, setup, shape)):
+            for number, drafts in enumerate(ways(engine, setup, shape)):
                 with engine.open(taking(setup, drafts), shape, settings.url) as drafted:
                     asked = self.asked(drafted)
                     questions = asked[""]
-                    for temperature in temperatures:
+                    for temperature in settings.temperatures:
+                        if number and not temperature:  # greedy texts do not depend on how drafts are taken
+                            continue
                         if temperature and not self.draws(drafted, questions, temperature):
                             left_out.add(temperature)
                             continue
                         for name in asked:
                             entry = self._acceptance(drafted, name, asked[name], shape, temperature, drafts)
                             found[name].append(entry)
-                    if number:  # greedy texts do not depend on how drafts are taken
+                    if number:
                         continue
                     speed += self._speeds(drafted.one, questions, shape, plain)
                     if plain is not None:
