@@ -13,8 +13,9 @@ after initialisation (orders follow from seed and epoch), so the step is also th
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -32,6 +33,7 @@ from draftsmith.core.errors import CheckpointError, DataError
 from draftsmith.core.files import replace, save_tensors
 from draftsmith.core.records.training import TrainingState
 
+T = TypeVar("T")
 BEST = "best"
 WEIGHTS, MOMENTS = "draft.safetensors", "optimizer.safetensors"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -108,27 +110,22 @@ def tidy(directory: Path, keep: int) -> None:
         shutil.rmtree(aside)
 
 
-def load_state(path: Path) -> TrainingState:
+def _read(path: Path, read: Callable[[Path], T]) -> T:
     try:
-        return TrainingState.load(path / "state.json")
-    except (OSError, DataError) as error:
-        raise CheckpointError(
-            f"{path}: cannot read state.json: {error}; delete the directory to use the one before"
-        ) from None
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        return read(path)
+    except (OSError, DataError, SafetensorError) as error:
         raise CheckpointError(
             f"{path.parent}: cannot read {path.name}: {error}; delete the directory to use the one before"
         ) from None
 
 
+def load_state(path: Path) -> TrainingState:
+    return _read(path / "state.json", TrainingState.load)
+
+
 def load_weights(path: Path, draft: nn.Module) -> None:
     """Copy the master weights into `draft`; names and shapes must match exactly."""
-    tensors, wanted = _tensors(path / WEIGHTS), dict(draft.named_parameters())
+    tensors, wanted = _read(path / WEIGHTS, load_file), dict(draft.named_parameters())
     if {n: tuple(t.shape) for n, t in tensors.items()} != {n: tuple(p.shape) for n, p in wanted.items()}:
         raise CheckpointError(f"{path}: the weights do not fit the draft of this recipe; use another run directory")
     set_model_state_dict(draft, cast("Any", tensors), options=EVERYWHERE)
@@ -138,7 +135,7 @@ def load_optimizers(path: Path, draft: nn.Module, optimizers: list[torch.optim.O
     """Put every parameter's moments back into the optimiser that owns it."""
     values: Any = get_optimizer_state_dict(draft, optimizers, options=EVERYWHERE)
     values["state"] = {}
-    for key, value in _tensors(path / MOMENTS).items():
+    for key, value in _read(path / MOMENTS, load_file).items():
         name, moment = key.rsplit("/", 1)
         values["state"].setdefault(name, {})[moment] = value
     set_optimizer_state_dict(draft, optimizers, values, options=EVERYWHERE)
