@@ -124,10 +124,8 @@ def accept_profile(
 ) -> Profile | None:
     """None where no answer is long enough to draft for. Text after the onset of a loop is left out."""
     answers = dict(target.generate(list(prompts), sampling, max_new_tokens, stop, seed, stop_loops=True))
-    texts = []
-    for index, prompt in enumerate(prompts):
-        ids = answers[index].ids
-        texts.append((prompt, ids[: loop_onset(ids)]))
+    written = [answers[index].ids for index in range(len(prompts))]
+    texts = [(prompt, ids[: loop_onset(ids)]) for prompt, ids in zip(prompts, written, strict=True)]
     walks, chances = walks_of(target, ready, texts, sampling)
     if not walks:
         return None
