@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +48,7 @@ def exported_taps(directory: Path) -> Taps:
     return tuple(taps)
 
 
-def method_in(report: DraftReport) -> Method[Any, Any] | None:
+def method_in(report: DraftReport) -> Method | None:
     """None of a method that draftsmith does not read."""
     return next((method for method in METHODS.values() if method.title == report.method), None)
 
@@ -95,7 +94,7 @@ def load_draft(
     config = report.draft
     if reading is not None and layers is not None:
         config = config.model_copy(update={"taps": method.taps(report, layers, reading)})
-    draft: Draft = method.build(config).to(dtype)
+    draft = method.build(config).to(dtype)
     names = {name for name, _ in draft.named_parameters()}
     draft.load_state_dict(read_tensors(directory, names))
     return draft.eval(), report.ids_D

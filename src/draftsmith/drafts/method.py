@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -134,13 +134,9 @@ class DraftReport:
         return [p for p in self.problems if not p.startswith("note:") and not (lenient and p in self.serving)]
 
 
-C = TypeVar("C", bound=DraftConfig)
-D = TypeVar("D", bound=Draft)
-
-
 @dataclass(frozen=True)
-class Method(Generic[C, D]):
-    """What a method's folder offers."""
+class Method:
+    """What a method's folder offers. Its drafts and configurations are classes of its own, which nobody else names."""
 
     name: str
     """In recipes: draft.method."""
@@ -148,23 +144,23 @@ class Method(Generic[C, D]):
     architecture: str
     """The class that engines serve it with."""
 
-    config: Callable[[DraftRecipe, Any, int, int], C]
+    config: Callable[[DraftRecipe, Any, int, int], DraftConfig]
     """(recipe, the target's `transformers` text config, its layers, draft vocabulary) -> the draft's configuration."""
     config_note: Callable[[DraftRecipe, Any], str | None]
     """(recipe, text config) -> one line where the shape is neither the recipe's nor the target's own; else None."""
-    read_config: Callable[[JsonObject], C]
+    read_config: Callable[[JsonObject], DraftConfig]
     """Of a training checkpoint."""
 
-    build: Callable[[C], D]
-    loss: Callable[[D, TrainRecipe], nn.Module]
+    build: Callable[[Any], Draft]
+    loss: Callable[[Any, TrainRecipe], nn.Module]
     """A module: (PackInputs, weight of a scored row at every depth) -> (loss, alpha of each depth's scored rows)."""
-    guesses: Callable[[D, Pack, Tensor, Tensor, int], list[Tensor]]
+    guesses: Callable[[Any, Pack, Tensor, Tensor, int], list[Tensor]]
     """(draft, pack, taps [T, K, H], embeddings [T, H], depths) -> outputs [R, H] of every depth, as serving would
     compute them; row r of depth i guesses token chains[r] + 2 + i."""
-    drafter: Callable[[D, Tensor, Tensor], Drafter]
+    drafter: Callable[[Any, Tensor, Tensor], Drafter]
     """(draft, target ids [D] of its rows, embeddings [V, H]) -> what decoding drives."""
 
-    files: Callable[[D, Tensor, int, JsonObject], tuple[JsonObject, dict[str, Tensor]]]
+    files: Callable[[Any, Tensor, int, JsonObject], tuple[JsonObject, dict[str, Tensor]]]
     """(draft, target ids [D], the target's layers, provenance) -> (config.json, tensors) as every engine loads them."""
     inspect: Callable[[DraftReport], None]
     """Fill in what only a draft of this method has, and name everything wrong with it."""

@@ -36,7 +36,7 @@ def trained_draft(checkpoints: Path, vocabulary: DraftVocabulary) -> tuple[Draft
             f"{vocabulary.name}; a draft refuses a map that is not its own"
         )
     method = METHODS[known.method]
-    draft: Draft = method.build(method.read_config(known.draft))
+    draft = method.build(method.read_config(known.draft))
     load_weights(chosen, draft)
     return draft, state
 

@@ -21,7 +21,7 @@ def first_draft(recipe: Recipe, target: Target, usual: DraftConfig, ids_D: Tenso
     if (directory := recipe.train.from_draft) is not None:
         say(f"train: going on from {directory}")
         return _earlier(directory, recipe, target, usual, ids_D), digest(*files_of(directory))
-    draft: Draft = METHODS[recipe.draft.method].build(usual)
+    draft = METHODS[recipe.draft.method].build(usual)
     rows = target.head_rows(ids_D)
     draft.to(rows.device).initialise(rows, target.norm_gain(), torch.Generator().manual_seed(recipe.seed))
     return draft, None
