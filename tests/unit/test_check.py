@@ -14,7 +14,7 @@ from draftsmith.core.shape import Shape
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.decoding.generation import Generation
 from draftsmith.evaluation.asking import Question
-from draftsmith.evaluation.check import compare_engines
+from draftsmith.runs.check import compare_engines
 from draftsmith.training.checkpoints import save_checkpoint
 from draftsmith.training.export import damages, export
 
