@@ -184,8 +184,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = lr * (self.settings.head_rate if beside_muon else 1.0)
         while (measured := self._gradients(packs, capture)) is None:
-            for optimizer in self.optimizers:
-                optimizer.zero_grad(set_to_none=True)
+            self.draft.zero_grad()
         total, norm, alpha_sums, alpha_counts = measured
         if not (math.isfinite(norm) and math.isfinite(total)):
             names = [name for pack in packs for name in pack.names]
@@ -193,10 +192,9 @@ class Trainer:
                 f"train: step {self.step + 1}: the gradient is not finite (norm {norm}, loss {total}); samples: "
                 f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''}; the last checkpoint is untouched"
             )
-        for optimizer in self.optimizers:
-            if any(alpha_counts):
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers if any(alpha_counts) else ():
+            optimizer.step()
+        self.draft.zero_grad()
         self.sums = self.sums.after(total, norm, alpha_sums, alpha_counts, lr)
 
     def _gradients(
