@@ -25,15 +25,6 @@ Reading = Literal["auto", "inputs", "outputs"]
 """How layer ids of a draft that others made are meant: of layer inputs, of layer outputs, or by the key they have."""
 
 
-@dataclass(frozen=True)
-class Forward:
-    """One forward of drafting: tokens of each sequence, bytes of weights that it reads, weights per token."""
-
-    tokens: int
-    read_bytes: float
-    parameters: float
-
-
 class DraftConfig(Record, ABC):
     """What every draft has, whatever its method; what it weighs, and what its steps and its training cost, in bf16 as
     it is served."""
@@ -64,13 +55,10 @@ class DraftConfig(Record, ABC):
     @abstractmethod
     def kv_bytes_per_token(self) -> float: ...
 
-    @property
-    def bytes(self) -> float:
-        return 2 * self.parameters
-
     @abstractmethod
-    def forwards(self, shape: Shape) -> list[Forward]:
-        """What drafting this shape once takes; engines run the first over all verified tokens, right or wrong."""
+    def forwards(self, shape: Shape) -> list[tuple[int, float]]:
+        """(tokens of each sequence, weights that they pass) of every forward that drafting this shape once takes;
+        engines run the first over all verified tokens, right or wrong."""
 
     @abstractmethod
     def optimiser_bytes(self, train: TrainRecipe) -> float:

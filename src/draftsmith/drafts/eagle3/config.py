@@ -6,7 +6,7 @@ from draftsmith.core.files import JsonObject
 from draftsmith.core.recipe import TrainRecipe
 from draftsmith.core.shape import Shape
 from draftsmith.drafts.eagle3.chain_attention import PLAIN_ROWS
-from draftsmith.drafts.method import DraftConfig, Forward
+from draftsmith.drafts.method import DraftConfig
 from draftsmith.drafts.objectives import chunk_rows
 
 # Counted on real-size steps (tests/unit/test_planned_bytes.py): bytes of a logit while its loss and gradient are made,
@@ -56,10 +56,9 @@ class Eagle3Config(DraftConfig):
     def kv_bytes_per_token(self) -> float:
         return 2.0 * self.num_key_value_heads * self.head_dim * 2
 
-    def forwards(self, shape: Shape) -> list[Forward]:
-        step = self.layer + self.head
-        first = Forward(shape.draft_tokens, self.bytes, self.parameters)
-        return [first, *[Forward(shape.topk, 2 * step, step)] * (shape.steps - 1)]
+    def forwards(self, shape: Shape) -> list[tuple[int, float]]:
+        later = (shape.topk, self.layer + self.head)
+        return [(shape.draft_tokens, self.parameters), *[later] * (shape.steps - 1)]
 
     def optimiser_bytes(self, train: TrainRecipe) -> float:
         if train.optimizer == "adamw":
