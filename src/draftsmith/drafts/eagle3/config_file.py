@@ -68,7 +68,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-def plain_layout(config: JsonObject) -> JsonObject:
+def _plain_layout(config: JsonObject) -> JsonObject:
     """A config.json of the `speculators` package as engines have it; any other as it is."""
     layer = config.get("transformer_layer_config")
     if isinstance(layer, dict) and config.get("speculators_model_type", "eagle3") == "eagle3":
@@ -84,8 +84,10 @@ def _short(value: Any) -> str:
 
 
 def sound(config: JsonObject) -> tuple[JsonObject, list[str]]:
-    """(config.json without the values that no draft can have, a line for each of them); null is as good as absent."""
-    kept: JsonObject = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
+    """(config.json as engines have it, without the values that no draft can have, a line for each of them); null is as
+    good as absent."""
+    plain = _plain_layout(config)
+    kept: JsonObject = {key: dict(value) if isinstance(value, dict) else value for key, value in plain.items()}
     problems = []
     for path, (allows, wanted) in RULES.items():
         *places, key = path.split(".")
