@@ -14,7 +14,7 @@ from typing import Any
 from markupsafe import Markup
 
 from draftsmith.core.records.data import Completion, Coverage
-from draftsmith.core.records.evaluation import Acceptance, Tau
+from draftsmith.core.records.evaluation import Acceptance
 from draftsmith.core.records.training import MetricsRow, StepTiming
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.evaluation.plots import interval_plot, line_plot
@@ -165,12 +165,9 @@ def categories_of(entries: Iterable[Acceptance]) -> list[str]:
 
 
 def tau_plot(entries: Sequence[Acceptance]) -> Markup:
-    def dot(value: Tau | None) -> tuple[float, float, float] | None:
-        return value.dot if value else None
-
     categories = categories_of(entries)
-    series = {setting(e): [e.all.dot, *(dot(e.by_category.get(name)) for name in categories)] for e in entries}
-    return interval_plot("tau by category, 95 % intervals over prompts", "tau", ["all", *categories], series)
+    series = {setting(e): [e.all, *(e.by_category.get(name) for name in categories)] for e in entries}
+    return interval_plot("tau by category, 95 % intervals over prompts", ["all", *categories], series)
 
 
 def depth_plot(entries: Sequence[Acceptance]) -> Markup:
