@@ -191,21 +191,17 @@ def next_steps(run: Findings, serve: Mapping[EngineName, str]) -> list[tuple[str
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
-def environment() -> Environment:
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters.update(number=number, share=share, plain=plain, duration=short_duration, setting=setting)
-    page.filters.update(size_label=size_label)
-    return page
-
-
 def write_report(files_of_run: RunFiles, tokenizer: Any, serve: Mapping[EngineName, str]) -> Path:
     """Write report.html; sections whose stage has not run say so. `serve`: see `next_steps`."""
     run = Findings(files_of_run)
     rows = sample_completions(read_completions(run.files.completions), ANSWERS, run.recipe.seed if run.recipe else 0)
     masked = nearest_to_readable(rows)
-    page = environment().from_string((files("draftsmith.evaluation") / "report.html").read_text("utf-8"))
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page.filters |= {"number": number, "share": share, "plain": plain, "duration": short_duration}
+    page.filters |= {"setting": setting, "size_label": size_label}
+    template = page.from_string((files("draftsmith.evaluation") / "report.html").read_text("utf-8"))
     entries = run.results.acceptance if run.results else []
-    text = page.render(
+    text = template.render(
         run=run,
         name=run.recipe.name if run.recipe else run.files.root.name,
         recipe_rows=recipe_rows(run),
