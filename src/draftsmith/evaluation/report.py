@@ -197,8 +197,8 @@ def write_report(files_of_run: RunFiles, tokenizer: Any, serve: Mapping[EngineNa
     rows = sample_completions(read_completions(run.files.completions), ANSWERS, run.recipe.seed if run.recipe else 0)
     masked = nearest_to_readable(rows)
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"number": number, "share": share, "plain": plain, "duration": short_duration}
-    page.filters |= {"setting": setting, "size_label": size_label}
+    page.filters.update(number=number, share=share, plain=plain, duration=short_duration, setting=setting)
+    page.filters.update(size_label=size_label)
     template = page.from_string((files("draftsmith.evaluation") / "report.html").read_text("utf-8"))
     entries = run.results.acceptance if run.results else []
     text = template.render(
