@@ -4,6 +4,7 @@ Muon is momentum, orthogonalised; torch.optim.Muon does it with another iteratio
 without bf16 products multiplies ten times slower than fp32: the optimiser then takes nine tenths of a step.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def orthogonalised(gradient: Tensor, dtype: torch.dtype) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """`dtype`: of the iteration; moments stay in the parameters' own."""
 
-    def __init__(self, parameters: list[Tensor], lr: float, weight_decay: float, dtype: torch.dtype):
+    def __init__(self, parameters: Sequence[Tensor], lr: float, weight_decay: float, dtype: torch.dtype):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
         self.dtype = dtype
 
