@@ -6,6 +6,7 @@ import functools
 import torch
 from models import VOCAB, tiny_draft, tiny_lm, tiny_recipe, tiny_target
 
+from draftsmith.core.recipe import TrainRecipe
 from draftsmith.core.records.base import write_rows
 from draftsmith.core.records.data import Completion
 from draftsmith.core.shape import Shape
@@ -13,8 +14,8 @@ from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.speculate import Decoder
 from draftsmith.drafts.eagle3.drafter import Eagle3Drafter
-from draftsmith.drafts.eagle3.loss import TTTLoss
-from draftsmith.drafts.objectives import Objective, pack_inputs
+from draftsmith.drafts.eagle3.ttt import TTTLoss
+from draftsmith.drafts.objectives import pack_inputs
 from draftsmith.drafts.packing import Pack, make_pack
 from draftsmith.targets.local import LocalTarget
 from draftsmith.training.trainer import Trainer
@@ -70,7 +71,7 @@ def step_on(device: torch.device, target: LocalTarget, pack: Pack, dtype: torch.
 def gradients_of(draft, pack, taps, last, embedding, head, softcap, dtype, device):
     inputs = pack_inputs(pack, taps, last, embedding, head, None, softcap, dtype)
     draft = draft.to(device, dtype, non_blocking=True).requires_grad_(True)
-    loss, _ = TTTLoss(draft, STEPS, Objective())(inputs, [0.01] * STEPS)
+    loss, _ = TTTLoss(draft, TrainRecipe(ttt_steps=STEPS))(inputs, [0.01] * STEPS)
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in draft.named_parameters()}
 

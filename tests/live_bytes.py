@@ -11,12 +11,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from draftsmith.core.recipe import TrainRecipe
 from draftsmith.core.records.data import Completion
 from draftsmith.decoding import flash
 from draftsmith.drafts import layers, objectives
-from draftsmith.drafts.eagle3.loss import TTTLoss
-from draftsmith.drafts.eagle3.model import Eagle3Config, Eagle3Draft
-from draftsmith.drafts.objectives import Objective, pack_inputs
+from draftsmith.drafts.eagle3.config import Eagle3Config
+from draftsmith.drafts.eagle3.model import Eagle3Draft
+from draftsmith.drafts.eagle3.ttt import TTTLoss
+from draftsmith.drafts.objectives import pack_inputs
 from draftsmith.drafts.packing import Pack, make_pack
 
 META = torch.device("meta")
@@ -126,7 +128,7 @@ def step_bytes(dimensions: dict, documents: int, length: int, device: torch.devi
     # A real one counts for itself: under such a mode torch.compile would step aside.
     with contextlib.nullcontext() if device.type == "cuda" else bytes_:
         with device:
-            loss = TTTLoss(Eagle3Draft(config).bfloat16(), STEPS, Objective())
+            loss = TTTLoss(Eagle3Draft(config).bfloat16(), TrainRecipe(ttt_steps=STEPS))
         embedding, head = torch.empty(vocabulary, size, **bf16), torch.empty(DRAFT_VOCAB, size, **bf16)
         base = bytes_.peak = bytes_.live
         taps, last = torch.empty(tokens, 3, size, **bf16), torch.empty(tokens, size, **bf16)

@@ -19,15 +19,16 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from draftsmith.core.recipe import Recipe
+from draftsmith.core.recipe import Recipe, TrainRecipe
 from draftsmith.core.recipe_file import parse_recipe
 from draftsmith.core.records.data import Completion, Prompt
 from draftsmith.core.sources import Source
 from draftsmith.data.prompts import Tally, chosen, prompts_of
 from draftsmith.decoding.sampling import Sampling
-from draftsmith.drafts.eagle3.loss import TTTLoss
-from draftsmith.drafts.eagle3.model import Eagle3Config, Eagle3Draft
-from draftsmith.drafts.objectives import Objective, pack_inputs
+from draftsmith.drafts.eagle3.config import Eagle3Config
+from draftsmith.drafts.eagle3.model import Eagle3Draft
+from draftsmith.drafts.eagle3.ttt import TTTLoss
+from draftsmith.drafts.objectives import pack_inputs
 from draftsmith.drafts.packing import make_pack
 from draftsmith.targets.local import LocalTarget
 
@@ -116,7 +117,7 @@ def trained_draft(architecture: str = "llama", steps: int = 60, **options):
         None,
         torch.float32,
     )
-    loss_module = TTTLoss(draft, 3, Objective())
+    loss_module = TTTLoss(draft, TrainRecipe(ttt_steps=3))
     optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3)
     for _ in range(steps):
         loss, _ = loss_module(inputs, [1e-3] * 3)

@@ -22,7 +22,7 @@ from draftsmith.data.sets import PLACEHOLDER, read_set
 from draftsmith.data.templates import ChatFormat
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.decoding.sampling import Sampling
-from draftsmith.drafts.directories import inspect_draft, load_draft, write_draft
+from draftsmith.drafts.directories import inspect_draft, load_draft, require_fit, write_draft
 from draftsmith.engines import ENGINES
 from draftsmith.engines.base import Setup
 from draftsmith.engines.embedded import EmbeddedSession
@@ -147,8 +147,12 @@ def test_a_context_that_is_full_is_left_free_by_the_key_that_is_named(target):
 
 
 def test_a_tap_beyond_the_targets_layers_is_one_of_them(target):
-    line = told(target.check_taps, [6])
-    target.check_taps([int(layer) for layer in read(r"^draft\.taps: 6 given; .* has layers (\d)\.\.(\d)$", line)])
+    config = tiny_draft(target)[0].config
+
+    def fit(*taps):
+        require_fit(Path("draft"), config.model_copy(update={"taps": taps}), target.identity)
+
+    fit(*[int(layer) for layer in read(r"^draft: reads layer 6, but .* has layers (\d)\.\.(\d)$", told(fit, 6))])
 
 
 def test_a_set_is_prepared_as_it_is_told(tmp_path):

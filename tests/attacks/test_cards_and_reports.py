@@ -15,6 +15,7 @@ from outcomes import FUZZED, fuzzed
 
 from draftsmith import cli
 from draftsmith.core.recipe_file import dump_recipe
+from draftsmith.core.records.evaluation import Tau
 from draftsmith.core.tables import table
 from draftsmith.evaluation.plots import interval_plot, line_plot
 from draftsmith.publishing.card import as_text
@@ -174,9 +175,13 @@ def test_fuzzed_cells(attacks):
     fuzz_cell()
 
 
+def tau(value, low, high):
+    return Tau(tau=value, low=low, high=high, prompts=9, steps=90)
+
+
 @pytest.mark.parametrize("name", [*HOSTILE, "\x00\x1b[2J", "$x^{", "a$b$c", "_hidden", "\ud800", "x" * 100_000])
 def test_a_plot_has_its_labels_as_text(name):
-    rows = interval_plot(name, "tau", ["all", name], {name: [(1, 1, 1), (2, 1, 3)], "b": [None, None]})
+    rows = interval_plot(name, ["all", name], {name: [tau(1, 1, 1), tau(2, 1, 3)], "b": [None, None]})
     lines = line_plot(name, ("a", name), {name: ([1, 2], [1, 2]), "o": ([1, 2], [2, 3])}, mark=(1, name))
     for svg in (rows, lines):
         page = Page(svg)
@@ -187,7 +192,7 @@ def test_a_plot_has_its_labels_as_text(name):
 
 def test_thousands_of_categories_make_a_plot_soon():
     names = [f"c{i}" for i in range(5000)]
-    plot = interval_plot("tau", "tau", names, {"a": [(1, 1, 1)] * 5000})
+    plot = interval_plot("tau", names, {"a": [tau(1, 1, 1)] * 5000})
     assert "the first 40 of 5,000" in plot
     assert len(line_plot("share", ("a", "b"), {name: ([1, 2], [1, 2]) for name in names})) < 200_000
 

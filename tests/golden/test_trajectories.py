@@ -132,9 +132,9 @@ class Poisoned(OnlineCapture):
         super().__init__(target, (1, 3, 4))
         self.bad, self.value = bad_names, value
 
-    def __call__(self, names, documents):
-        states, start = super().__call__(names, documents), 0
-        for name, document in zip(names, documents, strict=True):
+    def __call__(self, pack):
+        states, start = super().__call__(pack), 0
+        for name, document in zip(pack.names, pack.documents, strict=True):
             if name in self.bad:
                 states.taps_TKH[start + 2, 1, 0] = self.value
             start += len(document)

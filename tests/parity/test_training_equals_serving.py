@@ -6,7 +6,8 @@ import torch
 from draftsmith.core.records.data import Completion
 from draftsmith.decoding.cache import StaticCache
 from draftsmith.drafts.eagle3 import chain_attention
-from draftsmith.drafts.eagle3.model import Eagle3Config, Eagle3Draft
+from draftsmith.drafts.eagle3.config import Eagle3Config
+from draftsmith.drafts.eagle3.model import Eagle3Draft
 from draftsmith.drafts.eagle3.ttt import ttt_outputs
 from draftsmith.drafts.packing import make_pack
 
@@ -50,7 +51,8 @@ def completions():
 def attention_path(request, monkeypatch):
     """Devices without a flash kernel of their own take plain PyTorch, whose chunks of queries must not show."""
     if request.param != "cpu":
-        monkeypatch.setattr(chain_attention, "has_cpu_flash", lambda query: False)
+        plain = chain_attention._plain_forward, chain_attention._plain_backward
+        monkeypatch.setattr(chain_attention, "_way", lambda query: plain)
     if "3" in request.param:
         monkeypatch.setattr(chain_attention, "PLAIN_ROWS", 3)
 

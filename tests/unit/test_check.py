@@ -1,6 +1,7 @@
 """A directory that is not what the checkpoint exports to is caught, and the message names the damage."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from draftsmith.core.shape import Shape
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.decoding.generation import Generation
 from draftsmith.evaluation.asking import Question
-from draftsmith.evaluation.check import compare_engines
+from draftsmith.runs.check import compare_engines
 from draftsmith.training.checkpoints import save_checkpoint
 from draftsmith.training.export import damages, export
 
@@ -117,9 +118,10 @@ def test_engines_that_differ_beyond_noise_are_told_apart():
     accepted = [[i % 4, 2, 1, 3, 0, 2, 1, 2, 3, 1] for i in range(6)]
     shape = Shape(3, 1, 4)
     ours = [decoded(a) for a in accepted]
-    same = compare_engines("vllm", shape, questions, ours, [decoded(a) for a in accepted])
-    assert (same.problems, same.theirs, same.same_tokens) == ([], same.ours, 6)
-    worse = compare_engines("vllm", shape, questions, ours, [decoded([0, 1] * 10) for _ in accepted])
-    assert "vllm accepts tau 1.5" in worse.problems[0]
-    other = compare_engines("vllm", shape, questions, ours, [decoded(a, 39) for a in accepted])
-    assert "agree on only 0 of 6 prompts" in other.problems[0]
+    told, problems = compare_engines("vllm", shape, questions, ours, [decoded(a) for a in accepted])
+    taus = re.findall(r"(?:T=0: tau|embedded) (\S+ \(.*?\))", told)
+    assert (problems, taus[0], "identical on 6 of 6" in told) == ([], taus[1], True)
+    _, worse = compare_engines("vllm", shape, questions, ours, [decoded([0, 1] * 10) for _ in accepted])
+    assert "vllm accepts tau 1.5" in worse[0]
+    _, other = compare_engines("vllm", shape, questions, ours, [decoded(a, 39) for a in accepted])
+    assert "agree on only 0 of 6 prompts" in other[0]

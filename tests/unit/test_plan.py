@@ -11,8 +11,7 @@ from draftsmith.core.recipe_file import load_recipe, parse_recipe
 from draftsmith.core.records.machine import Probe
 from draftsmith.core.records.training import TrainingSummary
 from draftsmith.core.run_files import SUMMARY, RunFiles
-from draftsmith.drafts import METHODS
-from draftsmith.drafts.eagle3.model import Eagle3Config
+from draftsmith.drafts.eagle3.config import Eagle3Config
 from draftsmith.drafts.eagle3.shape import draft_config
 from draftsmith.hardware import counting
 from draftsmith.hardware.cost_model import RooflineCosts
@@ -46,11 +45,11 @@ def planned(name="minimax-m2.7-eagle3", machine="h200-nvlink-8", trainer_gpus=No
     draft = draft_config(recipe.draft, text, text.num_hidden_layers, recipe.vocab.size)
     chosen = machine if isinstance(machine, Machine) else preset(machine)
     if name.startswith("gemma"):
-        costs = RooflineCosts(chosen, target, METHODS["eagle3"].size(draft))
+        costs = RooflineCosts(chosen, target, draft)
     else:
         run = Run(recipe, Path("nowhere"), [])
         costs = roofline(run, chosen)
-        assert METHODS["eagle3"].size(draft) == costs.draft
+        assert draft == costs.draft
     return plan(Sizes(recipe, chosen, target, draft, trainer_gpus, completion_tokens), costs)
 
 
@@ -174,7 +173,7 @@ def test_the_preset_of_this_machine_is_near_its_probe():
         rope_theta=1e6,
         max_position_embeddings=32768,
     )
-    costs = RooflineCosts(preset("cpu-epyc-2"), target, METHODS["eagle3"].size(draft))
+    costs = RooflineCosts(preset("cpu-epyc-2"), target, draft)
     assert costs.forward_s(1, 1, 128) == pytest.approx(recorded[1], rel=0.15)
     assert costs.forward_s(4, 1, 128) == pytest.approx(recorded[4], rel=0.15)
 

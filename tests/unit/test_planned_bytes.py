@@ -7,10 +7,9 @@ from transformers import AutoConfig
 
 from draftsmith.core.recipe import Eagle3Recipe, TrainRecipe
 from draftsmith.core.records.data import Completion
-from draftsmith.drafts import METHODS
-from draftsmith.drafts.eagle3.loss import ttt_loss
 from draftsmith.drafts.eagle3.model import Eagle3Draft
 from draftsmith.drafts.eagle3.shape import draft_config
+from draftsmith.drafts.eagle3.ttt import TTTLoss
 from draftsmith.drafts.objectives import pack_inputs
 from draftsmith.drafts.packing import make_pack
 from draftsmith.targets.configs import target_config
@@ -41,7 +40,7 @@ def counted(config, train: TrainRecipe, documents: int) -> int:
     states = dict(dtype=torch.bfloat16, device=META)
     with LiveBytes(META) as bytes_:
         with META:
-            loss = ttt_loss(Eagle3Draft(config).to(dtype), train)
+            loss = TTTLoss(Eagle3Draft(config).to(dtype), train)
         embedding = torch.empty(config.vocab_size, config.hidden_size, **states)
         head = torch.empty(config.draft_vocab_size, config.hidden_size, **states)
         base = bytes_.peak = bytes_.live
@@ -58,7 +57,7 @@ def counted(config, train: TrainRecipe, documents: int) -> int:
 def test_activations_are_those_counted(name):
     text = TARGETS[name]().get_text_config()
     config = draft_config(Eagle3Recipe(), text, text.num_hidden_layers, 32000)
-    size = METHODS["eagle3"].size(config)
+    size = config
     for documents, length in ((4, 2048), (1, 8192)):
         train = TrainRecipe(pack_tokens=documents * length, max_document_tokens=length)
         with as_on_cuda():
@@ -70,6 +69,6 @@ def test_plain_attention_is_counted_where_it_runs():
     text = TARGETS["MiniMax-M2.7"]().get_text_config()
     config = draft_config(Eagle3Recipe(), text, text.num_hidden_layers, 32000)
     train = TrainRecipe(pack_tokens=16384, max_document_tokens=16384, ttt_steps=2, dtype="fp32")
-    planned = METHODS["eagle3"].size(config).activation_bytes(train, gpu=True)
+    planned = config.activation_bytes(train, gpu=True)
     with as_on_cuda():
         assert planned == pytest.approx(counted(config, train, 1), rel=0.1)

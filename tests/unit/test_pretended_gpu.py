@@ -25,7 +25,6 @@ from draftsmith.core import progress
 from draftsmith.core.recipe import TrainRecipe
 from draftsmith.decoding import flash
 from draftsmith.drafts.eagle3.chain_attention import ChainAttention
-from draftsmith.drafts.eagle3.size import Eagle3Size
 from draftsmith.drafts.packing import make_pack
 from draftsmith.hardware.presets import peak_flops_s
 
@@ -161,7 +160,7 @@ def test_the_arithmetic_of_mfu_is_what_torch_counts(monkeypatch):
     with FlopCounterMode(display=False) as counter:
         step_bytes(QWEN3_8B, 2, 1024)
     products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "flash" not in str(op))
-    pack, size = long_pack(2, 1024), Eagle3Size(draft_config(QWEN3_8B, 1024))
+    pack, size = long_pack(2, 1024), draft_config(QWEN3_8B, 1024)
     assert size.training_flops(TrainRecipe(), 1, len(pack.ids_T), pack.chain_count) == pytest.approx(products, rel=0.02)
     [segment] = long_pack(1, 1024).segments
     assert segment.pairs == sum(chain + 1 for chain in range(segment.first, segment.last))

@@ -23,6 +23,7 @@ from draftsmith.data.regenerate import Regeneration, read_completions
 from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.stopping import Ends
+from draftsmith.drafts.packing import Pack
 from draftsmith.engines import SERVERS
 from draftsmith.engines.served import ServedTarget
 from draftsmith.runs.pipeline import run_pipeline
@@ -382,20 +383,23 @@ def test_a_gemma_whose_sglang_leaves_the_residual_stream_out_is_refused(tmp_path
 def test_packs_are_fetched_ahead_within_bounds():
     asked, finish = set(), [threading.Event() for _ in range(10)]
 
-    def slow(names, documents):
-        number = documents[0][0]
+    def slow(pack):
+        number = pack.documents[0][0]
         asked.add(number)
         assert number == 99 or finish[number].wait(10)
         return number
 
-    packs = [([str(i)], [[i]]) for i in range(10)]
+    def pack(name, number):
+        return Pack([name], [[number]], [], torch.tensor([number]), torch.tensor([0]))
+
+    packs = [pack(str(i), i) for i in range(10)]
     capture = PrefetchedCapture(slow, iter(packs), 3, torch.device("cpu"))
     for i in range(10):
         finish[i].set()
-        assert capture(*packs[i]) == i
+        assert capture(packs[i]) == i
         assert max(asked) <= i + 3
         if i == 4:
-            assert capture(["held out"], [[99]]) == 99
+            assert capture(pack("held out", 99)) == 99
             asked.remove(99)
     assert asked == set(range(10))
 

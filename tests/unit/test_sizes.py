@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MiniMaxM2Config, Qwen3MoeConfig
 
 from draftsmith.core.errors import TargetError
-from draftsmith.drafts import METHODS
-from draftsmith.drafts.eagle3.model import Eagle3Config, Eagle3Draft
+from draftsmith.drafts.eagle3.config import Eagle3Config
+from draftsmith.drafts.eagle3.model import Eagle3Draft
 from draftsmith.hardware import counting
 from draftsmith.hardware.quantisation import Quantisation
 from draftsmith.hardware.sizes import TargetSize
@@ -240,7 +240,7 @@ def test_draft_parameters_are_those_of_the_draft(target_hidden_size):
         target_hidden_size=target_hidden_size,
     )
     matrices = sum(p.numel() for p in Eagle3Draft(config).parameters() if p.ndim > 1)
-    assert METHODS["eagle3"].size(config).parameters == matrices
+    assert config.parameters == matrices
 
 
 @pytest.mark.parametrize(

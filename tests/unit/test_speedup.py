@@ -13,8 +13,7 @@ from draftsmith.core.errors import RecipeError
 from draftsmith.core.records.evaluation import Acceptance, Tau
 from draftsmith.core.records.machine import DraftTimes, Link, ModelTimes, Probe
 from draftsmith.core.shape import Shape
-from draftsmith.drafts import METHODS
-from draftsmith.drafts.eagle3.model import Eagle3Config
+from draftsmith.drafts.eagle3.config import Eagle3Config
 from draftsmith.hardware.accept_length import (
     Calibrated,
     GeometricProfile,
@@ -67,7 +66,7 @@ def eagle3(hidden: int, wide: int, heads: int, vocabulary: int, taps: tuple[int,
 def minimax(machine: str, correlation: float = 0.0) -> RooflineCosts:
     target = TargetSize.of(target_config("MiniMaxAI/MiniMax-M2.7"))
     draft = eagle3(3072, 6144, 48, 200064, (2, 31, 59), 5e6)
-    return RooflineCosts(preset(machine), target, METHODS["eagle3"].size(draft), correlation)
+    return RooflineCosts(preset(machine), target, draft, correlation)
 
 
 def llama_8b() -> RooflineCosts:
@@ -82,7 +81,7 @@ def llama_8b() -> RooflineCosts:
         vocab_size=128256,
         tie_word_embeddings=False,
     )
-    draft = METHODS["eagle3"].size(eagle3(4096, 14336, 32, 128256, (2, 16, 29), 5e5))
+    draft = eagle3(4096, 14336, 32, 128256, (2, 16, 29), 5e5)
     return RooflineCosts(preset("h100-1"), TargetSize.of(config), draft)
 
 

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +48,7 @@ def exported_taps(directory: Path) -> Taps:
     return tuple(taps)
 
 
-def method_in(report: DraftReport) -> Method[Any, Any] | None:
+def method_in(report: DraftReport) -> Method | None:
     """None of a method that draftsmith does not read."""
     return next((method for method in METHODS.values() if method.title == report.method), None)
 
@@ -95,7 +94,7 @@ def load_draft(
     config = report.draft
     if reading is not None and layers is not None:
         config = config.model_copy(update={"taps": method.taps(report, layers, reading)})
-    draft: Draft = method.build(config).to(dtype)
+    draft = method.build(config).to(dtype)
     names = {name for name, _ in draft.named_parameters()}
     draft.load_state_dict(read_tensors(directory, names))
     return draft.eval(), report.ids_D
@@ -116,11 +115,15 @@ class ReadyDraft:
 
 
 def require_fit(directory: Path, config: DraftConfig, identity: TargetIdentity) -> None:
-    """A `CheckpointError` where a draft was made for a target of another shape."""
+    """A `CheckpointError` where a draft was made for a target of another shape, or of more layers."""
     if config.tap_size != identity.hidden_size or config.vocab_size != identity.vocab_size:
         raise CheckpointError(
             f"{directory}: made for hidden size {config.tap_size} and {config.vocab_size} tokens, but "
             f"{identity.model} has {identity.hidden_size} and {identity.vocab_size}"
+        )
+    if max(config.taps) >= identity.num_layers:
+        raise CheckpointError(
+            f"{directory}: reads layer {max(config.taps)}, but {identity.model} has layers 0..{identity.num_layers - 1}"
         )
 
 
@@ -130,7 +133,6 @@ def ready_draft(target: LocalTarget, directory: Path, reading: Reading | None = 
     draft, ids_D = load_draft(directory, DTYPES[identity.dtype], identity.num_layers, reading)
     config = draft.config
     require_fit(directory, config, identity)
-    target.check_taps(config.taps)
     own = read_tensors(directory, {EMBEDDING}).get(EMBEDDING)
     embedding = target.embedding_rows() if own is None else own
     if embedding.shape[1] != config.hidden_size:

@@ -31,20 +31,20 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
 
     What it changes in place it must make itself: after a compiler failed it is called again.
     """
-    compiled: Any = None
+
+    @cache
+    def compiled() -> Any:
+        _prepare()
+        return torch.compile(function, dynamic=True, backend=BACKEND)
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        nonlocal compiled
         if not compiles(args[0]):
             return function(*args, **kwargs)
-        if compiled is None:
-            _prepare()
-            compiled = torch.compile(function, dynamic=True, backend=BACKEND)
         from torch._dynamo.exc import TorchDynamoException
 
         try:
-            return compiled(*args, **kwargs)
+            return compiled()(*args, **kwargs)
         except TorchDynamoException as error:
             _give_up(error)
             return function(*args, **kwargs)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,9 @@ Reading = Literal["auto", "inputs", "outputs"]
 """How layer ids of a draft that others made are meant: of layer inputs, of layer outputs, or by the key they have."""
 
 
-class DraftConfig(Record):
-    """What every draft has, whatever its method."""
+class DraftConfig(Record, ABC):
+    """What every draft has, whatever its method; what it weighs, and what its steps and its training cost, in bf16 as
+    it is served."""
 
     hidden_size: int
     vocab_size: int
@@ -39,6 +40,42 @@ class DraftConfig(Record):
     @property
     def tap_size(self) -> int:
         return self.target_hidden_size or self.hidden_size
+
+    @property
+    def head(self) -> float:
+        """Parameters of the output head."""
+        return float(self.draft_vocab_size) * self.hidden_size
+
+    @property
+    @abstractmethod
+    def parameters(self) -> float:
+        """Without the few thousand of the norms."""
+
+    @property
+    @abstractmethod
+    def kv_bytes_per_token(self) -> float: ...
+
+    @abstractmethod
+    def forwards(self, shape: Shape) -> list[tuple[int, float]]:
+        """(tokens of each sequence, weights that they pass) of every forward that drafting this shape once takes;
+        engines run the first over all verified tokens, right or wrong."""
+
+    @abstractmethod
+    def optimiser_bytes(self, train: TrainRecipe) -> float:
+        """Its moments, in fp32."""
+
+    @abstractmethod
+    def activation_bytes(self, train: TrainRecipe, gpu: bool) -> float:
+        """The most that one pack holds, its inputs included, above weights, gradients and optimiser; where every token
+        of it is trained on."""
+
+    @abstractmethod
+    def training_flops(self, train: TrainRecipe, steps: float, tokens: float, loss_tokens: float) -> float:
+        """Of its matrix products, forward and backward, and of the teacher's."""
+
+    @abstractmethod
+    def attention_flops(self, train: TrainRecipe, pairs: float) -> float:
+        """Of attention, forward and backward, where queries see `pairs` keys of the target's tokens in all."""
 
 
 class Draft(nn.Module):
@@ -57,61 +94,6 @@ class Draft(nn.Module):
     def logits(self, output: Tensor) -> Tensor:
         """Draft logits [..., D] from an output [..., H] of `Method.guesses`."""
         raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Forward:
-    """One forward of drafting: tokens of each sequence, bytes of weights that it reads, weights per token."""
-
-    tokens: int
-    read_bytes: float
-    parameters: float
-
-
-@dataclass(frozen=True)
-class DraftSize(ABC):
-    """What a draft weighs, and what its steps and its training cost; bf16 as it is served."""
-
-    config: DraftConfig
-
-    @property
-    def head(self) -> float:
-        """Parameters of the output head."""
-        return float(self.config.draft_vocab_size) * self.config.hidden_size
-
-    @property
-    @abstractmethod
-    def parameters(self) -> float:
-        """Without the few thousand of the norms."""
-
-    @property
-    @abstractmethod
-    def kv_bytes_per_token(self) -> float: ...
-
-    @property
-    def bytes(self) -> float:
-        return 2 * self.parameters
-
-    @abstractmethod
-    def forwards(self, shape: Shape) -> list[Forward]:
-        """What drafting this shape once takes; engines run the first over all verified tokens, right or wrong."""
-
-    @abstractmethod
-    def optimiser_bytes(self, train: TrainRecipe) -> float:
-        """Its moments, in fp32."""
-
-    @abstractmethod
-    def activation_bytes(self, train: TrainRecipe, gpu: bool) -> float:
-        """The most that one pack holds, its inputs included, above weights, gradients and optimiser; where every token
-        of it is trained on."""
-
-    @abstractmethod
-    def training_flops(self, train: TrainRecipe, steps: float, tokens: float, loss_tokens: float) -> float:
-        """Of its matrix products, forward and backward, and of the teacher's."""
-
-    @abstractmethod
-    def attention_flops(self, train: TrainRecipe, pairs: float) -> float:
-        """Of attention, forward and backward, where queries see `pairs` keys of the target's tokens in all."""
 
 
 @dataclass
@@ -140,13 +122,9 @@ class DraftReport:
         return [p for p in self.problems if not p.startswith("note:") and not (lenient and p in self.serving)]
 
 
-C = TypeVar("C", bound=DraftConfig)
-D = TypeVar("D", bound=Draft)
-
-
 @dataclass(frozen=True)
-class Method(Generic[C, D]):
-    """What a method's folder offers."""
+class Method:
+    """What a method's folder offers. Its drafts and configurations are classes of its own, which nobody else names."""
 
     name: str
     """In recipes: draft.method."""
@@ -154,24 +132,23 @@ class Method(Generic[C, D]):
     architecture: str
     """The class that engines serve it with."""
 
-    config: Callable[[DraftRecipe, Any, int, int], C]
+    config: Callable[[DraftRecipe, Any, int, int], DraftConfig]
     """(recipe, the target's `transformers` text config, its layers, draft vocabulary) -> the draft's configuration."""
     config_note: Callable[[DraftRecipe, Any], str | None]
     """(recipe, text config) -> one line where the shape is neither the recipe's nor the target's own; else None."""
-    read_config: Callable[[JsonObject], C]
+    read_config: Callable[[JsonObject], DraftConfig]
     """Of a training checkpoint."""
-    size: Callable[[C], DraftSize]
 
-    build: Callable[[C], D]
-    loss: Callable[[D, TrainRecipe], nn.Module]
+    build: Callable[[Any], Draft]
+    loss: Callable[[Any, TrainRecipe], nn.Module]
     """A module: (PackInputs, weight of a scored row at every depth) -> (loss, alpha of each depth's scored rows)."""
-    guesses: Callable[[D, Pack, Tensor, Tensor, int], list[Tensor]]
+    guesses: Callable[[Any, Pack, Tensor, Tensor, int], list[Tensor]]
     """(draft, pack, taps [T, K, H], embeddings [T, H], depths) -> outputs [R, H] of every depth, as serving would
     compute them; row r of depth i guesses token chains[r] + 2 + i."""
-    drafter: Callable[[D, Tensor, Tensor], Drafter]
+    drafter: Callable[[Any, Tensor, Tensor], Drafter]
     """(draft, target ids [D] of its rows, embeddings [V, H]) -> what decoding drives."""
 
-    files: Callable[[D, Tensor, int, JsonObject], tuple[JsonObject, dict[str, Tensor]]]
+    files: Callable[[Any, Tensor, int, JsonObject], tuple[JsonObject, dict[str, Tensor]]]
     """(draft, target ids [D], the target's layers, provenance) -> (config.json, tensors) as every engine loads them."""
     inspect: Callable[[DraftReport], None]
     """Fill in what only a draft of this method has, and name everything wrong with it."""

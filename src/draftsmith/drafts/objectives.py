@@ -42,11 +42,6 @@ class Objective:
     name: str = "soft_ce"
     eta: float = 3.0
 
-    @property
-    def mixes(self) -> bool:
-        """Whether `loss_and_gradient` needs the weights of the KL term, which follow from every row's alpha."""
-        return self.name == "lk_lambda"
-
     def kl_weights(self, alphas: Tensor, depths: Sequence[int]) -> Tensor:
         """[M] from alpha [M], where so many rows are of each depth."""
         means = torch.stack([part.mean() if len(part) else part.new_zeros(()) for part in alphas.split(list(depths))])
@@ -149,7 +144,7 @@ class HeadLoss(torch.autograd.Function):
         chunk = chunk_rows(x.device, len(head))
         chunks = [slice(start, start + chunk) for start in range(0, len(x), chunk)]
         kl_weights: Tensor | None = None
-        if objective.mixes:  # one product more: no row's gradient is known before every row's alpha
+        if objective.name == "lk_lambda":  # one product more: no row's gradient is known before every row's alpha
             for rows in chunks:
                 alphas[rows] = accepted(x[rows] @ head.T, p, teacher_rows[rows])
             kl_weights = objective.kl_weights(alphas, depths)

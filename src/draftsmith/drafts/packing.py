@@ -6,7 +6,7 @@ start - 1 <= s < end - 2, and step i of chain s is scored while s + 2 + i < end.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -38,6 +38,14 @@ class Segment:
     def pairs(self) -> int:
         """Keys of the target's tokens that its chains see, in all."""
         return len(self) * (self.first - self.document) + len(self) * (len(self) + 1) // 2
+
+
+def segment_rows(segments: Iterable[Segment]) -> Iterator[tuple[Segment, slice]]:
+    """Every segment with its rows among the chains of all of them."""
+    offset = 0
+    for segment in segments:
+        yield segment, slice(offset, offset + len(segment))
+        offset += len(segment)
 
 
 @dataclass(frozen=True)
@@ -75,11 +83,8 @@ class Pack:
 
     def step_rows(self, step: int) -> Tensor:
         """Rows (into R) of the chains that are scored at this step."""
-        rows, offset = [], 0
-        for segment in self.segments:
-            rows.append(torch.arange(offset, offset + max(0, len(segment) - step)))
-            offset += len(segment)
-        return torch.cat(rows)
+        every = [rows for _, rows in segment_rows(self.segments)]
+        return torch.cat([torch.arange(rows.start, max(rows.start, rows.stop - step)) for rows in every])
 
     def index(self, device: torch.device) -> PackIndex:
         """Made once for a device, and brought there by one copy that nobody waits for."""
@@ -128,30 +133,30 @@ def trainable(completion: Completion, max_document_tokens: int) -> bool:
     return any(min(end, max_document_tokens) - start >= 2 and start >= 1 for start, end in completion.spans)
 
 
-def epoch_packs(lengths: Sequence[int], pack_tokens: int, seed: int, epoch: int) -> list[list[int]]:
-    """Document indices of every pack of one epoch: a shuffled order, filled greedily; the same for the same seed."""
-    order = list(range(len(lengths)))
-    random.Random(f"{seed}-epoch-{epoch}").shuffle(order)
+def filled(order: Iterable[int], lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Documents in packs of at most so many tokens, greedily in this order; a longer one is a pack by itself."""
     packs: list[list[int]] = []
     room = 0
     for index in order:
         if not packs or lengths[index] > room:
             packs.append([])
-            room = pack_tokens
+            room = most
         packs[-1].append(index)
         room -= lengths[index]
     return packs
+
+
+def epoch_packs(lengths: Sequence[int], pack_tokens: int, seed: int, epoch: int) -> list[list[int]]:
+    """Document indices of every pack of one epoch in a shuffled order; the same for the same seed."""
+    order = list(range(len(lengths)))
+    random.Random(f"{seed}-epoch-{epoch}").shuffle(order)
+    return filled(order, lengths, pack_tokens)
 
 
 def schedule(
     lengths: Sequence[int], pack_tokens: int, seed: int, epochs: int, accumulate: int
 ) -> list[list[list[int]]]:
     """Packs of every optimiser step of a whole training run; a remainder smaller than a step is left out."""
-
-    def packs() -> Iterator[list[int]]:
-        for epoch in range(epochs):
-            yield from epoch_packs(lengths, pack_tokens, seed, epoch)
-
-    everything = list(packs())
-    whole = len(everything) - len(everything) % accumulate if len(everything) >= accumulate else len(everything)
-    return [everything[i : i + accumulate] for i in range(0, whole, accumulate)]
+    packs = [pack for epoch in range(epochs) for pack in epoch_packs(lengths, pack_tokens, seed, epoch)]
+    steps = [packs[i : i + accumulate] for i in range(0, len(packs), accumulate)]
+    return steps[:-1] if len(steps) > 1 and len(steps[-1]) < accumulate else steps

@@ -9,7 +9,15 @@ from draftsmith.core.files import JsonObject
 from draftsmith.drafts.tensors import Shapes
 
 EAGLE3 = "EAGLE-3"
-MEDUSA_HEAD = re.compile(r"(medusa_heads?\.)?\d+\.0\.linear\.weight")
+OTHERS = (  # methods whose names are their own: what config.json says, one of its keys, a tensor's name
+    ("DSpark", "dspark", None, "markov_"),
+    ("DFlash2", "dflash2", None, r"candidate_selector\."),
+    ("DFlash", "dflash", "dflash_config", r"^hidden_norm\.weight$"),
+    ("Medusa", "medusa", "medusa_num_heads", r"^(medusa_heads?\.)?\d+\.0\.linear\.weight$"),
+    ("P-EAGLE", "peagle", "pard_token", "^mask_hidden$"),
+    ("MTP (multi-token prediction)", r"mtp\b|nextn|mtpmodel|mtpforcausal", None, None),
+    ("MLP speculator", "mlp_?speculator", None, None),
+)
 
 
 def architectures(config: JsonObject) -> list[str]:
@@ -21,9 +29,10 @@ def recognise(config: JsonObject, shapes: Shapes) -> str:
     """`EAGLE-3`, or the name of what it is instead; `shapes` by canonical names (`midlayer.` for `layers.0.`)."""
     named = architectures(config)
     said = " ".join([*named, *(str(config.get(key) or "") for key in ("speculators_model_type", "model_type"))]).lower()
-    other = _of_another_family(config, said, shapes)
-    if other:
-        return other
+    for method, words, key, tensor in OTHERS:
+        has_key = key is not None and config.get(key) is not None
+        if re.search(words, said) or has_key or (tensor and any(re.search(tensor, name) for name in shapes)):
+            return method
     fuses = "fc.weight" in shapes
     if any(".kv_a_proj" in name or ".kv_b_proj" in name for name in shapes) and (fuses or "eagle" in said):
         return "EAGLE with latent attention (MLA, as DeepSeek's)"
@@ -36,29 +45,6 @@ def recognise(config: JsonObject, shapes: Shapes) -> str:
     if "embed_tokens.weight" in shapes or any("layers." in name or name.startswith("midlayer.") for name in shapes):
         return f"no draft but a whole model ({', '.join(named) or 'no architecture named'})"
     return "none that draftsmith knows"
-
-
-def _of_another_family(config: JsonObject, said: str, shapes: Shapes) -> str | None:
-    """A method whose names are its own."""
-
-    def holds(part: str) -> bool:
-        return any(part in name for name in shapes)
-
-    if "dspark" in said or holds("markov_"):
-        return "DSpark"
-    if "dflash2" in said or holds("candidate_selector."):
-        return "DFlash2"
-    if "dflash" in said or config.get("dflash_config") or "hidden_norm.weight" in shapes:
-        return "DFlash"
-    if "medusa" in said or "medusa_num_heads" in config or any(MEDUSA_HEAD.fullmatch(name) for name in shapes):
-        return "Medusa"
-    if "peagle" in said or "mask_hidden" in shapes or config.get("pard_token") is not None:
-        return "P-EAGLE"
-    if re.search(r"mtp\b|nextn|mtpmodel|mtpforcausal", said):
-        return "MTP (multi-token prediction)"
-    if re.search(r"mlp_?speculator", said):
-        return "MLP speculator"
-    return None
 
 
 def _reads_one_stream(shapes: Shapes) -> bool:

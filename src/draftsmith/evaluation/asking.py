@@ -4,6 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 from draftsmith.core.progress import Meter
 from draftsmith.core.records.data import Prompt
@@ -41,10 +42,8 @@ def balanced(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
     queues: dict[str, list[Prompt]] = defaultdict(list)
     for prompt in prompts:
         queues[prompt.category].append(prompt)
-    order: list[Prompt] = []
-    while any(queues.values()):
-        order += [queue.pop(0) for queue in queues.values() if queue]
-    return order[:limit]
+    turns = zip_longest(*queues.values())
+    return [prompt for turn in turns for prompt in turn if prompt is not None][:limit]
 
 
 def complete(

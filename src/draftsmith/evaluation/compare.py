@@ -8,7 +8,7 @@ from pathlib import Path
 from draftsmith.core import files
 from draftsmith.core.progress import say
 from draftsmith.core.records.data import EvaluationPrompts
-from draftsmith.core.records.evaluation import Acceptance, ComparedDraft, PairedDifference, PlainReference, Profile
+from draftsmith.core.records.evaluation import Acceptance, ComparedDraft, PairedDifference, PlainReference, Profile, Tau
 from draftsmith.core.tables import table
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.drafts.directories import inspect_draft, load_draft
@@ -126,11 +126,10 @@ def _labels(drafts: Sequence[str]) -> list[str]:
 def plot(drafts: list[ComparedDraft]) -> str:
     """SVG: tau with its interval by category, one row per draft and shape."""
     names, columns = [], sorted({name for draft in drafts for e in draft.acceptance for name in e.by_category})
-    series: dict[str, list[tuple[float, float, float] | None]] = {name: [] for name in ("all", *columns)}
+    series: dict[str, list[Tau | None]] = {name: [] for name in ("all", *columns)}
     for label, draft in zip(_labels([draft.draft for draft in drafts]), drafts, strict=True):
         for entry in draft.acceptance:
             names.append(f"{label} {entry.shape}")
             for name, values in series.items():
-                value = entry.all if name == "all" else entry.by_category.get(name)
-                values.append(value.dot if value else None)
-    return interval_plot("tau, 95 % intervals over prompts", "tau", names, series)
+                values.append(entry.all if name == "all" else entry.by_category.get(name))
+    return interval_plot("tau, 95 % intervals over prompts", names, series)

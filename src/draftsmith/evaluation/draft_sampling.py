@@ -9,9 +9,6 @@ from draftsmith.core.records.evaluation import Acceptance
 from draftsmith.core.shape import DraftSampling, Shape
 from draftsmith.engines.base import Engine, Setup
 
-Way = tuple[DraftSampling, tuple[float, ...]]
-"""(how drafts are taken, temperatures to measure it at)"""
-
 
 def taking(setup: Setup, drafts: DraftSampling) -> Setup:
     """The same with drafts taken in this way."""
@@ -29,17 +26,17 @@ def takings(engine: Engine, setup: Setup, shape: Shape) -> list[DraftSampling]:
     return ["greedy", "sampled"] if able and shape.topk == 1 else ["greedy"]  # no engine samples trees
 
 
-def ways(engine: Engine, setup: Setup, shape: Shape) -> list[Way]:
-    """At every temperature in the first of the ways, above 0 in the others. A server started by others has one."""
+def ways(engine: Engine, setup: Setup, shape: Shape) -> list[DraftSampling]:
+    """How a shape is measured: at every temperature in the first of the ways, above 0 in the others. A server started
+    by others has one."""
     asked, settings = setup.recipe.serve.draft_sampling, setup.recipe.evaluate
-    warm = tuple(t for t in settings.temperatures if t)
-    if not warm or settings.url is not None:
-        return [("sampled" if asked == "sampled" else "greedy", settings.temperatures)]
+    if settings.url is not None or not any(settings.temperatures):
+        return ["sampled" if asked == "sampled" else "greedy"]
     found = takings(engine, setup, shape)
     if asked == "sampled" and "greedy" in found:
         why = engine.greedy_because(shape, setup.draft)
         say(f"evaluate: serve.draft_sampling: sampled given, but {why}; {shape} is measured greedily")
-    return [(drafts, warm if number else settings.temperatures) for number, drafts in enumerate(found)]
+    return found
 
 
 def more_accepted(entries: Sequence[Acceptance], shape: Shape) -> DraftSampling | None:

@@ -126,18 +126,20 @@ class Evaluation:
         alone_known = engine.in_process or (settings.url is not None and settings.plain_url is None)
         plain = None if alone_known else self.once("plain", PlainReference, self._plain)
         for shape in self.shapes:
-            for number, (drafts, temperatures) in enumerate(ways(engine, setup, shape)):
+            for number, drafts in enumerate(ways(engine, setup, shape)):
                 with engine.open(taking(setup, drafts), shape, settings.url) as drafted:
                     asked = self.asked(drafted)
                     questions = asked[""]
-                    for temperature in temperatures:
+                    for temperature in settings.temperatures:
+                        if number and not temperature:  # greedy texts do not depend on how drafts are taken
+                            continue
                         if temperature and not self.draws(drafted, questions, temperature):
                             left_out.add(temperature)
                             continue
                         for name in asked:
                             entry = self._acceptance(drafted, name, asked[name], shape, temperature, drafts)
                             found[name].append(entry)
-                    if number:  # greedy texts do not depend on how drafts are taken
+                    if number:
                         continue
                     speed += self._speeds(drafted.one, questions, shape, plain)
                     if plain is not None:
@@ -151,8 +153,7 @@ class Evaluation:
             if hottest := max(settings.temperatures):
                 measure = partial(self.profile, questions, hottest)
                 sampled_profile = self.once(f"profile-T{hottest:g}", Profile, measure)
-            proofs = list(filter(None, [self.once("lossless", Lossless, self._proof)]))
-        lossless = together(proofs)
+        lossless = self.once("lossless", Lossless, self._proof) if engine.in_process else together(proofs)
         say(str(lossless_verdict(lossless)))
         results = Results(
             created_with=created_with,
@@ -347,19 +348,17 @@ class Evaluation:
 
     def _proof(self) -> Lossless | None:
         """In this process: all shapes in fp32, against plain decoding of all prompts as one batch."""
-        with exact(self.setup) as setup:
-            return None if setup is None else self._proof_in(setup)
-
-    def _proof_in(self, setup: Setup) -> Lossless | None:
         proofs = []
-        with self.engine.open(setup, None) as alone:
-            questions = self.questions(alone)
-            chosen = questions[: self.settings.lossless_prompts]
-            length = self.settings.lossless_tokens
-            outputs = [a.ids for a in complete(alone, chosen, "lossless, plain", Sampling(), length, None)]
-            for shape in self.shapes:
-                with self.engine.open(setup, shape) as drafted:
-                    proofs.append(self._identity(drafted, questions, shape, outputs, alone))
+        with exact(self.setup) as setup:
+            if setup is None:
+                return None
+            with self.engine.open(setup, None) as alone:
+                questions = self.questions(alone)
+                chosen, length = questions[: self.settings.lossless_prompts], self.settings.lossless_tokens
+                outputs = [a.ids for a in complete(alone, chosen, "lossless, plain", Sampling(), length, None)]
+                for shape in self.shapes:
+                    with self.engine.open(setup, shape) as drafted:
+                        proofs.append(self._identity(drafted, questions, shape, outputs, alone))
         return together(proofs)
 
     # --- speed ----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from draftsmith.core.records.evaluation import Tau
 from draftsmith.core.secrets import line
 
 Points = tuple[Sequence[float], Sequence[float]]
@@ -106,15 +107,14 @@ def line_plot(
     return _svg(_counted(title, len(series)), 2.9, draw)
 
 
-def interval_plot(
-    title: str, x_label: str, rows: Sequence[str], series: Mapping[str, Sequence[tuple[float, float, float] | None]]
-) -> Markup:
-    """One line of dots per row, one colour per entry of `series`; a dot is (value, low, high)."""
+def interval_plot(title: str, rows: Sequence[str], series: Mapping[str, Sequence[Tau | None]]) -> Markup:
+    """One line of taus with their intervals per row, one colour per entry of `series`."""
     slot, title, rows = 0.64 / max(1, len(series)), _counted(title, len(rows)), rows[:MOST]
 
     def draw(axes: Axes) -> None:
         for number, (name, values) in enumerate(series.items()):
-            dots = [(row, *value) for row, value in enumerate(values[:MOST]) if value is not None]
+            shown = [tau.dot if tau else None for tau in values[:MOST]]
+            dots = [(row, *dot) for row, dot in enumerate(shown) if dot is not None]
             if not dots:
                 continue
             y = [row + (number + 0.5) * slot - 0.32 for row, *_ in dots]
@@ -122,6 +122,6 @@ def interval_plot(
             axes.errorbar([v for _, v, _, _ in dots], y, xerr=error, fmt="o", capsize=3, label=_plain(name))
         axes.set_yticks(range(len(rows)), [_plain(row) for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlabel(_plain(x_label))
+        axes.set_xlabel("tau")
 
     return _svg(title, 1.3 + len(rows) * max(0.3, 0.17 * len(series)), draw)

@@ -21,7 +21,7 @@ from draftsmith.decoding.sampling import Sampling, probabilities
 from draftsmith.decoding.stopping import loop_onset
 from draftsmith.drafts import METHODS
 from draftsmith.drafts.directories import ReadyDraft
-from draftsmith.drafts.packing import Pack, make_pack
+from draftsmith.drafts.packing import Pack, make_pack, segment_rows
 from draftsmith.targets.local import LocalTarget
 
 DEPTH, RANKS = 7, 9  # one digit per rank
@@ -55,11 +55,9 @@ def walks_of(
             pack = make_pack(rows)
             meter.advance(len(rows), sum(len(new) for _, new in chosen))
             ranked, likely = _digits(target, ready, pack, sampling) if pack.segments else ([], [])
-            first = 0
-            for segment in pack.segments:
-                ranks.append(ranked[first : first + len(segment)])
-                chances.append(likely[first : first + len(segment)])
-                first += len(segment)
+            for _, chains in segment_rows(pack.segments):
+                ranks.append(ranked[chains])
+                chances.append(likely[chains])
     return ranks, [] if sampling.greedy else chances
 
 
@@ -126,10 +124,8 @@ def accept_profile(
 ) -> Profile | None:
     """None where no answer is long enough to draft for. Text after the onset of a loop is left out."""
     answers = dict(target.generate(list(prompts), sampling, max_new_tokens, stop, seed, stop_loops=True))
-    texts = []
-    for index, prompt in enumerate(prompts):
-        ids = answers[index].ids
-        texts.append((prompt, ids[: loop_onset(ids)]))
+    written = [answers[index].ids for index in range(len(prompts))]
+    texts = [(prompt, ids[: loop_onset(ids)]) for prompt, ids in zip(prompts, written, strict=True)]
     walks, chances = walks_of(target, ready, texts, sampling)
     if not walks:
         return None

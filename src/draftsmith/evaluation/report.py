@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
@@ -18,7 +18,6 @@ from draftsmith.core.history import recipe_that_ran, results_of
 from draftsmith.core.progress import short_duration
 from draftsmith.core.recipe import EngineName
 from draftsmith.core.recipe_file import dump_recipe, load_recipe
-from draftsmith.core.records.base import Record
 from draftsmith.core.records.data import CompletionsSummary, Coverage, PromptsSummary, Timing
 from draftsmith.core.records.evaluation import Acceptance, Speed
 from draftsmith.core.records.run import Manifest, Provenance
@@ -29,11 +28,12 @@ from draftsmith.drafts import METHODS
 from draftsmith.engines import ENGINES
 from draftsmith.evaluation.lossless import LosslessVerdict, lossless_verdict
 from draftsmith.evaluation.report_sections import (
-    Answer,
     Course,
+    as_text,
     categories_of,
     depth_plot,
     loss_mask,
+    nearest_to_readable,
     sample_completions,
     setting,
     size_label,
@@ -43,11 +43,6 @@ from draftsmith.evaluation.report_sections import (
 )
 
 ANSWERS = 20
-R = TypeVar("R", bound=Record)
-
-
-def _rows(kind: type[R], path: Path) -> list[R]:
-    return list(kind.read_rows(path)) if path.exists() else []
 
 
 class Findings:
@@ -62,8 +57,10 @@ class Findings:
         self.completions = CompletionsSummary.found(run.completions / run_files.SUMMARY)
         self.timing = Timing.found(run.completions / run_files.TIMING)
         self.coverage = Coverage.found(run.coverage)
-        self.metrics = _rows(MetricsRow, run.train / run_files.METRICS)
-        self.step_timing = _rows(StepTiming, run.train / run_files.STEP_TIMING)
+        metrics, timing = run.train / run_files.METRICS, run.train / run_files.STEP_TIMING
+        self.metrics = list(MetricsRow.read_rows(metrics)) if metrics.exists() else []
+        self.step_timing = list(StepTiming.read_rows(timing)) if timing.exists() else []
+        self.course = Course(self.metrics, self.step_timing)
         self.training = TrainingSummary.found(run.train / run_files.SUMMARY)
         self.results = found.pop("embedded", None)
         self.elsewhere = list(found.values())  # what other engines measured
@@ -94,10 +91,6 @@ class Findings:
         parts = [f"cpu {hardware.cpu}", f"cores {hardware.cores}"]
         parts += [f"gpus {', '.join(hardware.gpus)}"] if hardware.gpus else []
         return ", ".join([*parts, *([f"threads {threads}"] if threads else [])])
-
-    @property
-    def course(self) -> Course:
-        return Course(self.metrics, self.step_timing)
 
     @cached_property
     def fastest(self) -> Speed | None:
@@ -198,40 +191,32 @@ def next_steps(run: Findings, serve: Mapping[EngineName, str]) -> list[tuple[str
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
-def environment() -> Environment:
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters.update(number=number, share=share, plain=plain, duration=short_duration, setting=setting)
-    page.filters.update(size_label=size_label)
-    return page
-
-
 def write_report(files_of_run: RunFiles, tokenizer: Any, serve: Mapping[EngineName, str]) -> Path:
     """Write report.html; sections whose stage has not run say so. `serve`: see `next_steps`."""
     run = Findings(files_of_run)
     rows = sample_completions(read_completions(run.files.completions), ANSWERS, run.recipe.seed if run.recipe else 0)
-    page = environment().from_string((files("draftsmith.evaluation") / "report.html").read_text("utf-8"))
+    masked = nearest_to_readable(rows)
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page.filters.update(number=number, share=share, plain=plain, duration=short_duration, setting=setting)
+    page.filters.update(size_label=size_label)
+    template = page.from_string((files("draftsmith.evaluation") / "report.html").read_text("utf-8"))
     entries = run.results.acceptance if run.results else []
-    everywhere = run.results.entries if run.results else []
-    held_out = [row for row in run.metrics if row.held_out]
-    text = page.render(
+    text = template.render(
         run=run,
         name=run.recipe.name if run.recipe else run.files.root.name,
         recipe_rows=recipe_rows(run),
         recipe_text=dump_recipe(run.recipe) if run.recipe else "",
         vocabulary_plot=vocabulary_plot(run.coverage) if run.coverage else None,
-        mask=loss_mask(rows, tokenizer, run.files.vocabulary),
-        answers=[Answer.of(row, tokenizer) for row in rows],
-        course=run.course,
-        trained_tokens=sum(row.tokens for row in run.step_timing),
-        trained_seconds=sum(row.seconds for row in run.step_timing),
-        last=held_out[-1] if held_out else None,
+        masked=masked,
+        mask=loss_mask(masked, tokenizer, run.files.vocabulary) if masked else [],
+        answers=[(row, *as_text(row, tokenizer)) for row in rows],
         entries=entries,
         categories=categories_of(entries),
         depth=max((len(entry.acceptance_by_depth) for entry in entries), default=0),
-        everywhere=everywhere,
-        contexts=sorted({edge for _, entry in everywhere for edge in entry.by_context}),
+        contexts=sorted({edge for _, e in run.results.entries for edge in e.by_context}) if run.results else [],
         evaluation_plots=[tau_plot(entries), depth_plot(entries)] if entries else [],
-        pairs=trees_and_chains(run.results) if run.results else [],
+        pairs=trees_and_chains(entries),
+        speedups={entry.shape: entry.speedup for entry in run.results.speed} if run.results else {},
         engine_categories=categories_of(e for results in run.elsewhere for e in results.acceptance),
         verdict_of=lossless_verdict,
         next_steps=next_steps(run, serve),

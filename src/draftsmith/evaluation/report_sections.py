@@ -14,7 +14,7 @@ from typing import Any
 from markupsafe import Markup
 
 from draftsmith.core.records.data import Completion, Coverage
-from draftsmith.core.records.evaluation import Acceptance, Results, Tau
+from draftsmith.core.records.evaluation import Acceptance
 from draftsmith.core.records.training import MetricsRow, StepTiming
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.evaluation.plots import interval_plot, line_plot
@@ -64,25 +64,12 @@ def sample_completions(rows: Iterable[Completion], count: int, seed: int) -> lis
     return [row for turn in turns for row in turn if row is not None][:count]
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A completion as text."""
-
-    row: Completion
-    prompt: str
-    answer: str
-
-    @classmethod
-    def of(cls, row: Completion, tokenizer: Any) -> "Answer":
-        start = row.spans[0][0]
-        prompt = tokenizer.decode(row.ids[:start])
-        shown = ("…" if len(prompt) > PROMPT_END_CHARACTERS else "") + prompt[-PROMPT_END_CHARACTERS:]
-        return cls(row, shown, tokenizer.decode(row.ids[start:]))
-
-    @property
-    def sampling(self) -> str:
-        temperature = self.row.sampling[0]
-        return "greedy" if temperature == 0 else f"T={temperature:g}"
+def as_text(row: Completion, tokenizer: Any) -> tuple[str, str]:
+    """(end of the prompt, answer) of a completion."""
+    start = row.spans[0][0]
+    prompt = tokenizer.decode(row.ids[:start])
+    shown = ("…" if len(prompt) > PROMPT_END_CHARACTERS else "") + prompt[-PROMPT_END_CHARACTERS:]
+    return shown, tokenizer.decode(row.ids[start:])
 
 
 def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
@@ -101,36 +88,20 @@ def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
     return texts
 
 
-@dataclass(frozen=True)
-class MaskedToken:
-    id: int
-    text: str
-    loss: bool
-    outside: bool
+def nearest_to_readable(rows: Sequence[Completion]) -> Completion | None:
+    return min(rows, key=lambda row: abs(len(row.ids) - MASK_TOKENS // 2), default=None)
 
 
-@dataclass(frozen=True)
-class Mask:
-    """A conversation token by token; `cut`: tokens that are not shown."""
-
-    row: Completion
-    tokens: list[MaskedToken]
-    cut: int
-    has_vocabulary: bool
-
-
-def loss_mask(rows: Sequence[Completion], tokenizer: Any, vocabulary_file: Path) -> Mask | None:
-    """The conversation nearest to a readable length."""
-    if not rows:
-        return None
-    row = min(rows, key=lambda r: abs(len(r.ids) - MASK_TOKENS // 2))
+def loss_mask(row: Completion, tokenizer: Any, vocabulary_file: Path) -> list[tuple[int, str, str]]:
+    """(id, text, how the page shows it) of a conversation's first tokens."""
     ids = row.ids[:MASK_TOKENS]
     known = DraftVocabulary.load(vocabulary_file).t2d.tolist() if vocabulary_file.exists() else None
     tokens = []
     for position, (token, text) in enumerate(zip(ids, token_texts(ids, tokenizer), strict=True)):
         loss = any(start <= position < end for start, end in row.spans)
-        tokens.append(MaskedToken(token, text, loss, known is not None and not known[token]))
-    return Mask(row, tokens, len(row.ids) - len(ids), known is not None)
+        outside = known is not None and not known[token]
+        tokens.append((token, text, ("loss" if loss else "prompt") + (" outside" if outside else "")))
+    return tokens
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -194,12 +165,9 @@ def categories_of(entries: Iterable[Acceptance]) -> list[str]:
 
 
 def tau_plot(entries: Sequence[Acceptance]) -> Markup:
-    def dot(value: Tau | None) -> tuple[float, float, float] | None:
-        return value.dot if value else None
-
     categories = categories_of(entries)
-    series = {setting(e): [e.all.dot, *(dot(e.by_category.get(name)) for name in categories)] for e in entries}
-    return interval_plot("tau by category, 95 % intervals over prompts", "tau", ["all", *categories], series)
+    series = {setting(e): [e.all, *(e.by_category.get(name) for name in categories)] for e in entries}
+    return interval_plot("tau by category, 95 % intervals over prompts", ["all", *categories], series)
 
 
 def depth_plot(entries: Sequence[Acceptance]) -> Markup:
@@ -216,25 +184,8 @@ def depth_plot(entries: Sequence[Acceptance]) -> Markup:
     )
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A tree beside the chain of as many steps, at the same temperature and with drafts taken alike, with their greedy
-    speed-ups."""
-
-    chain: Acceptance
-    tree: Acceptance
-    chain_speedup: float | None
-    tree_speedup: float | None
-
-    @property
-    def gain(self) -> float | None:
-        tree, chain = self.tree.all.tau, self.chain.all.tau
-        return None if tree is None or chain is None else tree - chain
-
-
-def trees_and_chains(results: Results) -> list[Pair]:
-    speedups = {entry.shape: entry.speedup for entry in results.speed}
-    chains = {(e.shape.steps, e.how): e for e in results.acceptance if e.shape.topk == 1}
-    trees = [e for e in results.acceptance if e.shape.topk > 1 and (e.shape.steps, e.how) in chains]
-    beside = [(chains[tree.shape.steps, tree.how], tree) for tree in trees]
-    return [Pair(chain, tree, speedups.get(chain.shape), speedups.get(tree.shape)) for chain, tree in beside]
+def trees_and_chains(entries: Sequence[Acceptance]) -> list[tuple[Acceptance, Acceptance]]:
+    """(chain, tree) of as many steps, at the same temperature and with drafts taken alike."""
+    chains = {(e.shape.steps, e.how): e for e in entries if e.shape.topk == 1}
+    trees = [e for e in entries if e.shape.topk > 1 and (e.shape.steps, e.how) in chains]
+    return [(chains[tree.shape.steps, tree.how], tree) for tree in trees]

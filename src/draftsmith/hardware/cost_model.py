@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from draftsmith.core.records.machine import ModelTimes, Prediction, Probe
 from draftsmith.core.shape import Shape
-from draftsmith.drafts.method import DraftSize
+from draftsmith.drafts.method import DraftConfig
 from draftsmith.hardware.presets import Machine
 from draftsmith.hardware.sizes import TargetSize
 
@@ -107,7 +107,7 @@ class RooflineCosts:
 
     machine: Machine
     target: TargetSize
-    draft: DraftSize
+    draft: DraftConfig
     correlation: float = 0.0
 
     @property
@@ -146,12 +146,12 @@ class RooflineCosts:
         draft = self.draft
         cache = batch * context * draft.kv_bytes_per_token
 
-        def forward(tokens: float, read_bytes: float, parameters: float) -> float:
-            collectives = (DRAFT_ALL_REDUCES + DRAFT_ALL_GATHERS) * self.all_reduce_s(tokens, draft.config.hidden_size)
+        def forward(tokens: int, parameters: float) -> float:
+            collectives = (DRAFT_ALL_REDUCES + DRAFT_ALL_GATHERS) * self.all_reduce_s(tokens, draft.hidden_size)
             launches = DRAFT_LAUNCHES * self.machine.launch_s
-            return self._seconds(read_bytes + cache, 2 * parameters * tokens) + launches + collectives
+            return self._seconds(2 * parameters + cache, 2 * parameters * tokens) + launches + collectives
 
-        return sum(forward(f.tokens * batch, f.read_bytes, f.parameters) for f in draft.forwards(shape))
+        return sum(forward(tokens * batch, parameters) for tokens, parameters in draft.forwards(shape))
 
     def overhead_s(self, shape: Shape | None) -> float:
         if shape is None:

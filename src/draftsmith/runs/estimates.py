@@ -28,14 +28,13 @@ def draft_of(run: Run) -> DraftConfig:
     """The draft that the recipe describes."""
     text, method = run.target_config.get_text_config(), METHODS[run.recipe.draft.method]
     rows = min(run.recipe.vocab.size, text.vocab_size)
-    config: DraftConfig = method.config(run.recipe.draft, text, text.num_hidden_layers, rows)
-    return config
+    return method.config(run.recipe.draft, text, text.num_hidden_layers, rows)
 
 
 def roofline(run: Run, machine: Machine, correlation: float = 0.0, draft: DraftConfig | None = None) -> RooflineCosts:
     """`draft`: another one than the recipe's."""
     target = TargetSize.of(run.target_config, run.recipe.target.dtype)
-    return RooflineCosts(machine, target, METHODS[run.recipe.draft.method].size(draft or draft_of(run)), correlation)
+    return RooflineCosts(machine, target, draft or draft_of(run), correlation)
 
 
 def probed(run: Run) -> Path | None:

@@ -96,7 +96,7 @@ def planned(recipe: Recipe, facts: Facts, machine: Machine) -> Plan:
     method = METHODS[recipe.draft.method]
     draft = method.config(recipe.draft, facts.text, facts.text.num_hidden_layers, recipe.vocab.size)
     target = TargetSize.of(facts.config, recipe.target.dtype)
-    return plan(Sizes(recipe, machine, target, draft), RooflineCosts(machine, target, method.size(draft)))
+    return plan(Sizes(recipe, machine, target, draft), RooflineCosts(machine, target, draft))
 
 
 def _values(facts: Facts, data: Path | None, gpu: bool, revision: str | None, trusted: bool) -> JsonObject:

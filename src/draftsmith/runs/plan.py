@@ -21,8 +21,7 @@ from draftsmith.core.sources import Source
 from draftsmith.core.tables import table
 from draftsmith.data.prompts import Tally, prompts_of
 from draftsmith.data.sources import hub_source
-from draftsmith.drafts import METHODS
-from draftsmith.drafts.method import DraftConfig, DraftSize
+from draftsmith.drafts.method import DraftConfig
 from draftsmith.hardware.cost_model import Costs
 from draftsmith.hardware.presets import Machine
 from draftsmith.hardware.quantisation import BYTES
@@ -93,7 +92,7 @@ class Sizes:
     recipe: Recipe
     machine: Machine
     target: TargetSize
-    config: DraftConfig
+    draft: DraftConfig
     trainer_gpus: int | None = None
     completion_tokens: float | None = None
 
@@ -106,7 +105,6 @@ class Sizes:
         self.gpu = self.machine.gpus > 1 or self.machine.flops_s > GPU_FLOPS_S
         self.decodes_here = not self.served and recipe.regenerate.engine in ("auto", "embedded")
         self.replicas = max(1, len(recipe.server.urls)) if self.served else 1
-        self.draft: DraftSize = METHODS[recipe.draft.method].size(self.config)
         self._texts()
         self._decoding()
         self._training()
@@ -141,7 +139,7 @@ class Sizes:
         self.length = self.prompt + TEMPLATE_TOKENS + self.answer / 2
         self.cache = self.batch * target.cache_bytes(self.length)
         if self.decodes_here:  # engines page it; here every row is as long as the longest text of a batch can be
-            columns = min(settings.max_prompt_tokens + settings.max_new_tokens, self.config.max_position_embeddings)
+            columns = min(settings.max_prompt_tokens + settings.max_new_tokens, self.draft.max_position_embeddings)
             self.cache = self.batch * columns * target.kv_bytes_per_token
         # the proof: the target in fp32, on a card in place of the one that is served, with its cache and the draft
         length = self.prompt + TEMPLATE_TOKENS + recipe.evaluate.lossless_tokens
@@ -159,7 +157,7 @@ class Sizes:
         self.steps = min(steps, train.max_steps or steps)
         self.trained = self.steps * step_tokens
         # hidden states: of one token, of all, and of the packs that wait beside the one that is trained on
-        taps, width = len(self.config.taps), self.config.hidden_size
+        taps, width = len(self.draft.taps), self.draft.hidden_size
         self.token_bytes = hidden_state_bytes(1, taps, width, self.recipe.target.dtype)
         self.states = self.epoch * self.token_bytes
         self.packs_ahead = self.recipe.server.packs_ahead if self.served else int(self.gpu)
@@ -201,7 +199,7 @@ def _put_data(out: Plan, s: Sizes) -> None:
     out.put("data", "document tokens", s.epoch, f"{s.epoch:,.0f}, prompts included")
     out.put("data", "training steps", s.steps, f"{s.steps:,.0f}")
     out.put("data", "tokens trained on", s.trained, f"{s.trained:,.0f}, {s.trained / s.epoch:.2g} epochs")
-    taps = f"{size(s.token_bytes)} ({len(s.config.taps)} taps and the last)"
+    taps = f"{size(s.token_bytes)} ({len(s.draft.taps)} taps and the last)"
     out.put("hidden states", "bytes per token", s.token_bytes, taps)
     out.put("hidden states", "all of them", s.states, f"{size(s.states)} on disk with train.capture: offline")
     out.put("hidden states", "in flight", s.ahead, f"{size(s.ahead)} per trainer, online, packs ahead: {s.packs_ahead}")

@@ -209,12 +209,6 @@ class LocalTarget(ModelParts):
         tapped = torch.stack([self._tap_outputs.pop(t) for t in taps], dim=2) if taps else last[:, :, None, :0]
         return tapped, last
 
-    def check_taps(self, taps: Sequence[int]) -> None:
-        layers = self.identity.num_layers
-        wrong = [t for t in taps if not 0 <= t < layers]
-        if wrong:
-            raise TargetError(f"draft.taps: {wrong[0]} given; {self.identity.model} has layers 0..{layers - 1}")
-
     def logits(self, hidden: Tensor) -> Tensor:
         """The target's own head over its own last hidden state."""
         logits = self.head(hidden)

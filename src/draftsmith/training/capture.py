@@ -5,10 +5,10 @@ import itertools
 import shutil
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from draftsmith.core.errors import DataError
 from draftsmith.core.files import read_json, save_tensors, write_json
 from draftsmith.core.progress import Meter, say
-from draftsmith.drafts.packing import to_device
+from draftsmith.drafts.packing import Pack, filled, to_device
 from draftsmith.targets.base import Capture, Target
 from draftsmith.training.processes import ProcessGroup
 
@@ -28,8 +28,7 @@ def hidden_state_bytes(tokens: int, taps: int, hidden_size: int, dtype: str) -> 
     return tokens * (taps + 1) * hidden_size * (4 if dtype == "fp32" else 2)
 
 
-class CaptureSource(Protocol):
-    def __call__(self, names: list[str], documents: list[list[int]]) -> Capture: ...
+CaptureSource = Callable[[Pack], Capture]
 
 
 class OnlineCapture:
@@ -39,9 +38,9 @@ class OnlineCapture:
         self.target, self.taps = target, tuple(taps)
         self._turn: Any = contextlib.nullcontext() if target.independent else threading.Lock()
 
-    def __call__(self, names: list[str], documents: list[list[int]]) -> Capture:
+    def __call__(self, pack: Pack) -> Capture:
         with self._turn:
-            states = self.target.capture(documents, self.taps)
+            states = self.target.capture(pack.documents, self.taps)
         # Made under inference mode, and autograd saves only ordinary tensors.
         return Capture(states.taps_TKH.clone(), states.last_TH.clone())
 
@@ -55,38 +54,32 @@ class PrefetchedCapture:
     kernels nor its process wait.
     """
 
-    def __init__(
-        self,
-        source: CaptureSource,
-        packs: Iterator[tuple[list[str], list[list[int]]]],
-        ahead: int,
-        device: torch.device,
-    ):
+    def __init__(self, source: CaptureSource, packs: Iterator[Pack], ahead: int, device: torch.device):
         self.source, self.packs, self.device = source, packs, device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(device))  # the target's weights may be on their way
         self.fetchers = ThreadPoolExecutor(ahead, thread_name_prefix="capture")
-        self.coming: deque[tuple[list[str], Future[tuple[Capture, Any]]]] = deque()
+        self.coming: deque[tuple[Pack, Future[tuple[Capture, Any]]]] = deque()
         for _ in range(ahead):
             self._ask_for_next()
 
     def _ask_for_next(self) -> None:
-        for names, documents in itertools.islice(self.packs, 1):
-            self.coming.append((names, self.fetchers.submit(self._fetch, names, documents)))
+        for pack in itertools.islice(self.packs, 1):
+            self.coming.append((pack, self.fetchers.submit(self._fetch, pack)))
 
-    def _fetch(self, names: list[str], documents: list[list[int]]) -> tuple[Capture, Any]:
+    def _fetch(self, pack: Pack) -> tuple[Capture, Any]:
         """The states, and what has to be over on the GPU before they are there."""
         if self.stream is None:
-            return self.source(names, documents), None
+            return self.source(pack), None
         with torch.cuda.stream(self.stream):
-            states = self.source(names, documents)
+            states = self.source(pack)
             there = (to_device(x, self.device) for x in (states.taps_TKH, states.last_TH))
             return Capture(*there), self.stream.record_event()
 
-    def __call__(self, names: list[str], documents: list[list[int]]) -> Capture:
-        if not self.coming or self.coming[0][0] != names:
-            states, done = self._fetch(names, documents)
+    def __call__(self, pack: Pack) -> Capture:
+        if not self.coming or self.coming[0][0].names != pack.names:
+            states, done = self._fetch(pack)
         else:
             states, done = self.coming.popleft()[1].result()
             self._ask_for_next()
@@ -121,22 +114,18 @@ class OfflineCapture:
                 f"train.capture: offline needs {size / 1e9:.1f} GB, {directory} has {free / 1e9:.1f}; use online"
             )
         self.place: dict[str, tuple[Path, int, int]] = {}
-        shards: list[list[str]] = [[]]
-        room = SHARD_TOKENS
-        for name, ids in documents.items():
-            if len(ids) > room and shards[-1]:
-                shards.append([])
-                room = SHARD_TOKENS
-            shards[-1].append(name)
-            room -= len(ids)
+        every, lengths = list(documents), [len(ids) for ids in documents.values()]
+        shards = filled(range(len(every)), lengths, SHARD_TOKENS)
         with Meter("capture", len(shards), "shards") as meter:
-            for number, names in enumerate(shards):
+            for number, shard in enumerate(shards):
+                names = [every[i] for i in shard]
                 path = directory / f"{number:05d}.safetensors"
-                mine = number % processes.size == processes.rank
-                if mine and not self._holds(path, names):
+                index = path.with_suffix(".json")
+                whole = path.exists() and index.exists() and read_json(index) == names
+                if number % processes.size == processes.rank and not whole:
                     states = target.capture([documents[name] for name in names], tuple(taps))
                     save_tensors(path, {"taps": states.taps_TKH.cpu(), "last": states.last_TH.cpu()})
-                    write_json(path.with_suffix(".json"), names)
+                    write_json(index, names)
                 start = 0
                 for name in names:
                     self.place[name] = (path, start, len(documents[name]))
@@ -146,16 +135,10 @@ class OfflineCapture:
                     processes.meet()
         processes.meet()
 
-    @staticmethod
-    def _holds(path: Path, names: list[str]) -> bool:
-        index = path.with_suffix(".json")
-        return path.exists() and index.exists() and read_json(index) == names
-
-    def __call__(self, names: list[str], documents: list[list[int]]) -> Capture:
+    def __call__(self, pack: Pack) -> Capture:
         taps, last = [], []
-        for name, ids in zip(names, documents, strict=True):
+        for name in pack.names:
             path, start, length = self.place[name]
-            assert length == len(ids)
             with safe_open(path, "pt") as file:
                 taps.append(file.get_slice("taps")[start : start + length])
                 last.append(file.get_slice("last")[start : start + length])

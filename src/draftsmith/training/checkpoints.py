@@ -13,8 +13,9 @@ after initialisation (orders follow from seed and epoch), so the step is also th
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -32,7 +33,9 @@ from draftsmith.core.errors import CheckpointError, DataError
 from draftsmith.core.files import replace, save_tensors
 from draftsmith.core.records.training import TrainingState
 
-BEST, OLD_BEST = "best", ".old-best"
+T = TypeVar("T")
+BEST = "best"
+WEIGHTS, MOMENTS = "draft.safetensors", "optimizer.safetensors"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 """Of sharded tensors the whole ones: every rank asks, rank 0 is given them."""
 EVERYWHERE = StateDictOptions(full_state_dict=True)
@@ -49,13 +52,19 @@ def whole_weights(draft: nn.Module, everywhere: bool = False) -> dict[str, Tenso
     return weights
 
 
-def discard(path: Path) -> None:
-    """One rename takes it away whole; what a kill leaves after that is nobody's checkpoint."""
-    if path.exists():
-        aside = path.with_name(f".old-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(path, aside)
-        shutil.rmtree(aside)
+def _put(directory: Path, name: str, tensors: dict[str, dict[str, Tensor]], state: TrainingState) -> None:
+    """Write beside its place and rename; what stood there is set aside until then."""
+    partial, aside = directory / f".partial-{name}", directory / f".old-{name}"
+    for path in (partial, aside):
+        shutil.rmtree(path, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for file, named in tensors.items():
+        save_tensors(partial / file, named)
+    state.save(partial / "state.json")
+    if (directory / name).exists():
+        os.replace(directory / name, aside)
+    replace(partial, directory / name)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def save_checkpoint(
@@ -65,89 +74,68 @@ def save_checkpoint(
     state: TrainingState,
     keep: int,
     main: bool = True,
-) -> Path:
-    """Every rank calls it, as sharded tensors are gathered; `main` alone writes. The number leaves no trace."""
+) -> None:
+    """Every rank calls it, as sharded tensors are gathered; `main` alone writes."""
     weights = whole_weights(draft)
     moments: Any = get_optimizer_state_dict(draft, optimizers, options=WHOLE).get("state")
-    path = directory / f"checkpoint-{state.step:06d}"
     if not main:
-        return path
-    partial = directory / f".partial-{state.step:06d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_tensors(partial / "draft.safetensors", weights)
+        return
     flat = {f"{name}/{key}": value for name, values in moments.items() for key, value in values.items()}
-    save_tensors(partial / "optimizer.safetensors", flat)
-    state.save(partial / "state.json")
-    discard(path)
-    replace(partial, path)
-    for old in checkpoint_paths(directory)[:-keep]:
-        discard(old)
-    return path
+    _put(directory, f"checkpoint-{state.step:06d}", {WEIGHTS: weights, MOMENTS: flat}, state)
+    tidy(directory, keep)
 
 
 def save_best(directory: Path, weights: dict[str, Tensor], state: TrainingState) -> None:
     """Put these weights in the place of the best ones before. Drafts pass their peak while the loss still falls, so the
     newest checkpoint is not the one to export."""
     restore_best(directory)
-    partial, aside = directory / ".partial-best", directory / OLD_BEST
-    for path in (partial, aside):
-        shutil.rmtree(path, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_tensors(partial / "draft.safetensors", weights)
-    state.save(partial / "state.json")
-    if (directory / BEST).exists():
-        os.replace(directory / BEST, aside)
-    replace(partial, directory / BEST)
-    shutil.rmtree(aside, ignore_errors=True)
+    _put(directory, BEST, {WEIGHTS: weights}, state)
 
 
 def restore_best(directory: Path) -> None:
-    """Where a kill came between the two renames of `save_best`, the best weights are the ones set aside."""
-    if (directory / OLD_BEST).exists() and not (directory / BEST).exists():
-        os.replace(directory / OLD_BEST, directory / BEST)
+    """Where a kill came between the two renames of `_put`, the best weights are the ones set aside."""
+    aside = directory / f".old-{BEST}"
+    if aside.exists() and not (directory / BEST).exists():
+        os.replace(aside, directory / BEST)
 
 
 def tidy(directory: Path, keep: int) -> None:
-    """After a kill: the best weights in their place, and nothing left of what was being written or deleted."""
+    """The best weights in their place, the newest checkpoints alone, and nothing left of what a kill cut short."""
     restore_best(directory)
-    for old in checkpoint_paths(directory)[:-keep]:
-        discard(old)
     for leftover in (*directory.glob(".old-*"), *directory.glob(".partial-*")):
         shutil.rmtree(leftover)
+    for old in checkpoint_paths(directory)[:-keep]:
+        aside = old.with_name(f".old-{old.name}")
+        os.replace(old, aside)  # whole: what a kill leaves after that is nobody's checkpoint
+        shutil.rmtree(aside)
 
 
-def load_state(path: Path) -> TrainingState:
+def _read(path: Path, read: Callable[[Path], T]) -> T:
     try:
-        return TrainingState.load(path / "state.json")
-    except (OSError, DataError) as error:
-        raise CheckpointError(
-            f"{path}: cannot read state.json: {error}; delete the directory to use the one before"
-        ) from None
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        return read(path)
+    except (OSError, DataError, SafetensorError) as error:
         raise CheckpointError(
             f"{path.parent}: cannot read {path.name}: {error}; delete the directory to use the one before"
         ) from None
 
 
+def load_state(path: Path) -> TrainingState:
+    return _read(path / "state.json", TrainingState.load)
+
+
 def load_weights(path: Path, draft: nn.Module) -> None:
     """Copy the master weights into `draft`; names and shapes must match exactly."""
-    tensors, wanted = _tensors(path / "draft.safetensors"), dict(draft.named_parameters())
+    tensors, wanted = _read(path / WEIGHTS, load_file), dict(draft.named_parameters())
     if {n: tuple(t.shape) for n, t in tensors.items()} != {n: tuple(p.shape) for n, p in wanted.items()}:
         raise CheckpointError(f"{path}: the weights do not fit the draft of this recipe; use another run directory")
-    set_model_state_dict(draft, cast("Any", tensors), options=StateDictOptions(full_state_dict=True))
+    set_model_state_dict(draft, cast("Any", tensors), options=EVERYWHERE)
 
 
 def load_optimizers(path: Path, draft: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
     """Put every parameter's moments back into the optimiser that owns it."""
-    values: Any = get_optimizer_state_dict(draft, optimizers, options=StateDictOptions(full_state_dict=True))
+    values: Any = get_optimizer_state_dict(draft, optimizers, options=EVERYWHERE)
     values["state"] = {}
-    for key, value in _tensors(path / "optimizer.safetensors").items():
+    for key, value in _read(path / MOMENTS, load_file).items():
         name, moment = key.rsplit("/", 1)
         values["state"].setdefault(name, {})[moment] = value
-    set_optimizer_state_dict(draft, optimizers, values, options=StateDictOptions(full_state_dict=True))
+    set_optimizer_state_dict(draft, optimizers, values, options=EVERYWHERE)

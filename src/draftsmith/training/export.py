@@ -36,7 +36,7 @@ def trained_draft(checkpoints: Path, vocabulary: DraftVocabulary) -> tuple[Draft
             f"{vocabulary.name}; a draft refuses a map that is not its own"
         )
     method = METHODS[known.method]
-    draft: Draft = method.build(method.read_config(known.draft))
+    draft = method.build(method.read_config(known.draft))
     load_weights(chosen, draft)
     return draft, state
 
@@ -77,10 +77,10 @@ def damages(directory: Path, checkpoints: Path, vocabulary: DraftVocabulary) -> 
         if config.get(key) != held_config.get(key):
             found.append(f"config.json: {key} is {held_config.get(key)}, trained with {config.get(key)}")
     found += [f"{name} is missing" for name in tensors if name not in held]
-    found += [f"{name} is not of this draft" for name in held if name not in tensors]
     for name, tensor in held.items():
-        same = name in tensors and tensor.dtype == tensors[name].dtype and torch.equal(tensor, tensors[name])
-        if name in tensors and not same:
+        if name not in tensors:
+            found.append(f"{name} is not of this draft")
+        elif tensor.dtype != tensors[name].dtype or not torch.equal(tensor, tensors[name]):
             found.append(_difference(name, tensor, tensors, vocabulary))
     return list(map(line, found))
 

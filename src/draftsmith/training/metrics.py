@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,9 +12,7 @@ from draftsmith.core.records.training import HeldOut, MetricsRow, StepTiming
 from draftsmith.drafts import METHODS
 from draftsmith.drafts.method import Draft
 from draftsmith.drafts.objectives import chunk_rows
-from draftsmith.drafts.packing import Pack, PackInputs
-
-Row = TypeVar("Row", MetricsRow, StepTiming)
+from draftsmith.drafts.packing import Pack, PackInputs, segment_rows
 
 
 def append_row(path: Path, row: MetricsRow | StepTiming) -> None:
@@ -23,7 +20,7 @@ def append_row(path: Path, row: MetricsRow | StepTiming) -> None:
         file.write(row.line())
 
 
-def truncate_rows(path: Path, kind: type[Row], last_step: int) -> None:
+def truncate_rows(path: Path, kind: type[MetricsRow | StepTiming], last_step: int) -> None:
     """Drop lines after `last_step` and what a kill tore: the resumed run writes them again."""
     if path.exists():
         write_rows(path, [row for row in kind.whole_rows(path) if row.step <= last_step])
@@ -31,53 +28,46 @@ def truncate_rows(path: Path, kind: type[Row], last_step: int) -> None:
 
 def step_flops(draft: Draft, settings: TrainRecipe, packs: Sequence[Pack]) -> float:
     """Of the draft alone; docs/gpu.md has the formula."""
-    size = METHODS[draft.method].size(draft.config)
     tokens, rows = sum(len(p.ids_T) for p in packs), sum(p.chain_count for p in packs)
     pairs = sum(segment.pairs for p in packs for segment in p.segments)
-    return size.training_flops(settings, 1, tokens, rows) + size.attention_flops(settings, pairs)
+    return draft.config.training_flops(settings, 1, tokens, rows) + draft.config.attention_flops(settings, pairs)
 
 
 @torch.no_grad()
-def greedy_matches(
-    draft: Draft, inputs: PackInputs, d2t: Tensor, steps: int
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Per depth, over its scored rows: the rows, whether the draft's first choice is the token that the target wrote,
-    and alpha."""
+def greedy_matches(draft: Draft, inputs: PackInputs, d2t: Tensor, steps: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of every depth: scored rows, whether the draft's first choice is the token that the target wrote, and alpha."""
     device = inputs.embeds_TH.device
     outputs = METHODS[draft.method].guesses(draft, inputs.pack, inputs.taps_TKH, inputs.embeds_TH, steps)
     index, ids_D = inputs.pack.index(device), d2t.to(device)
-    all_rows = [inputs.pack.step_rows(step) for step in range(steps)]
-    matches, alphas = [], []
-    for step, (output, rows) in enumerate(zip(outputs, all_rows, strict=True)):
-        match, alpha = [], []
+    found = []
+    for step, output in enumerate(outputs):
+        rows, match, alpha = inputs.pack.step_rows(step), [], []
         for part in rows.to(device).split(chunk_rows(device, len(d2t))):
             logits = draft.logits(output[part])
             match.append(ids_D[logits.argmax(-1)] == index.ids_T[index.chains_R[part] + 2 + step])
             q = torch.softmax(logits, -1, dtype=torch.float32)
             alpha.append(torch.minimum(inputs.teacher_RD[part + step].float(), q).sum(-1))
-        matches.append(torch.cat(match).cpu())
-        alphas.append(torch.cat(alpha).cpu())
-    return all_rows, matches, alphas
+        found.append((rows, torch.cat(match).cpu(), torch.cat(alpha).cpu()))
+    return found
 
 
-def chain_walk(pack: Pack, rows: list[Tensor], matches: list[Tensor], length: int) -> tuple[int, int]:
-    """(accepted draft tokens, verification steps) of chain decoding along the text of the pack.
+def chain_walk(pack: Pack, matches: Sequence[tuple[Tensor, Tensor, Tensor]], length: int) -> tuple[int, int]:
+    """(accepted draft tokens, verification steps) of chain decoding along the text of the pack; `matches`: see above.
 
     Each verification starts where the one before it ended, after its accepted tokens and the bonus token. A chain that
     reaches the end of its completion is not counted: serving would have drafted beyond it.
     """
     hits = torch.zeros(length, pack.chain_count, dtype=torch.bool)
-    for step in range(length):
-        hits[step, rows[step]] = matches[step]
+    for step, (rows, match, _) in enumerate(matches[:length]):
+        hits[step, rows] = match
     accepted_R = hits.long().cumprod(0).sum(0).tolist()
-    accepted = verifications = offset = 0
-    for segment in pack.segments:
-        chain = 0
+    accepted = verifications = 0
+    for segment, chains in segment_rows(pack.segments):
+        runs, chain = accepted_R[chains], 0
         while chain + length <= len(segment):
-            accepted += accepted_R[offset + chain]
+            accepted += runs[chain]
             verifications += 1
-            chain += accepted_R[offset + chain] + 1
-        offset += len(segment)
+            chain += runs[chain] + 1
     return accepted, verifications
 
 
@@ -93,13 +83,13 @@ def evaluate_heldout(
     lengths = sorted({min(3, steps), steps})
     accepted, verified = [0.0] * len(lengths), [0.0] * len(lengths)
     for inputs in packs:
-        rows, matches, alpha = greedy_matches(draft, inputs, d2t, steps)
-        for step in range(steps):
-            hits[step] += float(matches[step].sum())
-            scored[step] += len(matches[step])
-            alphas[step] += float(alpha[step].sum())
+        matches = greedy_matches(draft, inputs, d2t, steps)
+        for step, (_, match, alpha) in enumerate(matches):
+            hits[step] += float(match.sum())
+            scored[step] += len(match)
+            alphas[step] += float(alpha.sum())
         for at, length in enumerate(lengths):
-            a, v = chain_walk(inputs.pack, rows, matches, length)
+            a, v = chain_walk(inputs.pack, matches, length)
             accepted[at] += a
             verified[at] += v
     of_all = iter(add([*hits, *scored, *alphas, *accepted, *verified]))

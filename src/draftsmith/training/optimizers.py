@@ -4,7 +4,7 @@ Muon is momentum, orthogonalised; torch.optim.Muon does it with another iteratio
 without bf16 products multiplies ten times slower than fp32: the optimiser then takes nine tenths of a step.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from draftsmith.core.recipe import TrainRecipe
 from draftsmith.drafts.method import Draft
 
+MOMENTUM = 0.95
 SAFETY = 1.01  # rounding must not push a singular value past 1, where the polynomials grow
 # Polar Express (Amsel et al. 2025, arXiv 2505.16932, Algorithm 1): the best five quintics for singular values from 1e-3
 # to 1, where Newton-Schulz takes the same one five times and ends further from 1.
@@ -55,15 +56,8 @@ def orthogonalised(gradient: Tensor, dtype: torch.dtype) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """`dtype`: of the iteration; moments stay in the parameters' own."""
 
-    def __init__(
-        self,
-        parameters: Iterable[Tensor],
-        lr: float,
-        weight_decay: float = 0.0,
-        momentum: float = 0.95,
-        dtype: torch.dtype = torch.bfloat16,
-    ):
-        super().__init__(list(parameters), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(self, parameters: Sequence[Tensor], lr: float, weight_decay: float, dtype: torch.dtype):
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
         self.dtype = dtype
 
     @torch.no_grad()
@@ -76,8 +70,8 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter.grad)
-                buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonalised(parameter.grad.lerp(buffer, group["momentum"]), self.dtype)
+                buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - MOMENTUM)
+                update = orthogonalised(parameter.grad.lerp(buffer, MOMENTUM), self.dtype)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-0.2 * max(parameter.shape) ** 0.5 * group["lr"])
 
@@ -100,5 +94,5 @@ def make_optimizers(draft: Draft, settings: TrainRecipe, dtype: torch.dtype) -> 
         )
     ]
     if matrices:
-        optimizers.append(Muon(matrices, settings.learning_rate, settings.weight_decay, dtype=dtype))
+        optimizers.append(Muon(matrices, settings.learning_rate, settings.weight_decay, dtype))
     return optimizers

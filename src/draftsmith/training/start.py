@@ -21,7 +21,7 @@ def first_draft(recipe: Recipe, target: Target, usual: DraftConfig, ids_D: Tenso
     if (directory := recipe.train.from_draft) is not None:
         say(f"train: going on from {directory}")
         return _earlier(directory, recipe, target, usual, ids_D), digest(*files_of(directory))
-    draft: Draft = METHODS[recipe.draft.method].build(usual)
+    draft = METHODS[recipe.draft.method].build(usual)
     rows = target.head_rows(ids_D)
     draft.to(rows.device).initialise(rows, target.norm_gain(), torch.Generator().manual_seed(recipe.seed))
     return draft, None
@@ -37,11 +37,6 @@ def _earlier(directory: Path, recipe: Recipe, target: Target, usual: DraftConfig
         raise CheckpointError(
             f"{key}: {directory} is {draft.method}, {config.hidden_size} wide; a draft of this run is "
             f"{recipe.draft.method}, {usual.hidden_size} wide; go on from one like that"
-        )
-    beyond = [tap for tap in config.taps if tap >= identity.num_layers]
-    if beyond:
-        raise CheckpointError(
-            f"{key}: {directory} reads layer {beyond[0]}, but {identity.model} has layers 0..{identity.num_layers - 1}"
         )
     for name, value in recipe.draft.model_dump(exclude_defaults=True).items():
         if (held := getattr(config, name, value)) != value:

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,15 +22,10 @@ from draftsmith.data.regenerate import read_completions
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.drafts import METHODS
 from draftsmith.drafts.objectives import pack_inputs
-from draftsmith.drafts.packing import Pack, PackInputs, make_pack, schedule, to_device, trainable
+from draftsmith.drafts.packing import Pack, PackInputs, epoch_packs, make_pack, schedule, to_device, trainable
 from draftsmith.targets.base import Target
 from draftsmith.targets.parts import DTYPES
-from draftsmith.training.capture import (
-    CaptureSource,
-    OfflineCapture,
-    OnlineCapture,
-    PrefetchedCapture,
-)
+from draftsmith.training.capture import CaptureSource, OfflineCapture, OnlineCapture, PrefetchedCapture
 from draftsmith.training.checkpoints import (
     BEST,
     checkpoint_paths,
@@ -48,16 +42,6 @@ from draftsmith.training.optimizers import make_optimizers
 from draftsmith.training.processes import ProcessGroup
 from draftsmith.training.start import first_draft
 from draftsmith.training.tracking import tracked
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What is left of a pack after its backward. measured, on the device: 1 where hidden states are not all finite,
-    loss, sum of alpha by depth."""
-
-    pack: Pack
-    finite_T: Tensor
-    measured: Tensor
 
 
 class Trainer:
@@ -157,7 +141,7 @@ class Trainer:
                 started, cpu = time.perf_counter(), time.process_time()
                 step = self.steps[self.step]
                 packs = [make_pack([self.rows[i] for i in p]) for p in processes.share(step)]
-                self._optimiser_step(packs, capture, math.ceil(len(step) / processes.size))
+                self._optimiser_step(packs, capture)
                 self.step += 1
                 last = self.step == len(self.steps)
                 size = sum(len(self.rows[i].ids) for p in step for i in p)
@@ -193,16 +177,14 @@ class Trainer:
             summary.save(self.out / run_files.SUMMARY)
         return summary
 
-    def _optimiser_step(self, packs: list[Pack], capture: CaptureSource, rounds: int = 0) -> None:
-        """`rounds`: packs of the process that has the most."""
+    def _optimiser_step(self, packs: list[Pack], capture: CaptureSource) -> None:
         lr = self._learning_rate()
         for optimizer in self.optimizers:
             beside_muon = len(self.optimizers) > 1 and isinstance(optimizer, torch.optim.AdamW)
             for group in optimizer.param_groups:
                 group["lr"] = lr * (self.settings.head_rate if beside_muon else 1.0)
-        while (measured := self._gradients(packs, capture, rounds)) is None:
-            for optimizer in self.optimizers:
-                optimizer.zero_grad(set_to_none=True)
+        while (measured := self._gradients(packs, capture)) is None:
+            self.draft.zero_grad()
         total, norm, alpha_sums, alpha_counts = measured
         if not (math.isfinite(norm) and math.isfinite(total)):
             names = [name for pack in packs for name in pack.names]
@@ -210,14 +192,13 @@ class Trainer:
                 f"train: step {self.step + 1}: the gradient is not finite (norm {norm}, loss {total}); samples: "
                 f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''}; the last checkpoint is untouched"
             )
-        for optimizer in self.optimizers:
-            if any(alpha_counts):
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers if any(alpha_counts) else ():
+            optimizer.step()
+        self.draft.zero_grad()
         self.sums = self.sums.after(total, norm, alpha_sums, alpha_counts, lr)
 
     def _gradients(
-        self, packs: list[Pack], capture: CaptureSource, rounds: int
+        self, packs: list[Pack], capture: CaptureSource
     ) -> tuple[float, float, list[float], list[int]] | None:
         """Gradients of all packs, one pack in memory at a time; over all processes loss, norm, and sums and counts of
         alpha by depth. None where hidden states were not finite: their documents are now quarantined, and the step has
@@ -227,24 +208,26 @@ class Trainer:
         weights, counts = self._step_weights(kept)
         done = [seen for pack in packs if (seen := self._backward(pack, capture, weights)) is not None]
         if self.sharded:
-            self._keep_pace(rounds - len(done))
+            self._keep_pace(len(done))
         else:
             self.processes.sum_gradients(self.draft.parameters())
         clipped = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self.settings.clip_norm)
         norm = clipped.full_tensor() if isinstance(clipped, DTensor) else clipped
         # The step's one look at the device: until here the host only lays out work for it.
-        *flat, measured_norm = torch.cat([*(seen.measured for seen in done), norm.reshape(1)]).tolist()
+        *flat, measured_norm = torch.cat([*(measured for _, _, measured in done), norm.reshape(1)]).tolist()
         sums = [0.0] * (2 + self.settings.ttt_steps)
         for start in range(0, len(flat), len(sums)):
             sums = [a + b for a, b in zip(sums, flat[start : start + len(sums)], strict=True)]
         broken, total, *alpha_sums = self.processes.sum(sums)
         if broken:
-            for seen in done:
-                self._quarantine(seen.pack, seen.finite_T)
+            for pack, finite_T, _ in done:
+                self._quarantine(pack, finite_T)
             return None
         return total, measured_norm, alpha_sums, counts
 
-    def _backward(self, pack: Pack, capture: CaptureSource, weights: list[float]) -> Seen | None:
+    def _backward(self, pack: Pack, capture: CaptureSource, weights: list[float]) -> tuple[Pack, Tensor, Tensor] | None:
+        """(pack that was trained on, which of its tokens have finite states, and on the device: 1 where not all have,
+        loss, sum of alpha by depth); None where nothing of it is left."""
         inputs = self._inputs(pack, capture)
         if inputs is None:
             return None
@@ -252,12 +235,13 @@ class Trainer:
         (loss * self.processes.size if self.sharded else loss).backward()  # FSDP2 averages where we sum
         broken = (~inputs.finite_T.all()).float()
         measured = torch.stack([broken, loss.detach(), *(alpha.sum() for alpha in alphas)])
-        return Seen(inputs.pack, inputs.finite_T, measured)
+        return inputs.pack, inputs.finite_T, measured
 
-    def _keep_pace(self, rounds: int) -> None:
+    def _keep_pace(self, done: int) -> None:
         """Sharded weights are gathered by all processes or by none, so one that has no pack where others have one, be
         it left over or quarantined, goes through one that weighs nothing."""
-        for _ in range(rounds):
+        most = math.ceil(len(self.steps[self.step]) / self.processes.size)
+        for _ in range(most - done):
             pack, size = make_pack(self.rows[:1]), self.target.identity.hidden_size
             taps = self.head_rows.new_zeros(len(pack.ids_T), len(self.draft.config.taps), size)
             loss, _ = self._forward(self._pack_inputs(pack, taps, taps[:, 0]), [0.0] * self.settings.ttt_steps)
@@ -274,7 +258,7 @@ class Trainer:
 
     def _inputs(self, pack: Pack, capture: CaptureSource) -> PackInputs | None:
         """Hidden states and teacher of a pack without its quarantined documents; None where it has no others."""
-        states = capture(pack.names, pack.documents)
+        states = capture(pack)
         good = self._without_quarantined(pack)
         if good is None:
             return None
@@ -334,7 +318,7 @@ class Trainer:
         if online and not self.target.independent and self.device.type != "cuda":
             return source  # target and draft would only take each other's cores
         ahead = self.recipe.server.packs_ahead if online and self.target.independent else 1
-        return PrefetchedCapture(source, ((p.names, p.documents) for p in packs), ahead, self.device)
+        return PrefetchedCapture(source, packs, ahead, self.device)
 
     def _packs_to_come(self) -> Iterator[Pack]:
         for step in self.steps[self.step :]:
@@ -343,8 +327,8 @@ class Trainer:
 
     def _heldout_inputs(self, source: CaptureSource) -> Iterator[PackInputs]:
         """Of this process's share."""
-        steps = schedule([len(c.ids) for c in self.heldout], self.settings.pack_tokens, 0, 1, 1)
-        every = [make_pack([self.heldout[i] for i in p]) for (p,) in steps]
+        chosen = epoch_packs([len(c.ids) for c in self.heldout], self.settings.pack_tokens, seed=0, epoch=0)
+        every = [make_pack([self.heldout[i] for i in indices]) for indices in chosen]
         packs = [good for p in self.processes.share(every) if (good := self._without_quarantined(p)) is not None]
         capture = self._ahead(source, iter(packs))
         for pack in packs:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from draftsmith.decoding import flash
 from draftsmith.drafts.fusion import fused
-from draftsmith.drafts.packing import PackIndex, Segment
+from draftsmith.drafts.packing import PackIndex, Segment, segment_rows
 
 PLAIN_ROWS = 1024  # queries whose scores exist at once on the plain way
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -30,20 +30,8 @@ Part = tuple[Tensor, Tensor]
 """(output [r, N, D], log-sum-exp [r, N]) over some of the keys."""
 
 
-def has_cpu_flash(query: Tensor) -> bool:
-    return query.device.type == "cpu"
-
-
 def _fp32_zeros(like: Iterable[Tensor]) -> list[Tensor]:
     return [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in like]
-
-
-def _rows(index: PackIndex) -> Iterator[tuple[Segment, slice]]:
-    """Every segment with its rows among the chains."""
-    offset = 0
-    for segment in index.segments:
-        yield segment, slice(offset, offset + len(segment))
-        offset += len(segment)
 
 
 # --- the CPU's flash kernel ---------------------------------------------------------------------------------------
@@ -63,7 +51,7 @@ def _heads_first(x: Tensor, groups: int = 1) -> Tensor:
 
 def _cpu_forward(query: Tensor, key0: Tensor, value0: Tensor, index: PackIndex, scale: float) -> Any:
     groups = query.shape[1] // key0.shape[1]
-    for segment, rows in _rows(index):
+    for segment, rows in segment_rows(index.segments):
         q, parts = _heads_first(query[rows]), []
         for keys, causal in _blocks(segment):
             k, v = _heads_first(key0[keys], groups), _heads_first(value0[keys], groups)
@@ -77,7 +65,7 @@ def _cpu_backward(grad: Tensor, saved: tuple[Tensor, ...], index: PackIndex, sca
     grad_query, grad_key0, grad_value0 = into = _fp32_zeros(saved[:3])
     kv_heads = key0.shape[1]
     groups = query.shape[1] // kv_heads
-    for segment, rows in _rows(index):
+    for segment, rows in segment_rows(index.segments):
         q, g, o = _heads_first(query[rows]), _heads_first(grad[rows]), _heads_first(out[rows])
         s = lse[rows].transpose(0, 1)[None].contiguous()
         for keys, causal in _blocks(segment):
@@ -113,7 +101,7 @@ def _cuda_backward(grad: Tensor, saved: tuple[Tensor, ...], index: PackIndex, sc
 
 def _chunks(index: PackIndex) -> Iterator[tuple[slice, slice]]:
     """(rows of at most PLAIN_ROWS queries, the keys that the last of them sees)."""
-    for segment, rows in _rows(index):
+    for segment, rows in segment_rows(index.segments):
         for start in range(0, len(segment), PLAIN_ROWS):
             stop = min(start + PLAIN_ROWS, len(segment))
             yield slice(rows.start + start, rows.start + stop), slice(segment.document, segment.first + stop)
@@ -167,7 +155,7 @@ def _plain_backward(grad: Tensor, saved: tuple[Tensor, ...], index: PackIndex, s
 def _way(query: Tensor) -> tuple[Any, Any]:
     """(forward, backward) over step 0's keys. A forward yields rows with the parts of their keys; a backward gives the
     gradients of query, key0 and value0 that go through them, from the output and log-sum-exp over *all* keys."""
-    if has_cpu_flash(query):
+    if query.device.type == "cpu":
         return _cpu_forward, _cpu_backward
     return (_cuda_forward, _cuda_backward) if flash.takes(query) else (_plain_forward, _plain_backward)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from draftsmith.core.files import JsonObject
 from draftsmith.core.taps import engine_default, of_outputs, to_outputs
-from draftsmith.drafts.eagle3.model import Eagle3Config
+from draftsmith.drafts.eagle3.config import Eagle3Config
 from draftsmith.drafts.layers import rope_frequencies
 
 IDS = "eagle_aux_hidden_state_layer_ids"
@@ -68,7 +68,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-def plain_layout(config: JsonObject) -> JsonObject:
+def _plain_layout(config: JsonObject) -> JsonObject:
     """A config.json of the `speculators` package as engines have it; any other as it is."""
     layer = config.get("transformer_layer_config")
     if isinstance(layer, dict) and config.get("speculators_model_type", "eagle3") == "eagle3":
@@ -84,8 +84,10 @@ def _short(value: Any) -> str:
 
 
 def sound(config: JsonObject) -> tuple[JsonObject, list[str]]:
-    """(config.json without the values that no draft can have, a line for each of them); null is as good as absent."""
-    kept: JsonObject = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
+    """(config.json as engines have it, without the values that no draft can have, a line for each of them); null is as
+    good as absent."""
+    plain = _plain_layout(config)
+    kept: JsonObject = {key: dict(value) if isinstance(value, dict) else value for key, value in plain.items()}
     problems = []
     for path, (allows, wanted) in RULES.items():
         *places, key = path.split(".")
@@ -189,30 +191,25 @@ def _computable(head_dim: int, theta: float, scaling: JsonObject, context: int) 
 
 def uncomputed(config: JsonObject) -> list[str]:
     """What makes it another computation than ours."""
-    problems = []
-    rope = (config.get("rope_parameters") or {}).get("rope_theta")
-    if rope is not None and config.get("rope_theta") is not None and rope != config["rope_theta"]:
-        problems.append(f"rope_theta is {config['rope_theta']} at the top level but {rope} in rope_parameters")
-    if config.get("norm_before_residual"):
-        problems.append("norm_before_residual is not supported by SGLang")
-    if config.get("attention_bias"):
-        problems.append("attention_bias is not supported by SGLang's draft layer")
-    for key in ("mlp_bias", "bias", "parallel_drafting"):
-        if config.get(key):
-            problems.append(f"{key} is set, which is not computed here")
-    if config.get("norm_output"):
-        problems.append("norm_output feeds back the normed state, which is not supported here")
-    if config.get("hidden_act") not in (None, "silu", "swish"):
-        problems.append(f"hidden_act is {config['hidden_act']}, where the draft layer here has silu")
-    if config.get("logit_scale") not in (None, 1):
-        problems.append(f"logit_scale is {config['logit_scale']}, which is not computed here")
-    if set(config.get("layer_types") or ()) - {"full_attention"}:
-        problems.append(f"layer_types is {config['layer_types']}; only full_attention is computed here")
-    if (config.get("eagle_config") or {}).get("use_aux_hidden_state") is False:
-        problems.append("use_aux_hidden_state is false: it reads the last hidden state, where EAGLE-3 fuses taps")
-    if config.get("num_hidden_layers") != 1:
-        problems.append(f"num_hidden_layers is {config.get('num_hidden_layers')}; an EAGLE-3 draft has 1")
-    return problems
+    theta, inner = config.get("rope_theta"), (config.get("rope_parameters") or {}).get("rope_theta")
+    activation, scale, kinds = config.get("hidden_act"), config.get("logit_scale"), config.get("layer_types") or ()
+    fuses = (config.get("eagle_config") or {}).get("use_aux_hidden_state")
+    layers = config.get("num_hidden_layers")
+    other = {
+        f"rope_theta is {theta} at the top level but {inner} in rope_parameters": theta and inner and theta != inner,
+        "norm_before_residual is not supported by SGLang": config.get("norm_before_residual"),
+        "attention_bias is not supported by SGLang's draft layer": config.get("attention_bias"),
+        "mlp_bias is set, which is not computed here": config.get("mlp_bias"),
+        "bias is set, which is not computed here": config.get("bias"),
+        "parallel_drafting is set, which is not computed here": config.get("parallel_drafting"),
+        "norm_output feeds back the normed state, which is not supported here": config.get("norm_output"),
+        f"hidden_act is {activation}, where the draft layer here has silu": activation not in (None, "silu", "swish"),
+        f"logit_scale is {scale}, which is not computed here": scale not in (None, 1),
+        f"layer_types is {kinds}; only full_attention is computed here": set(kinds) - {"full_attention"},
+        "use_aux_hidden_state is false: it reads the last hidden state, where EAGLE-3 fuses taps": fuses is False,
+        f"num_hidden_layers is {layers}; an EAGLE-3 draft has 1": layers != 1,
+    }
+    return [problem for problem, holds in other.items() if holds]
 
 
 def misread(config: JsonObject) -> list[str]:

@@ -10,17 +10,9 @@ from torch import Tensor
 from draftsmith.core.errors import CheckpointError
 from draftsmith.core.files import JsonObject
 from draftsmith.core.taps import Taps, engine_default, of_outputs, to_outputs
-from draftsmith.drafts.eagle3.config_file import (
-    IDS,
-    layer_ids,
-    misread,
-    plain_layout,
-    sound,
-    taps_of,
-    to_draft_config,
-    uncomputed,
-)
-from draftsmith.drafts.eagle3.model import Eagle3Config, Eagle3Draft
+from draftsmith.drafts.eagle3.config import Eagle3Config
+from draftsmith.drafts.eagle3.config_file import IDS, layer_ids, misread, sound, taps_of, to_draft_config, uncomputed
+from draftsmith.drafts.eagle3.model import Eagle3Draft
 from draftsmith.drafts.method import DraftReport, Reading
 from draftsmith.drafts.tensors import EMBEDDING, FLOATS, WHOLE, Shapes, read_tensors
 
@@ -114,7 +106,7 @@ def named_taps(report: DraftReport, layers: int, reading: Reading) -> Taps:
 
 def check_directory(report: DraftReport) -> None:
     """Fill in what only an EAGLE-3 draft has, and name everything wrong with it."""
-    report.config, report.problems = sound(plain_layout(report.config))
+    report.config, report.problems = sound(report.config)
     config, problems, shapes, dtypes = report.config, report.problems, report.shapes, report.dtypes
     embedding = shapes.pop(EMBEDDING, None)
     embedding_dtype = dtypes.pop(EMBEDDING, "")

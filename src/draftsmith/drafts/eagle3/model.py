@@ -14,23 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from draftsmith.core.files import JsonObject
 from draftsmith.decoding.cache import StaticCache
+from draftsmith.drafts.eagle3.config import Eagle3Config
 from draftsmith.drafts.layers import Attention, SwiGLU, rope_frequencies, rotate
-from draftsmith.drafts.method import Draft, DraftConfig
-
-
-class Eagle3Config(DraftConfig):
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rope_theta: float
-    rms_norm_eps: float = 1e-6
-    norm_before_fc: bool = False
-    fc_norm: bool = False
-    rope_scaling: JsonObject | None = None
-    """As in config.json, with `rope_type` linear, llama3 or yarn."""
+from draftsmith.drafts.method import Draft
 
 
 class DraftLayer(nn.Module):

@@ -12,7 +12,7 @@ from draftsmith.core.errors import TargetError
 from draftsmith.core.files import JsonObject
 from draftsmith.core.recipe import DraftRecipe
 from draftsmith.core.taps import default_taps
-from draftsmith.drafts.eagle3.model import Eagle3Config
+from draftsmith.drafts.eagle3.config import Eagle3Config
 from draftsmith.targets.configs import expert_count, per_layer, value_of
 from draftsmith.targets.parts import UNBOUNDED, context_of, rope_of
 
@@ -88,9 +88,8 @@ def _widths(recipe: DraftRecipe, c: Any) -> tuple[JsonObject, list[str]]:
         kv_heads = getattr(c, "num_key_value_heads", None) or heads
         if not experts or kv_heads <= KEY_HEADS:
             own["num_key_value_heads"] = kv_heads
-    own = {name: value for name, value in own.items() if value and name not in given}
-    dense = {name: value for name, value in _dense(hidden, own | given).items() if name not in own | given}
-    return {name: (given | own | dense)[name] for name in WIDTHS}, list(dense)
+    known = {name: value for name, value in own.items() if value} | given
+    return _dense(hidden, known) | known, [name for name in WIDTHS if name not in known]
 
 
 def _dense(hidden: int, known: dict[str, int]) -> dict[str, int]:
