@@ -25,7 +25,7 @@ from draftsmith.core.tasks import all_or_none
 from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.stopping import Ends
-from draftsmith.engines.answers import Models, checked_completion, checked_logprobs, checked_reason, checked_tokens
+from draftsmith.engines.answers import Models, checked_completion, checked_logprobs, whole_numbers
 from draftsmith.engines.pool import LARGEST_ANSWER, Pool, Replica, reading
 from draftsmith.engines.state_files import (
     FILE_PREFIX,
@@ -41,9 +41,10 @@ from draftsmith.targets.identity import PROBE, SAME_LOGPROB, require_same_logpro
 from draftsmith.targets.parts import WeightsOnlyTarget, resolve_model
 
 if TYPE_CHECKING:
-    from draftsmith.engines.server import Request, ServerEngine
+    from draftsmith.engines.server import ServerEngine
 
-FINISHED = {"stop", "length"}
+FINISHED = ("stop", "length")
+GREEDY: JsonObject = {"temperature": 0.0}
 NUMBER_BYTES = 32  # of a hidden state's number that comes as text, and what stands between two
 
 
@@ -145,6 +146,15 @@ class ServedTarget(WeightsOnlyTarget):
         self, ids: list[int], sampling: Sampling, max_new_tokens: int, ends: Ends, seed: int, ignore_end: bool
     ) -> Generation:
         """One completion; raises `TargetError` once `server.attempts` have failed."""
+        settings: JsonObject = {  # without defaults: servers take what is left out from the model's generation_config
+            self.engine.seed: seed,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+        }
+        settings |= ({"stop": list(ends.texts)} if ends.texts else {}) | ({"ignore_eos": True} if ignore_end else {})
 
         async def ask(replica: Replica) -> Generation:
             self._require_room(
@@ -152,15 +162,13 @@ class ServedTarget(WeightsOnlyTarget):
                 len(ids) + max_new_tokens,
                 "give a smaller regenerate.max_new_tokens or evaluate.max_new_tokens",
             )
-            asked = self.engine.completion(replica.name, ids, sampling, max_new_tokens, ends.texts, seed, ignore_end)
-            answer, _ = await self._post(replica, asked)
+            body = self.engine.body(replica.name, ids, max_new_tokens, settings) | self.engine.to_complete
+            answer, _ = await self._post(replica, body)
             await self._let_go(answer)
-            with reading(f"{asked[0]}: an answer without token ids"):
-                most = self.identity.vocab_size, max_new_tokens
-                written = checked_completion(self.engine.read_completion(answer), *most)
-            if written.finish_reason not in FINISHED:
-                raise Retry(f"it gave up in mid-answer ({written.finish_reason})")
-            return written
+            with reading(f"{self.engine.path}: an answer without token ids"):
+                self._require_finished(answer)
+                written = self.engine.read_completion(answer)
+                return checked_completion(written, self.identity.vocab_size, max_new_tokens)
 
         written = await self.pool.somewhere(ask)
         kept, reason = ends.of_answer(written.ids, written.finish_reason)
@@ -221,13 +229,17 @@ class ServedTarget(WeightsOnlyTarget):
             if not replica.captures_right:
                 await self._check_capture(replica)
                 replica.captures_right = True
-            asked, size = self.engine.capture(replica.name, ids), self.identity.hidden_size
-            answer, name = await self._post(replica, asked, LARGEST_ANSWER + len(ids) * count * size * NUMBER_BYTES)
-            with reading(f"{asked[0]}: an answer without hidden states"):
-                reason, kept = checked_reason(self.engine.finish_reason(answer)), self.engine.read_capture(answer)
-            if reason not in FINISHED:
-                self._lost.append(name)
-                raise Retry(f"it gave up in mid-answer ({reason})")
+            path, size = self.engine.path, self.identity.hidden_size
+            longest = LARGEST_ANSWER + len(ids) * count * size * NUMBER_BYTES
+            body = self.engine.body(replica.name, ids, 1, GREEDY) | self.engine.to_capture
+            answer, name = await self._post(replica, body, longest)
+            with reading(f"{path}: an answer without hidden states"):
+                try:
+                    self._require_finished(answer)
+                except Retry:
+                    self._lost.append(name)
+                    raise
+                kept = self.engine.read_capture(answer)
             if kept is None:
                 raise TargetError(
                     f"server.urls: {replica.url} keeps no hidden states; start it with `draftsmith serve RECIPE "
@@ -237,20 +249,24 @@ class ServedTarget(WeightsOnlyTarget):
                 path_here = self._here(kept)
                 self._folders.add(path_here.parent)
                 return await asyncio.to_thread(take_states, path_here, ids, count, size, self.settings.deadline_s)
-            with reading(f"{asked[0]}: hidden states that are no numbers"):
+            with reading(f"{path}: hidden states that are no numbers"):
                 rows = from_numbers(kept, self.head.weight.dtype)[: len(ids)]
             return checked(rows.reshape(len(rows), -1, size) if rows.shape[-1] % size == 0 else rows, ids, count, size)
 
         return await self.pool.somewhere(ask)
 
-    async def _post(self, replica: Replica, asked: "Request", limit: int = LARGEST_ANSWER) -> tuple[Any, str]:
-        """(the answer, the name that the request went by, which a file of hidden states carries)"""
+    async def _post(self, replica: Replica, body: JsonObject, limit: int = LARGEST_ANSWER) -> tuple[Any, str]:
+        """(the answer to a text, the name that the request went by, which a file of hidden states carries)"""
         name = f"{FILE_PREFIX}{uuid.uuid4().hex}"
         try:
-            return await self.pool.request(replica, "POST", *asked, {"X-Request-Id": name}, limit), name
+            return await self.pool.request(replica, "POST", self.engine.path, body, {"X-Request-Id": name}, limit), name
         except BaseException:
             self._lost.append(name)  # whatever became of the request, its file may still come
             raise
+
+    def _require_finished(self, answer: Any) -> None:
+        if (reason := self.engine.finish_reason(answer)) not in FINISHED:
+            raise Retry(f"it gave up in mid-answer ({reason})")
 
     def _here(self, told: str) -> Path:
         """Where this machine sees a file that a server wrote for us; it is deleted once it is read, so nothing else."""
@@ -276,9 +292,9 @@ class ServedTarget(WeightsOnlyTarget):
     # --- who is trusted -----------------------------------------------------------------------------------------
 
     async def _logprobs(self, replica: Replica, ids: list[int]) -> list[float]:
-        answer, _ = await self._post(replica, self.engine.probe(replica.name, ids))
+        answer, _ = await self._post(replica, self.engine.body(replica.name, ids, 1, GREEDY) | self.engine.to_score)
         await self._let_go(answer)
-        return checked_logprobs(self.engine.read_probe(answer), ids)
+        return checked_logprobs(self.engine.read_logprobs(answer), ids)
 
     async def _identify(self, replica: Replica) -> None:
         """Refuse a server of another model: by name, by tokenizer, and by what it thinks of a text."""
@@ -293,7 +309,7 @@ class ServedTarget(WeightsOnlyTarget):
         replica.name, replica.context = model.id, model.max_model_len or 0
         ids = self.tokenizer(PROBE).input_ids
         answer = await self.pool.request(replica, "POST", "/tokenize", {"model": replica.name, "prompt": PROBE})
-        if checked_tokens(answer["tokens"]) != ids:
+        if whole_numbers(answer["tokens"]) != ids:
             raise TargetError(f"server.urls: {replica.url} has another tokenizer than {self.identity.model}")
         again = f", asked again after {replica.answered} answers," if replica.answered else ""
         found = await self._logprobs(replica, ids)
