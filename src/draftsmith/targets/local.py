@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from draftsmith.core.errors import TargetError, out_of_memory
+from draftsmith.core.errors import TargetError
 from draftsmith.core.files import JsonObject
 from draftsmith.core.progress import say
 from draftsmith.decoding.attention import ATTENTION_NAME, MaskedPlan, PackedPlan
@@ -29,7 +29,7 @@ from draftsmith.targets.parts import (
     DTYPES,
     ModelParts,
     check_amount,
-    first_line,
+    complaint_of,
     from_auto_class,
     load_tokenizer,
     on_guard,
@@ -128,39 +128,40 @@ class LocalTarget(ModelParts):
         for index, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(partial(self._record_tap, index), with_kwargs=True)
         own = self.lm.config._attn_implementation
-        why = self._why_not_packed(lean or [])
+        why = complaint_of(partial(self._drive_packed, lean or []))
         if why is None:
             return
         for layer in self.layers:
             vars(layer).pop("forward", None)
         self.lm.set_attn_implementation(own)
-        document, wanted = [i % self.identity.vocab_size for i in range(1, 12)], torch.zeros(1)
-        try:
-            with torch.inference_mode():
-                wanted = self.lm(input_ids=torch.tensor([document], device=self.device), use_cache=False).logits[0]
-                self.library = LibraryForward(self._forward, self.config, self.device)
-                got = self.capture([document], (0,)).last_TH
-            _require_equal(self.logits(got), wanted)
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError) as error:
-            if out_of_memory(error):
-                raise
-            told = f"cannot be driven by draftsmith: {first_line(error)}"
+        document = [i % self.identity.vocab_size for i in range(1, 12)]
+        with torch.inference_mode(), on_guard(f"{self.identity.architecture} cannot be driven by draftsmith"):
+            wanted = self._own_logits(document)
             if not bool(wanted.isfinite().all()):
-                told = f"gives no numbers in {self.identity.dtype}; give a target.dtype of a wider range"
-            raise TargetError(f"target.model: {self.identity.architecture} {told}") from None
+                raise TargetError(
+                    f"target.model: {self.identity.architecture} gives no numbers in {self.identity.dtype}; give a "
+                    "target.dtype of a wider range"
+                )
+            self.library = LibraryForward(self._forward, self.config, self.device)
+            _require_equal(self.logits(self.capture([document], (0,)).last_TH), wanted)
         decoding = "verifies chains" if self.library.can_cut_back else "leaves speculative decoding to an engine"
         say(
             f"target: {self.identity.architecture} runs by transformers' own forward, one text at a time, and "
             f"{decoding} ({why})"
         )
 
-    def _why_not_packed(self, lean: list[LeanLayer]) -> str | None:
+    def _own_logits(self, document: list[int]) -> Tensor:
+        """[T, V], by the model's own forward."""
+        return self.lm(input_ids=torch.tensor([document], device=self.device), use_cache=False).logits[0]
+
+    @torch.inference_mode()
+    def _drive_packed(self, lean: list[LeanLayer]) -> None:
         """Drive two documents our way (packed, then prefill and one cached step) and compare with the model's own
-        forward; None where the logits agree."""
+        forward; raises where the logits do not agree."""
         rope = getattr(self.config, "rope_parameters", None) or {}
         kinds = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
         if kinds & {"longrope", "dynamic"}:
-            return "its RoPE depends on a text's length"
+            raise ValueError("its RoPE depends on a text's length")
         # one text longer than the sliding window where that is affordable: a window that is ignored shows
         windows = [getattr(self.config, key, None) for key in ("sliding_window", "attention_chunk_size")]
         longest = max((w for w in windows if w and w <= LONGEST_CHECK), default=0)
@@ -168,26 +169,16 @@ class LocalTarget(ModelParts):
         for length in (min(longest + 16, self.context), min(7, self.context)):
             documents.append([(start + i * 7) % self.identity.vocab_size for i in range(length)])
             start += 3
-        with torch.inference_mode():
-            try:
-                expected = [
-                    self.lm(input_ids=torch.tensor([d], device=self.device), use_cache=False).logits[0]
-                    for d in documents
-                ]
-                self.lm.set_attn_implementation(ATTENTION_NAME)
-                for layer, forward in zip(self.layers, lean, strict=False):
-                    layer.forward = forward
-                packed = self.logits(self.capture(documents, (0,)).last_TH)
-                cache = StaticCache(1, len(documents[0]) + 1)
-                self.prefill(cache, [0], [documents[0][:-1]])
-                root = torch.zeros(1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
-                _, stepped = self.verify(cache, len(documents[0]) - 1, documents[0][-1:], *root, ())
-                _require_equal(torch.cat([packed, self.logits(stepped)]), torch.cat([*expected, expected[0][-1:]]))
-            except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError) as error:
-                if out_of_memory(error):
-                    raise
-                return first_line(error)
-        return None
+        expected = [self._own_logits(document) for document in documents]
+        self.lm.set_attn_implementation(ATTENTION_NAME)
+        for layer, forward in zip(self.layers, lean, strict=False):
+            layer.forward = forward
+        packed = self.logits(self.capture(documents, (0,)).last_TH)
+        cache = StaticCache(1, len(documents[0]) + 1)
+        self.prefill(cache, [0], [documents[0][:-1]])
+        root = torch.zeros(1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
+        _, stepped = self.verify(cache, len(documents[0]) - 1, documents[0][-1:], *root, ())
+        _require_equal(torch.cat([packed, self.logits(stepped)]), torch.cat([*expected, expected[0][-1:]]))
 
     def _record_tap(self, index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: JsonObject) -> None:
         if index in self._taps:

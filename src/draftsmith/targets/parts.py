@@ -105,6 +105,17 @@ def on_guard(what: str) -> Iterator[None]:
         raise TargetError(f"target.model: {what}: {first_line(error)}") from None
 
 
+def complaint_of(attempt: Callable[[], object]) -> str | None:
+    """The line that an attempt fails with, whatever it raises; None where it works. Raises on a machine too small."""
+    try:
+        attempt()
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        return first_line(error)
+    return None
+
+
 def from_auto_class(make: Callable[[Any], Any]) -> Any:
     """`make(auto class)` of the first class that knows the model: wrappers of a vision tower and a decoder have their
     own. Raises what the first one raised where none does."""
