@@ -5,11 +5,11 @@ engines/pool.py's.
 """
 
 import asyncio
+import copy
 import queue
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -61,29 +61,25 @@ class ServedTarget(WeightsOnlyTarget):
         )
         self.settings, self.engine = server, engine
         self.known_as = {target.model, resolve_model(target.model)}
-        self.pool = Pool(server.urls, server, self._identify)
+        self.pool = Pool(server, self._identify)
         self.identity_logprobs: list[float] = []  # of the probe's tokens, of the first server that answered
         self._lost: list[str] = []  # requests for hidden states that were given up
         self._folders: set[Path] = set()
         self._proof, self._proven = threading.Lock(), False
-        self._first: Callable[[], ServedTarget] = partial(
-            ServedTarget, target, server.model_copy(update={"urls": server.urls[:1], "last_urls": ()}), engine, device
-        )
-        self.last: ServedTarget | None = None
-        if server.last_urls:
-            others = server.model_copy(update={"urls": server.last_urls, "last_urls": ()})
-            self.last = ServedTarget(target, others, engine, device)
-            self.last.identity_logprobs = self.identity_logprobs  # one list: both groups have the same weights
+        self._most: int | None = None  # of the replicas, those that are asked
+
+    @property
+    def replicas(self) -> Sequence[Replica]:
+        return self.pool.replicas[: self._most]
 
     @cached_property
     def one(self) -> "ServedTarget":
         """The first replica alone."""
-        return self if len(self.settings.urls) == 1 else self._first()
+        alone = copy.copy(self)
+        alone._most = 1
+        return alone
 
     def close(self) -> None:
-        for other in (self.last, self.__dict__.get("one")):
-            if other is not None and other is not self:
-                other.close()
         for folder in self._folders:
             sweep(folder, self._lost)
         self.pool.close()
@@ -121,9 +117,10 @@ class ServedTarget(WeightsOnlyTarget):
                     done.put((number, answer))
 
         async def every() -> None:
-            await all_or_none(work() for _ in range(at_once or self.pool.capacity))
+            worth_giving = self.settings.concurrency * len(self.replicas)
+            await all_or_none(work() for _ in range(at_once or worth_giving))
 
-        future = self.pool.submit(every)
+        future = self.pool.submit(every, self.replicas)
         future.add_done_callback(lambda _: done.put(None))
         try:
             while (item := done.get()) is not None:
@@ -140,7 +137,7 @@ class ServedTarget(WeightsOnlyTarget):
             with reading("an answer without log-probabilities"):
                 return await self._logprobs(replica, document)
 
-        return self.pool.run(lambda: self.pool.somewhere(ask))
+        return self.pool.run((lambda: self.pool.somewhere(ask, self.replicas), self.replicas))[0]
 
     async def _complete(
         self, ids: list[int], sampling: Sampling, max_new_tokens: int, ends: Ends, seed: int, ignore_end: bool
@@ -170,7 +167,7 @@ class ServedTarget(WeightsOnlyTarget):
                 written = self.engine.read_completion(answer)
                 return checked_completion(written, self.identity.vocab_size, max_new_tokens)
 
-        written = await self.pool.somewhere(ask)
+        written = await self.pool.somewhere(ask, self.replicas)
         kept, reason = ends.of_answer(written.ids, written.finish_reason)
         return replace(written, ids=kept, finish_reason=reason)
 
@@ -208,22 +205,22 @@ class ServedTarget(WeightsOnlyTarget):
             )
 
     def _capture(self, documents: list[list[int]], taps: Sequence[int]) -> Capture:
-        if self.last is None:
-            states_THK = self.states(documents, len(taps) + 1)
+        if not self.pool.last:
+            (states_THK,) = self._kept(documents, (len(taps) + 1, self.replicas))
             return Capture(states_THK[:, :-1], self.final_norm(states_THK[:, -1]))
-        with ThreadPoolExecutor(1) as beside:
-            last = beside.submit(self.last.states, documents, 1)
-            return Capture(self.states(documents, len(taps)), last.result()[:, 0])
+        taps_TKH, last_T1H = self._kept(documents, (len(taps), self.replicas), (1, self.pool.last))
+        return Capture(taps_TKH, last_T1H[:, 0])
 
-    def states(self, documents: list[list[int]], count: int) -> Tensor:
-        """What the servers were told to keep, [T, count, H] over all documents."""
+    def _kept(self, documents: list[list[int]], *groups: tuple[int, Sequence[Replica]]) -> list[Tensor]:
+        """What each group of servers was told to keep, [T, count, H] over all documents, for its count."""
 
-        async def every_document() -> list[Tensor]:
-            return await all_or_none(self._states(document, count) for document in documents)
+        async def every_document(count: int, among: Sequence[Replica]) -> list[Tensor]:
+            return await all_or_none(self._states(document, count, among) for document in documents)
 
-        return torch.cat(self.pool.run(every_document)).to(self.device)
+        found = self.pool.run(*((partial(every_document, *group), group[1]) for group in groups))
+        return [torch.cat(states).to(self.device) for states in found]
 
-    async def _states(self, ids: list[int], count: int) -> Tensor:
+    async def _states(self, ids: list[int], count: int, among: Sequence[Replica]) -> Tensor:
         async def ask(replica: Replica) -> Tensor:
             self._require_room(replica, len(ids) + 1, "give a smaller train.max_document_tokens")
             if not replica.captures_right:
@@ -253,7 +250,7 @@ class ServedTarget(WeightsOnlyTarget):
                 rows = from_numbers(kept, self.head.weight.dtype)[: len(ids)]
             return checked(rows.reshape(len(rows), -1, size) if rows.shape[-1] % size == 0 else rows, ids, count, size)
 
-        return await self.pool.somewhere(ask)
+        return await self.pool.somewhere(ask, among)
 
     async def _post(self, replica: Replica, body: JsonObject, limit: int = LARGEST_ANSWER) -> tuple[Any, str]:
         """(the answer to a text, the name that the request went by, which a file of hidden states carries)"""
@@ -318,8 +315,8 @@ class ServedTarget(WeightsOnlyTarget):
         require_same_logprobs(self.identity_logprobs, found, f"server.urls: {replica.url}{again}")
 
     async def _check_capture(self, replica: Replica) -> None:
-        check = self.engine.capture_check(self.config.model_type) if self.last is not None else None
-        if check is None:
+        check = self.engine.capture_check(self.config.model_type)
+        if check is None or not self.pool.last or replica in self.pool.last:
             return
         path, wanted, fault = check
         if wanted not in str(await self.pool.request(replica, "GET", path)):
