@@ -37,7 +37,7 @@ from draftsmith.engines.state_files import (
     take_states,
 )
 from draftsmith.targets.base import Capture, Follow, Written, nobody
-from draftsmith.targets.identity import PROBE, SAME_LOGPROB, require_same_logprobs
+from draftsmith.targets.identity import PROBE, SAME_LOGPROB, nats_apart, require_same_logprobs
 from draftsmith.targets.parts import WeightsOnlyTarget, resolve_model
 
 if TYPE_CHECKING:
@@ -190,13 +190,8 @@ class ServedTarget(WeightsOnlyTarget):
         """
         ids = self.tokenizer(PROBE).input_ids
         last = self._capture([ids], taps).last_TH[:-1]
-        everything = self.head_rows(torch.arange(self.identity.vocab_size))
-        logits = (last.to(everything.dtype) @ everything.T).float()
-        if self.logit_softcap is not None:
-            logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
-        wanted = torch.tensor(ids[1:], device=logits.device)
-        found = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].tolist()
-        away = sum(abs(a - b) for a, b in zip(self.identity_logprobs, found, strict=True)) / len(found)
+        found = self.logprobs_of(ids, last.to(self.head.weight.dtype))
+        away = nats_apart(self.identity_logprobs, found)
         if not away <= SAME_LOGPROB:
             raise TargetError(
                 f"server.urls: the hidden states of {self.pool.replicas[0].url} give other log-probabilities of a "

@@ -206,13 +206,6 @@ class LocalTarget(ModelParts):
         if wrong:
             raise TargetError(f"draft.taps: {wrong[0]} given; {self.identity.model} has layers 0..{layers - 1}")
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The target's own head over its own last hidden state."""
-        logits = self.head(hidden)
-        if self.logit_softcap is not None:
-            logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
-        return logits
-
     @torch.inference_mode()
     def capture(self, documents: list[list[int]], taps: Sequence[int]) -> Capture:
         """One packed forward over all documents; time is linear in their tokens."""
@@ -227,13 +220,7 @@ class LocalTarget(ModelParts):
     @torch.inference_mode()
     def logprobs(self, document: list[int]) -> list[float]:
         """Log-probability of every token of a text after the first."""
-        last = self.capture([document], ()).last_TH[:-1]
-        wanted = torch.tensor(document[1:], device=self.device)
-        scores = [
-            logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
-            for logits, ids in ((self.logits(h), w) for h, w in zip(last.split(64), wanted.split(64), strict=True))
-        ]
-        return torch.cat(scores).tolist()
+        return self.logprobs_of(document, self.capture([document], ()).last_TH[:-1])
 
     # --- step by step -------------------------------------------------------------------------------------------
 

@@ -256,9 +256,13 @@ class ModelParts:
             quantization=quantization.get("quant_method"),
         )
 
+    def _load(self) -> None:
+        """Read what is not here yet of embedding, norm and head."""
+
     @torch.inference_mode()
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The head's own input [..., H] from the last layer's output; a scale of the logits is part of it."""
+        self._load()
         return self._scaled(self.norm(hidden))
 
     def _scaled(self, last: Tensor) -> Tensor:
@@ -277,10 +281,30 @@ class ModelParts:
             raise TargetError(f"target.model: the final norm of {self.identity.architecture} gives no numbers")
         return gain
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The target's own head over its own last hidden state."""
+        logits = self.head(hidden)
+        if self.logit_softcap is not None:
+            logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
+        return logits
+
+    @torch.inference_mode()
+    def logprobs_of(self, document: list[int], last_TH: Tensor) -> list[float]:
+        """Log-probability of every token after the first, from the head's input at those before the last."""
+        self._load()
+        wanted = torch.tensor(document[1:], device=self.device)
+        scores = [
+            self.logits(hidden).float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+            for hidden, ids in zip(last_TH.split(64), wanted.split(64), strict=True)
+        ]
+        return torch.cat(scores).tolist()
+
     def head_rows(self, ids: Tensor) -> Tensor:
+        self._load()
         return self.head.weight[ids.to(self.device)]
 
     def embedding_rows(self) -> Tensor:
+        self._load()
         return self.embedding.weight  # type: ignore[return-value]
 
 
@@ -328,18 +352,6 @@ class WeightsOnlyTarget(ModelParts):
                     f"{list(module.weight.shape)}; its config belongs to another model"
                 )
             module.weight = nn.Parameter(weight.to(self.device, dtype), requires_grad=False)
-
-    def final_norm(self, hidden: Tensor) -> Tensor:
-        self._load()
-        return super().final_norm(hidden)
-
-    def head_rows(self, ids: Tensor) -> Tensor:
-        self._load()
-        return super().head_rows(ids)
-
-    def embedding_rows(self) -> Tensor:
-        self._load()
-        return super().embedding_rows()
 
 
 # Modules beside the decoder that hold embeddings and norms of their own: multi-token prediction, towers, projectors.
