@@ -38,7 +38,8 @@ from draftsmith.engines.state_files import (
 )
 from draftsmith.targets.base import Capture, Follow, Written, nobody
 from draftsmith.targets.identity import PROBE, SAME_LOGPROB, nats_apart, require_same_logprobs
-from draftsmith.targets.parts import WeightsOnlyTarget, resolve_model
+from draftsmith.targets.parts import resolve_model
+from draftsmith.targets.weights import WeightsOnlyTarget
 
 if TYPE_CHECKING:
     from draftsmith.engines.server import ServerEngine
@@ -49,7 +50,7 @@ NUMBER_BYTES = 32  # of a hidden state's number that comes as text, and what sta
 
 
 class ServedTarget(WeightsOnlyTarget):
-    """Implements `Target` and `Session` over replicas."""
+    """A `Target` over replicas."""
 
     independent = True
 
@@ -99,7 +100,7 @@ class ServedTarget(WeightsOnlyTarget):
         at_once: int | None = None,
         ignore_end: bool = False,
     ) -> Iterator[tuple[int, Generation]]:
-        """As `Target` and `Session` have it; prompts are taken from an iterator as there is room for them."""
+        """As `Target` has it; prompts are taken from an iterator as there is room for them."""
         done: queue.SimpleQueue[tuple[int, Generation] | None] = queue.SimpleQueue()
         ends = Ends(frozenset() if ignore_end else self.eos_ids, self.tokenizer, stop, stop_loops)
         numbered, tokens = enumerate(prompts), 0
@@ -131,8 +132,6 @@ class ServedTarget(WeightsOnlyTarget):
             future.cancel()
 
     def logprobs(self, document: list[int]) -> list[float]:
-        """Log-probability of every token of a text after the first."""
-
         async def ask(replica: Replica) -> list[float]:
             with reading("an answer without log-probabilities"):
                 return await self._logprobs(replica, document)

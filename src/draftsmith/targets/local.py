@@ -3,6 +3,7 @@
 Shapes: B sequences, T packed tokens, W tokens a step, L cached positions, K taps, H hidden, V vocabulary.
 """
 
+import copy
 import inspect
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,19 +16,20 @@ from torch import Tensor, nn
 from draftsmith.core.errors import TargetError
 from draftsmith.core.files import JsonObject
 from draftsmith.core.progress import say
+from draftsmith.core.shape import DraftSampling, Shape
 from draftsmith.decoding.attention import ATTENTION_NAME, MaskedPlan, PackedPlan
 from draftsmith.decoding.cache import StaticCache
 from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.products import pack_weights
 from draftsmith.decoding.sampling import Sampling, sample
+from draftsmith.decoding.speculate import Decoder, Drafter
 from draftsmith.decoding.stopping import Ends
-from draftsmith.targets.base import Capture, Follow, Written, nobody
+from draftsmith.targets.base import Capture, Follow, Target, Written, nobody
 from draftsmith.targets.identity import PROBE, weights_hash
 from draftsmith.targets.lean import LeanLayer, lean_layers
 from draftsmith.targets.library import LibraryCache, LibraryForward
 from draftsmith.targets.parts import (
     DTYPES,
-    ModelParts,
     check_amount,
     complaint_of,
     from_auto_class,
@@ -48,13 +50,15 @@ def _require_equal(got: Tensor, wanted: Tensor) -> None:
         raise ValueError(f"its logits come out differently, by {difference:.2g} of {scale:.2g}")
 
 
-class LocalTarget(ModelParts):
-    """Implements `Target` and, for decoding, `new_cache`, `prefill` and `verify`.
+class LocalTarget(Target):
+    """A `Target` with, for decoding, `new_cache`, `prefill` and `verify`.
 
     Two ways: packed, with our attention, for the architectures on which it gives the model's own logits; else the
     library's own forward, text by text (targets/library.py). `library` is None for the first.
     """
 
+    _decoder: Decoder | None = None
+    _shape: Shape | None = None
     independent = False  # one random stream for all, and products that round otherwise in other batches
 
     def __init__(
@@ -105,6 +109,14 @@ class LocalTarget(ModelParts):
         target._choose_path()
         return target
 
+    def session(
+        self, drafter: Drafter | None = None, shape: Shape | None = None, draft_sampling: DraftSampling = "greedy"
+    ) -> "LocalTarget":
+        """This target, which keeps the buffers of decoding text by text, and drafts where it is told how."""
+        session = copy.copy(self)
+        session._decoder, session._shape = Decoder(self, drafter, draft_sampling=draft_sampling), shape
+        return session
+
     @cached_property
     def identity_logprobs(self) -> list[float]:
         return self.logprobs(self.tokenizer(PROBE).input_ids)
@@ -122,8 +134,7 @@ class LocalTarget(ModelParts):
         lean = lean_layers(self.layers)
         for module in (self.head,) if lean else (self.head, self.decoder):
             pack_weights(module)
-        self._tap_outputs: dict[int, Tensor] = {}
-        self._taps: tuple[int, ...] = ()
+        self._tap_outputs: dict[int, Any] = {}  # by the layers that are tapped, of all sessions
         self._takes = frozenset(inspect.signature(self.decoder.forward).parameters)
         for index, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(partial(self._record_tap, index), with_kwargs=True)
@@ -181,14 +192,15 @@ class LocalTarget(ModelParts):
         _require_equal(torch.cat([packed, self.logits(stepped)]), torch.cat([*expected, expected[0][-1:]]))
 
     def _record_tap(self, index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: JsonObject) -> None:
-        if index in self._taps:
+        if index in self._tap_outputs:
             self._tap_outputs[index] = args[0] if args else kwargs["hidden_states"]
 
     def _forward(
         self, ids: Tensor, positions: Tensor, cache: Any, plan: Any, taps: Sequence[int] = ()
     ) -> tuple[Tensor, Tensor]:
         """(taps [B, T, K, H], the head's own input [B, T, H]); `plan` is None for the library's own attention."""
-        self._taps = tuple(taps)
+        self._tap_outputs.clear()
+        self._tap_outputs.update(dict.fromkeys(taps))
         named = "cache_params" if "cache_params" in self._takes else "past_key_values"  # Mamba's name, all others'
         planned = {named: cache}
         if plan is not None:
@@ -281,15 +293,21 @@ class LocalTarget(ModelParts):
         follow: Follow | None = None,
         written: Written = nobody,
         *,
+        at_once: int | None = None,
         ignore_end: bool = False,
     ) -> Iterator[tuple[int, Generation]]:
-        """Continuous batching over `batch_size` cache rows, over one by the library's forward; a pure function of its
-        arguments.
+        """Text by text with a drafter or one at once, else continuous batching over `batch_size` cache rows, over one
+        by the library's forward; a pure function of its arguments.
 
         Free rows are refilled when a sixteenth of them stands empty, so that prompts are read in packs, until
         `max_tokens` are written. No text runs past the context; a prompt that fills it is a `TargetError`.
-        `ignore_end`: end tokens do not end a text.
         """
+        ends = Ends(frozenset() if ignore_end else self.eos_ids, self.tokenizer, stop, stop_loops)
+        if at_once == 1 or self._shape:
+            decoder = self._decoder or Decoder(self)
+            for number, prompt in enumerate(prompts):
+                yield number, decoder.generate(prompt, sampling, max_new_tokens, self._shape, seed + number, ends)
+            return
         asked = list(prompts)
         if not asked:
             return
@@ -299,7 +317,6 @@ class LocalTarget(ModelParts):
                 f"target.model: a prompt of {longest} tokens fills the context of {self.identity.model}, "
                 f"{self.context}; give a smaller regenerate.max_prompt_tokens"
             )
-        ends = Ends(frozenset() if ignore_end else self.eos_ids, self.tokenizer, stop, stop_loops)
         generator = torch.Generator().manual_seed(seed)
         yield from self._batched(asked, sampling, max_new_tokens, ends, generator, max_tokens, follow, written, longest)
 
