@@ -178,7 +178,7 @@ class Pool:
         new = [replica for replica in among if not replica.met]
         for replica in new:
             replica.met = True
-        failures = await asyncio.gather(*(self._first_check(replica) for replica in new))
+        failures = await asyncio.gather(*(self._prove(replica) for replica in new))
         if new and not any(replica.trusted for replica in among):
             raise TargetError(f"server.urls: no server answers; {new[0].url}: {failures[0]}")
 
@@ -195,7 +195,7 @@ class Pool:
             except Retry as error:
                 last = f"{replica.url}: {error}"
                 failed.add(replica.url)
-                self._rest(replica, str(error), error.after_s)
+                self._rest(replica, error)
                 continue
             finally:
                 await self._release(replica)
@@ -216,20 +216,19 @@ class Pool:
             if replica.trusted:
                 return replica
             try:
-                await self._prove(replica)
-                async with self._freed:
-                    self._freed.notify_all()  # it has room for others too
-                return replica
-            except Retry as error:
-                self._rest(replica, str(error), error.after_s)
-                await self._release(replica)
-                if min(r.failures for r in among) >= self.settings.attempts:
-                    raise TargetError(
-                        f"server.attempts: no server answers any more, the last one {replica.url}: {error}; {GO_ON}"
-                    ) from None
+                why = await self._prove(replica)
             except BaseException:
                 await self._release(replica)
                 raise
+            if why is None:
+                async with self._freed:
+                    self._freed.notify_all()  # it has room for others too
+                return replica
+            await self._release(replica)
+            if min(r.failures for r in among) >= self.settings.attempts:
+                raise TargetError(
+                    f"server.attempts: no server answers any more, the last one {replica.url}: {why}; {GO_ON}"
+                )
 
     async def _choose(self, failed: set[str], among: Sequence[Replica]) -> Replica:
         async with self._freed:
@@ -254,33 +253,30 @@ class Pool:
             replica.in_flight -= 1
             self._freed.notify_all()
 
-    def _rest(self, replica: Replica, why: str, after_s: float = 0.0) -> None:
+    def _rest(self, replica: Replica, error: Retry) -> None:
         replica.trusted = replica.captures_right = False  # it may come back as something else
         now = time.monotonic()
         if replica.rests_until > now:  # one of many requests that fail together
-            replica.rests_until = max(replica.rests_until, now + after_s)
+            replica.rests_until = max(replica.rests_until, now + error.after_s)
         else:
             replica.failures += 1
-            pause = max(after_s, self._pause(replica.failures))
+            pause = max(error.after_s, self._pause(replica.failures))
             replica.rests_until = now + pause
-            say(f"server {replica.url}: {why}; left alone for {pause:.1f} s")
+            say(f"server {replica.url}: {error}; left alone for {pause:.1f} s")
 
     def _pause(self, failures: int) -> float:
         longest = min(LONGEST_PAUSE_S, self.settings.backoff_s * 2 ** (failures - 1))
         return longest * self._random.uniform(0.5, 1.0)
 
-    async def _first_check(self, replica: Replica) -> str:
-        try:
-            await self._prove(replica)
-        except Retry as error:
-            self._rest(replica, str(error), error.after_s)
-            return str(error)
-        return ""
-
-    async def _prove(self, replica: Replica) -> None:
+    async def _prove(self, replica: Replica) -> str | None:
+        """Why it has to rest; None where it is trusted from now on."""
         try:
             await self._identify(replica)
             replica.trusted = True
+            return None
+        except Retry as error:
+            self._rest(replica, error)
+            return str(error)
         except DraftsmithError:
             raise
         except MALFORMED:
