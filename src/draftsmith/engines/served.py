@@ -23,8 +23,6 @@ from draftsmith.core.files import JsonObject, digest
 from draftsmith.core.recipe import ServerRecipe, TargetRecipe
 from draftsmith.core.tasks import all_or_none
 from draftsmith.decoding.generation import Generation
-from draftsmith.decoding.sampling import Sampling
-from draftsmith.decoding.stopping import Ends
 from draftsmith.engines.answers import Models, checked_completion, checked_logprobs, whole_numbers
 from draftsmith.engines.pool import LARGEST_ANSWER, Pool, Replica, reading
 from draftsmith.engines.state_files import (
@@ -36,7 +34,7 @@ from draftsmith.engines.state_files import (
     sweep,
     take_states,
 )
-from draftsmith.targets.base import Capture, Follow, Written, nobody
+from draftsmith.targets.base import Asked, Capture
 from draftsmith.targets.identity import PROBE, SAME_LOGPROB, nats_apart, require_same_logprobs
 from draftsmith.targets.parts import resolve_model
 from draftsmith.targets.weights import WeightsOnlyTarget
@@ -85,47 +83,34 @@ class ServedTarget(WeightsOnlyTarget):
             sweep(folder, self._lost)
         self.pool.close()
 
-    def generate(
-        self,
-        prompts: Iterable[list[int]],
-        sampling: Sampling,
-        max_new_tokens: int,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-        stop_loops: bool = False,
-        max_tokens: int | None = None,
-        follow: Follow | None = None,
-        written: Written = nobody,
-        *,
-        at_once: int | None = None,
-        ignore_end: bool = False,
-    ) -> Iterator[tuple[int, Generation]]:
-        """As `Target` has it; prompts are taken from an iterator as there is room for them."""
+    def _answers(self, prompts: Iterable[list[int]], asked: Asked) -> Iterator[tuple[int, Generation]]:
+        """Prompts are taken from an iterator as there is room for them."""
         done: queue.SimpleQueue[tuple[int, Generation] | None] = queue.SimpleQueue()
-        ends = Ends(frozenset() if ignore_end else self.eos_ids, self.tokenizer, stop, stop_loops)
         numbered, tokens = enumerate(prompts), 0
+
+        def room() -> bool:
+            return asked.max_tokens is None or tokens < asked.max_tokens
 
         async def work() -> None:
             nonlocal tokens
-            while (max_tokens is None or tokens < max_tokens) and (item := next(numbered, None)) is not None:
+            while room() and (item := next(numbered, None)) is not None:
                 number = item[0]
-                asked: list[int] | None = item[1]
-                while asked is not None and (max_tokens is None or tokens < max_tokens):
-                    own_seed = int(digest(seed, asked), 16) % 2**31  # the same whoever else asks, and when
-                    answer = await self._complete(asked, sampling, max_new_tokens, ends, own_seed, ignore_end)
+                ids: list[int] | None = item[1]
+                while ids is not None and room():
+                    answer = await self._complete(ids, asked)
                     tokens += len(answer.ids)
-                    asked = follow(number, answer) if follow else None
+                    ids = asked.follow(number, answer) if asked.follow else None
                     done.put((number, answer))
 
         async def every() -> None:
             worth_giving = self.settings.concurrency * len(self.replicas)
-            await all_or_none(work() for _ in range(at_once or worth_giving))
+            await all_or_none(work() for _ in range(asked.at_once or worth_giving))
 
         future = self.pool.submit(every, self.replicas)
         future.add_done_callback(lambda _: done.put(None))
         try:
             while (item := done.get()) is not None:
-                written(len(item[1].ids))
+                asked.written(len(item[1].ids))
                 yield item
             future.result()
         finally:
@@ -138,10 +123,10 @@ class ServedTarget(WeightsOnlyTarget):
 
         return self.pool.run((lambda: self.pool.somewhere(ask, self.replicas), self.replicas))[0]
 
-    async def _complete(
-        self, ids: list[int], sampling: Sampling, max_new_tokens: int, ends: Ends, seed: int, ignore_end: bool
-    ) -> Generation:
+    async def _complete(self, ids: list[int], asked: Asked) -> Generation:
         """One completion; raises `TargetError` once `server.attempts` have failed."""
+        sampling, most, texts = asked.sampling, asked.max_new_tokens, asked.ends.texts
+        seed = int(digest(asked.seed, ids), 16) % 2**31  # the same whoever else asks, and when
         settings: JsonObject = {  # without defaults: servers take what is left out from the model's generation_config
             self.engine.seed: seed,
             "temperature": sampling.temperature,
@@ -150,24 +135,21 @@ class ServedTarget(WeightsOnlyTarget):
             "min_p": 0.0,
             "repetition_penalty": 1.0,
         }
-        settings |= ({"stop": list(ends.texts)} if ends.texts else {}) | ({"ignore_eos": True} if ignore_end else {})
+        settings |= ({"stop": list(texts)} if texts else {}) | ({"ignore_eos": True} if asked.ignore_end else {})
 
         async def ask(replica: Replica) -> Generation:
-            self._require_room(
-                replica,
-                len(ids) + max_new_tokens,
-                "give a smaller regenerate.max_new_tokens or evaluate.max_new_tokens",
-            )
-            body = self.engine.body(replica.name, ids, max_new_tokens, settings) | self.engine.to_complete
+            mend = "give a smaller regenerate.max_new_tokens or evaluate.max_new_tokens"
+            self._require_room(replica, len(ids) + most, mend)
+            body = self.engine.body(replica.name, ids, most, settings) | self.engine.to_complete
             answer, _ = await self._post(replica, body)
             await self._let_go(answer)
             with reading(f"{self.engine.path}: an answer without token ids"):
                 self._require_finished(answer)
                 written = self.engine.read_completion(answer)
-                return checked_completion(written, self.identity.vocab_size, max_new_tokens)
+                return checked_completion(written, self.identity.vocab_size, most)
 
         written = await self.pool.somewhere(ask, self.replicas)
-        kept, reason = ends.of_answer(written.ids, written.finish_reason)
+        kept, reason = asked.ends.of_answer(written.ids, written.finish_reason)
         return replace(written, ids=kept, finish_reason=reason)
 
     def capture(self, documents: list[list[int]], taps: Sequence[int]) -> Capture:

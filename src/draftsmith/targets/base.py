@@ -14,6 +14,7 @@ from draftsmith.core.errors import TargetError
 from draftsmith.core.records.run import TargetIdentity
 from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
+from draftsmith.decoding.stopping import Ends
 from draftsmith.targets.identity import template_hash, tokenizer_hash
 from draftsmith.targets.parts import context_of, end_ids, find_decoder, logit_scale
 
@@ -37,6 +38,21 @@ class Capture:
 
     taps_TKH: Tensor
     last_TH: Tensor
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How prompts are to be answered, as `Target.generate` is told."""
+
+    sampling: Sampling
+    max_new_tokens: int
+    ends: Ends
+    seed: int
+    max_tokens: int | None
+    follow: Follow | None
+    written: Written
+    at_once: int | None
+    ignore_end: bool
 
 
 class Target:
@@ -74,6 +90,11 @@ class Target:
         """Completions as (index of the prompt, generation), each as soon as it ends, and those of the turns that
         `follow`; once `max_tokens` are written, none is begun. `written` is told of tokens as they come. At most
         `at_once` are in flight, else as many as it is worth giving. `ignore_end`: end tokens do not end them."""
+        ends = Ends(frozenset() if ignore_end else self.eos_ids, self.tokenizer, stop, stop_loops)
+        asked = Asked(sampling, max_new_tokens, ends, seed, max_tokens, follow, written, at_once, ignore_end)
+        return self._answers(prompts, asked)
+
+    def _answers(self, prompts: Iterable[list[int]], asked: Asked) -> Iterator[tuple[int, Generation]]:
         raise NotImplementedError
 
     def logprobs(self, document: list[int]) -> list[float]:

@@ -23,8 +23,7 @@ from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.products import pack_weights
 from draftsmith.decoding.sampling import Sampling, sample
 from draftsmith.decoding.speculate import Decoder, Drafter
-from draftsmith.decoding.stopping import Ends
-from draftsmith.targets.base import Capture, Follow, Target, Written, nobody
+from draftsmith.targets.base import Asked, Capture, Target
 from draftsmith.targets.identity import PROBE, weights_hash
 from draftsmith.targets.lean import LeanLayer, lean_layers
 from draftsmith.targets.library import LibraryCache, LibraryForward
@@ -281,61 +280,36 @@ class LocalTarget(Target):
         return tapped[0], last[0]
 
     @torch.inference_mode()
-    def generate(
-        self,
-        prompts: Iterable[list[int]],
-        sampling: Sampling,
-        max_new_tokens: int,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-        stop_loops: bool = False,
-        max_tokens: int | None = None,
-        follow: Follow | None = None,
-        written: Written = nobody,
-        *,
-        at_once: int | None = None,
-        ignore_end: bool = False,
-    ) -> Iterator[tuple[int, Generation]]:
+    def _answers(self, prompts: Iterable[list[int]], asked: Asked) -> Iterator[tuple[int, Generation]]:
         """Text by text with a drafter or one at once, else continuous batching over `batch_size` cache rows, over one
         by the library's forward; a pure function of its arguments.
 
         Free rows are refilled when a sixteenth of them stands empty, so that prompts are read in packs, until
         `max_tokens` are written. No text runs past the context; a prompt that fills it is a `TargetError`.
         """
-        ends = Ends(frozenset() if ignore_end else self.eos_ids, self.tokenizer, stop, stop_loops)
-        if at_once == 1 or self._shape:
-            decoder = self._decoder or Decoder(self)
+        if asked.at_once == 1 or self._shape:
+            decoder, most = self._decoder or Decoder(self), asked.max_new_tokens
             for number, prompt in enumerate(prompts):
-                yield number, decoder.generate(prompt, sampling, max_new_tokens, self._shape, seed + number, ends)
+                seed = asked.seed + number
+                yield number, decoder.generate(prompt, asked.sampling, most, self._shape, seed, asked.ends)
             return
-        asked = list(prompts)
-        if not asked:
+        texts = list(prompts)
+        if not texts:
             return
-        longest = max(map(len, asked))
+        longest = max(map(len, texts))
         if longest >= self.context:
             raise TargetError(
                 f"target.model: a prompt of {longest} tokens fills the context of {self.identity.model}, "
                 f"{self.context}; give a smaller regenerate.max_prompt_tokens"
             )
-        generator = torch.Generator().manual_seed(seed)
-        yield from self._batched(asked, sampling, max_new_tokens, ends, generator, max_tokens, follow, written, longest)
+        yield from self._batched(texts, asked, min(longest + asked.max_new_tokens, self.context))
 
-    def _batched(
-        self,
-        asked: list[list[int]],
-        sampling: Sampling,
-        max_new_tokens: int,
-        ends: Ends,
-        generator: torch.Generator,
-        max_tokens: int | None,
-        follow: Follow | None,
-        written: Written,
-        longest: int,
-    ) -> Iterator[tuple[int, Generation]]:
-        waiting = deque(range(len(asked)))
-        rows = 1 if self.library else min(self.batch_size, len(asked))
-        most = min(longest + max_new_tokens, self.context)
-        capacity = min(max(map(len, asked[:rows])) + CACHE_AHEAD, most)
+    def _batched(self, texts: list[list[int]], asked: Asked, most: int) -> Iterator[tuple[int, Generation]]:
+        """`most`: columns that the cache grows to."""
+        generator = torch.Generator().manual_seed(asked.seed)
+        waiting = deque(range(len(texts)))
+        rows = 1 if self.library else min(self.batch_size, len(texts))
+        capacity = min(max(map(len, texts[:rows])) + CACHE_AHEAD, most)
         cache: Any = self.library.new_cache() if self.library else StaticCache(rows, capacity, most)
         running: list[int | None] = [None] * rows  # prompt index in each cache row
         lengths = torch.zeros(rows, dtype=torch.long)
@@ -344,36 +318,38 @@ class LocalTarget(Target):
         finished_tokens = 0
         while waiting or any(r is not None for r in running):
             free = [i for i, r in enumerate(running) if r is None]
-            if max_tokens is not None and finished_tokens + sum(map(len, outputs.values())) >= max_tokens:
+            written = finished_tokens + sum(map(len, outputs.values()))
+            if asked.max_tokens is not None and written >= asked.max_tokens:
                 waiting.clear()
             if waiting and (len(free) >= max(1, rows // 16) or len(free) == rows):
                 admitted = free[: len(waiting)]
                 chosen = [waiting.popleft() for _ in admitted]
-                drawn = self._admit(cache, admitted, [asked[c] for c in chosen], sampling, generator)
+                drawn = self._admit(cache, admitted, [texts[c] for c in chosen], asked.sampling, generator)
                 for row, index, token in zip(admitted, chosen, drawn, strict=True):
                     running[row], outputs[index] = index, []
-                    lengths[row], next_ids[row] = len(asked[index]), token
+                    lengths[row], next_ids[row] = len(texts[index]), token
             elif rows // 4 < len(free) < rows and not waiting:  # the tail: smaller batches cost less
                 keep = [i for i, r in enumerate(running) if r is not None]
                 cache.select_rows(keep)
                 running = [running[i] for i in keep]
                 lengths, next_ids, rows = lengths[keep], next_ids[keep], len(keep)
-            written(sum(number is not None for number in running))
+            asked.written(sum(number is not None for number in running))
             for row, (number, token) in enumerate(zip(running, next_ids.tolist(), strict=True)):
                 if number is None:
                     continue
                 outputs[number].append(token)
-                if ended := ends.reason(outputs[number], min(max_new_tokens, self.context - len(asked[number]))):
+                room = min(asked.max_new_tokens, self.context - len(texts[number]))
+                if ended := asked.ends.reason(outputs[number], room):
                     running[row], lengths[row] = None, 0
                     finished_tokens += len(outputs[number])
                     answer = Generation(outputs.pop(number), ended)
-                    if follow and (following := follow(number, answer)) is not None:
-                        asked[number] = following
+                    if asked.follow and (following := asked.follow(number, answer)) is not None:
+                        texts[number] = following
                         waiting.append(number)
                     yield number, answer
             if all(r is None for r in running):
                 continue
-            next_ids = self._decode_step(cache, lengths, next_ids, sampling, generator)
+            next_ids = self._decode_step(cache, lengths, next_ids, asked.sampling, generator)
             lengths = lengths + torch.tensor([r is not None for r in running])
 
     def _admit(
