@@ -25,15 +25,7 @@ from draftsmith.core.tasks import all_or_none
 from draftsmith.decoding.generation import Generation
 from draftsmith.engines.answers import Models, checked_completion, checked_logprobs, whole_numbers
 from draftsmith.engines.pool import LARGEST_ANSWER, Pool, Replica, reading
-from draftsmith.engines.state_files import (
-    FILE_PREFIX,
-    Retry,
-    checked,
-    discard_states,
-    from_numbers,
-    sweep,
-    take_states,
-)
+from draftsmith.engines.state_files import FILE_PREFIX, Retry, checked, discard_states, from_numbers, sweep, take_states
 from draftsmith.targets.base import Asked, Capture
 from draftsmith.targets.identity import PROBE, SAME_LOGPROB, nats_apart, require_same_logprobs
 from draftsmith.targets.parts import resolve_model

@@ -58,8 +58,8 @@ class LibraryForward:
         cache = self.new_cache()
         self._step(cache, TEXT[:4])
         # One by one, as generation goes: some state-space layers forget their state where several come in.
-        rest = torch.cat([self._step(cache, [token])[1] for token in TEXT[4:]], dim=1)
-        if not _close(rest, self._run(TEXT, None)[1][:, 4:]):
+        rest = torch.cat([self._step(cache, [token])[1] for token in TEXT[4:]])
+        if not _close(rest, self._run(TEXT, None)[1][4:]):
             raise ValueError("its cache gives other states than a whole text")
 
     def _cut_back(self) -> None:
@@ -67,17 +67,19 @@ class LibraryForward:
         cache = self.new_cache()
         self._step(cache, [*TEXT[:3], 3, 2])
         cache.keep(2, [2])
-        if not _close(self._step(cache, TEXT[3:])[1], self._run(TEXT, None)[1][:, 3:]):
+        if not _close(self._step(cache, TEXT[3:])[1], self._run(TEXT, None)[1][3:]):
             raise ValueError("its cut cache gives other states than a whole text")
 
     def new_cache(self) -> LibraryCache:
         return LibraryCache(self._make_cache)
 
     def _run(self, ids: Sequence[int], cache: LibraryCache | None, taps: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """(taps [T, K, H], last [T, H]) of a text, or of what goes on with it."""
         start = cache.length if cache else 0
         positions = torch.arange(start, start + len(ids), device=self.device)[None]
         inputs = torch.tensor([list(ids)], device=self.device)
-        return self.forward(inputs, positions, cache.cache if cache else None, None, taps)
+        tapped, last = self.forward(inputs, positions, cache.cache if cache else None, None, taps)
+        return tapped[0], last[0]
 
     def _step(self, cache: LibraryCache, ids: Sequence[int], taps: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         out = self._run(ids, cache, taps)
@@ -87,12 +89,11 @@ class LibraryForward:
     def capture(self, documents: list[list[int]], taps: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(taps [T, K, H], last [T, H]) of all documents, end to end."""
         made = [self._run(document, None, taps) for document in documents]
-        return torch.cat([t[0] for t, _ in made]), torch.cat([last[0] for _, last in made])
+        return torch.cat([tapped for tapped, _ in made]), torch.cat([last for _, last in made])
 
     def prefill(self, cache: LibraryCache, prompt: list[int], taps: Sequence[int]) -> tuple[Tensor, Tensor]:
         cache.clear()
-        tapped, last = self._step(cache, prompt, taps)
-        return tapped[0], last[0]
+        return self._step(cache, prompt, taps)
 
     def verify(
         self, cache: LibraryCache, length: int, ids: list[int], depths: Tensor, taps: Sequence[int]
@@ -100,8 +101,7 @@ class LibraryForward:
         if depths.tolist() != list(range(len(ids))):
             raise TargetError("evaluate.shapes: this target runs by transformers' own forward, which verifies chains")
         assert cache.length == length
-        tapped, last = self._step(cache, ids, taps)
-        return tapped[0], last[0]
+        return self._step(cache, ids, taps)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -12,14 +12,7 @@ from torch import Tensor, nn
 from draftsmith.core.errors import TargetError
 from draftsmith.targets.base import Target
 from draftsmith.targets.configs import read_config
-from draftsmith.targets.parts import (
-    empty_model,
-    first_line,
-    load_tokenizer,
-    on_guard,
-    resolve_device,
-    resolve_model,
-)
+from draftsmith.targets.parts import empty_model, first_line, load_tokenizer, on_guard, resolve_device, resolve_model
 
 
 class WeightsOnlyTarget(Target):
@@ -73,11 +66,7 @@ BESIDE = re.compile(r"(^|\.)(layers|blocks|mtp\w*|vis\w+|audio\w*|\w*tower|\w*pr
 
 
 def _read_tensors(
-    path: str,
-    revision: str | None,
-    tied: bool,
-    leaves: tuple[str, ...] = ("embed_tokens", "norm", "lm_head"),
-    strays: tuple[str, ...] = (),
+    path: str, revision: str | None, tied: bool, leaves: tuple[str, ...], strays: tuple[str, ...]
 ) -> list[Tensor]:
     """Embedding, final norm and head, from the few files that hold them.
 
