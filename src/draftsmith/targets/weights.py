@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from draftsmith.core.errors import TargetError
@@ -39,6 +40,7 @@ class WeightsOnlyTarget(Target):
             self._adopt(lm, model, revision, dtype, template_options)
         self._source = path, revision
 
+    @torch.inference_mode(False)  # whoever asks first, a trainer computes gradients through them
     def _load(self) -> None:
         """Read the three tensors on first use; regeneration needs none of them."""
         if not self.head.weight.is_meta:
