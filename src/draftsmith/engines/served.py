@@ -53,7 +53,6 @@ class ServedTarget(WeightsOnlyTarget):
         self.settings, self.engine = server, engine
         self.known_as = {target.model, resolve_model(target.model)}
         self.pool = Pool(server, self._identify)
-        self.identity_logprobs: list[float] = []  # of the probe's tokens, of the first server that answered
         self._lost: list[str] = []  # requests for hidden states that were given up
         self._folders: set[Path] = set()
         self._proof, self._proven = threading.Lock(), False

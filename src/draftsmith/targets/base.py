@@ -5,6 +5,7 @@ Shapes: T tokens of all documents, K taps, H hidden size, V vocabulary.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -64,8 +65,11 @@ class Target:
     """Whether an answer does not depend on those that are decoded beside it."""
     weights_hash: str | None = None
     """Of the files that the whole model was loaded from."""
-    identity_logprobs: list[float]
-    """Of the probe text of targets/identity.py; servers tell them once one has answered."""
+
+    @cached_property
+    def identity_logprobs(self) -> list[float]:
+        """Of the probe text of targets/identity.py; of servers those of the first that answered, none before."""
+        return []
 
     @property
     def one(self) -> "Target":
