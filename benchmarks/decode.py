@@ -160,7 +160,6 @@ def main() -> None:
     from draftsmith.data.regenerate import open_conversations
     from draftsmith.data.templates import ChatFormat
     from draftsmith.decoding.sampling import Sampling
-    from draftsmith.engines.embedded import EmbeddedSession
     from draftsmith.runs.run import Run
 
     quiet_libraries()
@@ -176,7 +175,7 @@ def main() -> None:
     sampling = Sampling(wish.temperature, wish.top_p, wish.top_k)
     rows = batch_one(run, one, own.shapes, own.tokens)
     run.target.batch_size = own.batch
-    rate = regeneration(EmbeddedSession(run.target), many, sampling, own.new_tokens, own.rounds)
+    rate = regeneration(run.target.session(), many, sampling, own.new_tokens, own.rounds)
     told = {"created_with": run.created_with.model_dump(mode="json"), "threads": torch.get_num_threads()}
     told |= {"steps": rows, "regeneration": {"batch": own.batch, "tokens_per_s": rate}}
     write_json(OUT, told)

@@ -30,7 +30,6 @@ from draftsmith.decoding.stopping import Ends
 from draftsmith.drafts.directories import ReadyDraft, ready_draft
 from draftsmith.engines import ENGINES
 from draftsmith.engines.base import Session
-from draftsmith.engines.embedded import EmbeddedSession
 from draftsmith.evaluation.evaluate import Evaluation
 from draftsmith.evaluation.profile import walks_of
 from draftsmith.hardware.accept_length import MeasuredProfile
@@ -180,7 +179,7 @@ def main() -> None:
         run = Run(recipe, command.out or Path("runs") / recipe.name, sys.argv)
         setup = run.setup("embedded", run.files.root)
         evaluation = Evaluation(ENGINES["embedded"], setup, run.files.evaluation_prompts, run.files.root)
-        prompts = [question.ids for question in evaluation.questions(EmbeddedSession(run.target))]
+        prompts = [question.ids for question in evaluation.questions(run.target.session())]
         ready = ready_draft(run.target, run.files.draft)
         if own.engine == "embedded":
             ends = Ends(run.target.eos_ids, run.target.tokenizer, evaluation.chat.stop)

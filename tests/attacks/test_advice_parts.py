@@ -25,7 +25,6 @@ from draftsmith.decoding.sampling import Sampling
 from draftsmith.drafts.directories import inspect_draft, load_draft, require_fit, write_draft
 from draftsmith.engines import ENGINES
 from draftsmith.engines.base import Setup
-from draftsmith.engines.embedded import EmbeddedSession
 from draftsmith.evaluation.evaluate import Evaluation
 from draftsmith.hardware.accept_length import MeasuredProfile
 from draftsmith.publishing.publish import publish
@@ -106,7 +105,7 @@ def test_evaluation_asks_where_it_is_told_to_raise_what_is_asked(gathered, model
     def questions(**changes):
         setup = Setup(tiny_recipe(model, "p", **changes), gathered, gathered, target)
         evaluation = Evaluation(ENGINES["embedded"], setup, gathered / "evaluation.jsonl", gathered)
-        return evaluation.questions(EmbeddedSession(target))
+        return evaluation.questions(target.session())
 
     wrong = {"regenerate.max_prompt_tokens": 2}
     key = read(r"; raise (regenerate\.\w+) where ", told(questions, **wrong))

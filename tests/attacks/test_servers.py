@@ -192,7 +192,7 @@ def test_a_thousand_nonsensical_answers_end_in_a_line_or_in_what_is_right(model,
             served = groups[engine]
             now.update(kind=wrong, change=change)
             served.pool.close()
-            served.pool = Pool([vllm if engine == "vllm" else sglang], served.settings, served._identify)
+            served.pool = Pool(served.settings, served._identify)
             served.identity_logprobs.clear()
             served._proven, started = False, time.monotonic()
             try:

@@ -16,7 +16,8 @@ from draftsmith.engines.server import is_gemma3
 from draftsmith.hardware.presets import preset
 from draftsmith.runs.init import choose, read_facts, render
 from draftsmith.targets.local import LocalTarget
-from draftsmith.targets.parts import WeightsOnlyTarget, load_tokenizer
+from draftsmith.targets.parts import load_tokenizer
+from draftsmith.targets.weights import WeightsOnlyTarget
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SIZES += ("head_dim", "vocab_size")

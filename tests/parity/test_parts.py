@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from draftsmith.core.errors import TargetError
 from draftsmith.targets.local import LocalTarget
-from draftsmith.targets.parts import WeightsOnlyTarget, context_of
+from draftsmith.targets.parts import context_of
+from draftsmith.targets.weights import WeightsOnlyTarget
 
 
 @pytest.mark.parametrize("architecture", BUILDERS)

@@ -335,7 +335,7 @@ def test_states_that_do_not_give_the_servers_own_probabilities_are_refused(model
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_a_served_target_does_what_one_in_process_does(model, target, engine):
-    """The protocol of targets/base.py: completions, and what the model thinks of a text."""
+    """As targets/base.py tells: completions, and what the model thinks of a text."""
     prompts = [[1, 5 + i, 9] for i in range(6)]
     with serving(FaultyServer(tiny_engine(target, model))) as urls:
         recipe = recipe_for(model, urls, engine)

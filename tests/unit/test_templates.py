@@ -17,7 +17,7 @@ from draftsmith.data.templates import ChatFormat, Rendered
 from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.targets.local import LocalTarget
-from draftsmith.targets.parts import WeightsOnlyTarget
+from draftsmith.targets.weights import WeightsOnlyTarget
 
 TURN = (
     "{% for m in messages %}<{{ m.role }}> BODY <turn_end> {% endfor %}"

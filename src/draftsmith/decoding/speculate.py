@@ -19,6 +19,8 @@ from draftsmith.decoding.stopping import Ends
 from draftsmith.decoding.tree import DraftTree, Sampled, Take, first_choices
 from draftsmith.decoding.verify import Accepted, verify_greedy, verify_sampling
 
+CAPACITY = 1024  # tokens that a cache has room for before it grows
+
 
 class VerifyingTarget(Protocol):
     """What decoding needs of a target; `LocalTarget` has it."""
@@ -59,14 +61,10 @@ class Decoder:
     """One target, with or without a drafter, batch 1. `draft_sampling`: how drafts are taken above temperature 0."""
 
     def __init__(
-        self,
-        target: VerifyingTarget,
-        drafter: Drafter | None = None,
-        capacity: int = 1024,
-        draft_sampling: DraftSampling = "greedy",
+        self, target: VerifyingTarget, drafter: Drafter | None = None, draft_sampling: DraftSampling = "greedy"
     ):
         self.target, self.drafter, self.draft_sampling = target, drafter, draft_sampling
-        self._cache = target.new_cache(capacity)  # buffers are kept between sequences
+        self._cache = target.new_cache(CAPACITY)  # buffers are kept between sequences
         self._taps = tuple(drafter.taps) if drafter else ()
 
     @torch.inference_mode()

@@ -12,8 +12,8 @@ MALFORMED = (KeyError, IndexError, TypeError, AttributeError, ValueError)
 """What reading an answer may raise that is not one; pydantic's errors are among them."""
 Whole = Annotated[int, Field(ge=0, strict=True)]
 Name = Annotated[str, Field(max_length=500)]
-_WHOLE = TypeAdapter(list[Whole])
-_NUMBERS = TypeAdapter(list[Annotated[float, Field(strict=True)]])
+whole_numbers = TypeAdapter(list[Whole]).validate_python
+_numbers = TypeAdapter(list[Annotated[float, Field(strict=True)]]).validate_python
 UNTOLD_STEPS = 8  # verifications beyond the tokens that were written: an engine may have begun them already
 
 
@@ -36,9 +36,8 @@ class Models(BaseModel):
 
 def checked_completion(answer: Generation, vocabulary: int, most: int) -> Generation:
     """Raises `ValueError` unless it is token ids of the vocabulary, at most as many as were asked for."""
-    ids = _WHOLE.validate_python(answer.ids)
+    ids = whole_numbers(answer.ids)
     checked_steps(list(answer.verified), len(ids))
-    checked_reason(answer.finish_reason)
     if len(ids) > most:
         raise ValueError(f"{len(ids)} tokens where {most} were asked for")
     if beyond := [token for token in ids if token >= vocabulary]:
@@ -46,28 +45,18 @@ def checked_completion(answer: Generation, vocabulary: int, most: int) -> Genera
     return answer
 
 
-def checked_reason(reason: Any) -> str:
-    if not isinstance(reason, str):
-        raise ValueError("its finish reason is no text")
-    return reason
-
-
 def checked_steps(steps: Any, tokens: int, counts: bool = False) -> list[int]:
     """What each verification accepted, or, as `counts`, how many accepted 0, 1, ... A step writes a token at least."""
-    told = _WHOLE.validate_python(steps)
+    told = whole_numbers(steps)
     number = sum(told) if counts else len(told)
     if number > tokens + UNTOLD_STEPS:
         raise ValueError(f"{number} verifications for {tokens} tokens")
     return told
 
 
-def checked_tokens(tokens: Any) -> list[int]:
-    return _WHOLE.validate_python(tokens)
-
-
 def checked_logprobs(found: Any, ids: Sequence[int]) -> list[float]:
     """Raises `ValueError` unless there is a finite number for every token after the first."""
-    numbers = _NUMBERS.validate_python(found)
+    numbers = _numbers(found)
     if len(numbers) != len(ids) - 1 or not all(map(math.isfinite, numbers)):
         raise ValueError("log-probabilities that are no numbers")
     return numbers

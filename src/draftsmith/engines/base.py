@@ -5,53 +5,23 @@ engines/server.py. Engines are asked through sessions alone, so that what is mea
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar
 
 from draftsmith.core.errors import DataError, TargetError
 from draftsmith.core.progress import say
 from draftsmith.core.recipe import Recipe
 from draftsmith.core.records.base import Decodes
-from draftsmith.core.records.run import TargetIdentity
 from draftsmith.core.shape import Shape
-from draftsmith.decoding.generation import Generation
-from draftsmith.decoding.sampling import Sampling
 from draftsmith.drafts.method import Reading
+from draftsmith.targets.base import Target
 from draftsmith.targets.local import LocalTarget
 
-
-class Session(Protocol):
-    """A target that decodes, alone or with a draft."""
-
-    tokenizer: Any
-    identity: TargetIdentity
-
-    @property
-    def one(self) -> "Session":
-        """A single server of those that answer, which is what a speed is told of."""
-        ...
-
-    def generate(
-        self,
-        prompts: list[list[int]],
-        sampling: Sampling,
-        max_new_tokens: int,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-        *,
-        at_once: int | None = None,
-        ignore_end: bool = False,
-    ) -> Iterator[tuple[int, Generation]]:
-        """Completions as (index of the prompt, generation), each as soon as it ends; at most `at_once` in flight,
-        else as many as it is worth giving. `ignore_end`: end tokens do not end them."""
-        ...
-
-    def logprobs(self, document: list[int]) -> list[float]:
-        """Log-probability of every token of a text after the first."""
-        ...
+Session = Target
+"""What an engine opens: a target that decodes, alone or with a draft."""
 
 
 @dataclass(frozen=True)

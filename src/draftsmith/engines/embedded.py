@@ -1,59 +1,15 @@
 """The engine of this process: the target as `transformers` has it, decoding one text at a time (decoding/)."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 from draftsmith.core.progress import say
-from draftsmith.core.shape import DraftSampling, Shape
-from draftsmith.decoding.generation import Generation
-from draftsmith.decoding.sampling import Sampling
-from draftsmith.decoding.speculate import Decoder, Drafter
-from draftsmith.decoding.stopping import Ends
+from draftsmith.core.shape import Shape
 from draftsmith.drafts.directories import ready_draft
 from draftsmith.engines.base import Engine, Setup
 from draftsmith.targets.local import LocalTarget
 from draftsmith.targets.parts import card_room
-
-
-class EmbeddedSession:
-    """Implements `Session`. Without a draft, prompts that are given together are decoded as batches."""
-
-    def __init__(
-        self,
-        target: LocalTarget,
-        drafter: Drafter | None = None,
-        shape: Shape | None = None,
-        draft_sampling: DraftSampling = "greedy",
-    ):
-        self.target, self.drafter, self.shape = target, drafter, shape
-        self.tokenizer, self.identity = target.tokenizer, target.identity
-        self._decoder = Decoder(target, drafter, draft_sampling=draft_sampling)
-
-    @property
-    def one(self) -> "EmbeddedSession":
-        return self
-
-    def generate(
-        self,
-        prompts: list[list[int]],
-        sampling: Sampling,
-        max_new_tokens: int,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-        *,
-        at_once: int | None = None,
-        ignore_end: bool = False,
-    ) -> Iterator[tuple[int, Generation]]:
-        if self.drafter is None and at_once != 1:
-            yield from self.target.generate(prompts, sampling, max_new_tokens, stop, seed, ignore_end=ignore_end)
-            return
-        ends = Ends(frozenset() if ignore_end else self.target.eos_ids, self.tokenizer, stop)
-        for number, prompt in enumerate(prompts):
-            yield number, self._decoder.generate(prompt, sampling, max_new_tokens, self.shape, seed + number, ends)
-
-    def logprobs(self, document: list[int]) -> list[float]:
-        return self.target.logprobs(document)
 
 
 class Embedded(Engine):
@@ -63,12 +19,12 @@ class Embedded(Engine):
     in_process = True
 
     @contextlib.contextmanager
-    def open(self, setup: Setup, shape: Shape | None, url: str | None = None) -> Iterator[EmbeddedSession]:
+    def open(self, setup: Setup, shape: Shape | None, url: str | None = None) -> Iterator[LocalTarget]:
         assert url is None, "no server"
         assert setup.target is not None, "in this process"
         drafter = ready_draft(setup.target, setup.draft, setup.reading).drafter() if shape else None
         asked = setup.recipe.serve.draft_sampling
-        yield EmbeddedSession(setup.target, drafter, shape, "greedy" if asked == "auto" else asked)
+        yield setup.target.session(drafter, shape, "greedy" if asked == "auto" else asked)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -94,7 +95,7 @@ def _wrong_certificate(error: BaseException | None) -> bool:
     return error is not None
 
 
-@dataclass
+@dataclass(eq=False)
 class Replica:
     url: str
     context: int = 0  # longest text it takes, in tokens; 0 where it does not say
@@ -106,6 +107,7 @@ class Replica:
     trusted: bool = False  # its identity was proved since it last failed
     proving: bool = False
     captures_right: bool = False  # what it returns as hidden states was checked
+    met: bool = False  # it was asked who it is
 
 
 @contextlib.contextmanager
@@ -120,19 +122,18 @@ def reading(what: str) -> Iterator[None]:
 
 
 class Pool:
-    """Asks replicas on an event loop in a thread of its own.
+    """Asks replicas on an event loop in a thread of its own: `replicas`, or `last`, which keep the last layer's states.
 
     prove: refuses a replica that is not what it should be, by a `TargetError`; a `Retry` where it does not answer.
     """
 
-    def __init__(
-        self, urls: Sequence[str], settings: ServerRecipe, prove: Callable[[Replica], Coroutine[Any, Any, None]]
-    ):
+    def __init__(self, settings: ServerRecipe, prove: Callable[[Replica], Coroutine[Any, Any, None]]):
         self.settings, self._identify = settings, prove
-        self._authority = _authority(urls, settings)
-        self.replicas = [Replica(url) for url in urls]
+        self._authority = _authority((*settings.urls, *settings.last_urls), settings)
+        self.replicas = [Replica(url) for url in settings.urls]
+        self.last = [Replica(url) for url in settings.last_urls]
         self._random = random.Random(0)  # spreads retries only
-        self._client: httpx.AsyncClient | None = None
+        self._freed = asyncio.Condition()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="servers", daemon=True)
         self._thread.start()
@@ -143,7 +144,7 @@ class Pool:
             for task in unfinished:
                 task.cancel()
             await asyncio.gather(*unfinished, return_exceptions=True)
-            if self._client is not None:
+            if "_client" in vars(self):
                 await self._client.aclose()
 
         asyncio.run_coroutine_threadsafe(let_go(), self._loop).result()
@@ -151,60 +152,61 @@ class Pool:
         self._thread.join()
         self._loop.close()
 
-    @property
-    def capacity(self) -> int:
-        """Requests worth having in flight."""
-        return self.settings.concurrency * len(self.replicas)
-
-    def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run a coroutine function against the servers from ordinary code; connects first."""
-        future = self.submit(work)
+    def run(self, *pieces: tuple[Callable[[], Coroutine[Any, Any, T]], Sequence[Replica]]) -> list[T]:
+        """What coroutine functions give, each of them with its replicas, run side by side from ordinary code."""
+        futures = [self.submit(*piece) for piece in pieces]
         try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
 
-    def submit(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
-        async def connected() -> T:
-            await self._connect()
+    def submit(self, work: Callable[[], Coroutine[Any, Any, T]], among: Sequence[Replica]) -> Future[T]:
+        """Meets the replicas first."""
+
+        async def met() -> T:
+            await self._meet(among)
             return await work()
 
-        return asyncio.run_coroutine_threadsafe(connected(), self._loop)
+        return asyncio.run_coroutine_threadsafe(met(), self._loop)
 
-    async def _connect(self) -> None:
-        if self._client is not None:
-            return
+    @cached_property
+    def _client(self) -> httpx.AsyncClient:
         name = self.settings.api_key_env
         key = secrets.read(name).strip()
         if not (key.isascii() and key.isprintable()):
             raise TargetError(f"server.api_key_env: the key in {name} has characters that no request can carry")
-        self._client = httpx.AsyncClient(
+        kept = self.settings.concurrency * (len(self.replicas) + len(self.last))
+        return httpx.AsyncClient(
             headers={"Authorization": key if " " in key else f"Bearer {key}"} if key else {},
             verify=self._authority,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=self.capacity),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=kept),
             timeout=httpx.Timeout(self.settings.deadline_s, connect=10.0),
             trust_env=False,  # a proxy of the environment is not meant for servers next door
         )
-        self._freed = asyncio.Condition()
-        failures = await asyncio.gather(*(self._first_check(replica) for replica in self.replicas))
-        if not any(replica.trusted for replica in self.replicas):
-            raise TargetError(f"server.urls: no server answers; {self.replicas[0].url}: {failures[0]}")
 
-    async def somewhere(self, ask: Callable[[Replica], Coroutine[Any, Any, T]]) -> T:
-        """What a replica answers; raises `TargetError` once `server.attempts` have failed."""
+    async def _meet(self, among: Sequence[Replica]) -> None:
+        new = [replica for replica in among if not replica.met]
+        for replica in new:
+            replica.met = True
+        failures = await asyncio.gather(*(self._prove(replica) for replica in new))
+        if new and not any(replica.trusted for replica in among):
+            raise TargetError(f"server.urls: no server answers; {new[0].url}: {failures[0]}")
+
+    async def somewhere(self, ask: Callable[[Replica], Coroutine[Any, Any, T]], among: Sequence[Replica]) -> T:
+        """What one of the replicas answers; raises `TargetError` once `server.attempts` have failed."""
         last = ""
         failed: set[str] = set()
         for attempt in range(self.settings.attempts):
             if attempt:
                 await asyncio.sleep(self._pause(attempt))
-            replica = await self._take(failed)
+            replica = await self._take(failed, among)
             try:
                 answer = await ask(replica)
             except Retry as error:
                 last = f"{replica.url}: {error}"
                 failed.add(replica.url)
-                self._rest(replica, str(error), error.after_s)
+                self._rest(replica, error)
                 continue
             finally:
                 await self._release(replica)
@@ -215,36 +217,35 @@ class Pool:
             return answer
         raise TargetError(f"server.attempts: {self.settings.attempts} attempts failed, the last at {last}; {GO_ON}")
 
-    async def _take(self, failed: set[str]) -> Replica:
+    async def _take(self, failed: set[str], among: Sequence[Replica]) -> Replica:
         """A trusted replica, the least busy one; waits for it. One that failed this request comes last.
 
         A replica that rested is proved by one request's patience, not by everybody's: until then others go elsewhere.
         """
         while True:
-            replica = await self._choose(failed)
+            replica = await self._choose(failed, among)
             if replica.trusted:
                 return replica
             try:
-                await self._prove(replica)
-                async with self._freed:
-                    self._freed.notify_all()  # it has room for others too
-                return replica
-            except Retry as error:
-                self._rest(replica, str(error), error.after_s)
-                await self._release(replica)
-                if min(r.failures for r in self.replicas) >= self.settings.attempts:
-                    raise TargetError(
-                        f"server.attempts: no server answers any more, the last one {replica.url}: {error}; {GO_ON}"
-                    ) from None
+                why = await self._prove(replica)
             except BaseException:
                 await self._release(replica)
                 raise
+            if why is None:
+                async with self._freed:
+                    self._freed.notify_all()  # it has room for others too
+                return replica
+            await self._release(replica)
+            if min(r.failures for r in among) >= self.settings.attempts:
+                raise TargetError(
+                    f"server.attempts: no server answers any more, the last one {replica.url}: {why}; {GO_ON}"
+                )
 
-    async def _choose(self, failed: set[str]) -> Replica:
+    async def _choose(self, failed: set[str], among: Sequence[Replica]) -> Replica:
         async with self._freed:
             while True:
                 now = time.monotonic()
-                awake = [r for r in self.replicas if r.rests_until <= now and not r.proving]
+                awake = [r for r in among if r.rests_until <= now and not r.proving]
                 able = [r for r in awake if r.url not in failed] or awake
                 able = [r for r in able if r.in_flight < self.settings.concurrency]
                 if able:
@@ -252,7 +253,7 @@ class Pool:
                     chosen.in_flight += 1
                     chosen.proving = not chosen.trusted
                     return chosen
-                resting = [r.rests_until - now for r in self.replicas if r.rests_until > now]
+                resting = [r.rests_until - now for r in among if r.rests_until > now]
                 try:
                     await asyncio.wait_for(self._freed.wait(), min(resting) + 0.01 if resting else None)
                 except TimeoutError:
@@ -263,33 +264,30 @@ class Pool:
             replica.in_flight -= 1
             self._freed.notify_all()
 
-    def _rest(self, replica: Replica, why: str, after_s: float = 0.0) -> None:
+    def _rest(self, replica: Replica, error: Retry) -> None:
         replica.trusted = replica.captures_right = False  # it may come back as something else
         now = time.monotonic()
         if replica.rests_until > now:  # one of many requests that fail together
-            replica.rests_until = max(replica.rests_until, now + after_s)
+            replica.rests_until = max(replica.rests_until, now + error.after_s)
         else:
             replica.failures += 1
-            pause = max(after_s, self._pause(replica.failures))
+            pause = max(error.after_s, self._pause(replica.failures))
             replica.rests_until = now + pause
-            say(f"server {replica.url}: {why}; left alone for {pause:.1f} s")
+            say(f"server {replica.url}: {error}; left alone for {pause:.1f} s")
 
     def _pause(self, failures: int) -> float:
         longest = min(LONGEST_PAUSE_S, self.settings.backoff_s * 2 ** (failures - 1))
         return longest * self._random.uniform(0.5, 1.0)
 
-    async def _first_check(self, replica: Replica) -> str:
-        try:
-            await self._prove(replica)
-        except Retry as error:
-            self._rest(replica, str(error), error.after_s)
-            return str(error)
-        return ""
-
-    async def _prove(self, replica: Replica) -> None:
+    async def _prove(self, replica: Replica) -> str | None:
+        """Why it has to rest; None where it is trusted from now on."""
         try:
             await self._identify(replica)
             replica.trusted = True
+            return None
+        except Retry as error:
+            self._rest(replica, error)
+            return str(error)
         except DraftsmithError:
             raise
         except MALFORMED:
@@ -312,7 +310,6 @@ class Pool:
 
         limit: bytes of the largest answer that is read to its end.
         """
-        assert self._client is not None
         try:
             async with (
                 asyncio.timeout(self.settings.deadline_s),

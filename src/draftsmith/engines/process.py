@@ -59,14 +59,8 @@ def launch(
     settings = recipe.serve
     arguments, environment = engine.arguments(recipe, model, draft, purpose, layers)
     program = shlex.split(settings.program) if settings.program else engine.program
-    arguments += [
-        "--host",
-        settings.host.strip("[]"),
-        "--port",
-        str(settings.port),
-        "--dtype",
-        DTYPES[recipe.target.dtype],
-    ]
+    arguments += ["--host", settings.host.strip("[]"), "--port", str(settings.port)]
+    arguments += ["--dtype", DTYPES[recipe.target.dtype]]
     if recipe.target.revision:
         arguments += ["--revision", recipe.target.revision]
     if recipe.target.trust_remote_code:

@@ -5,11 +5,11 @@ engines/pool.py's.
 """
 
 import asyncio
+import copy
 import queue
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,32 +22,24 @@ from draftsmith.core.errors import TargetError
 from draftsmith.core.files import JsonObject, digest
 from draftsmith.core.recipe import ServerRecipe, TargetRecipe
 from draftsmith.decoding.generation import Generation
-from draftsmith.decoding.sampling import Sampling
-from draftsmith.decoding.stopping import Ends
-from draftsmith.engines.answers import Models, checked_completion, checked_logprobs, checked_reason, checked_tokens
+from draftsmith.engines.answers import Models, checked_completion, checked_logprobs, whole_numbers
 from draftsmith.engines.pool import LARGEST_ANSWER, Pool, Replica, all_or_none, reading
-from draftsmith.engines.state_files import (
-    FILE_PREFIX,
-    Retry,
-    checked,
-    discard_states,
-    from_numbers,
-    sweep,
-    take_states,
-)
-from draftsmith.targets.base import Capture, Follow, Written, nobody
-from draftsmith.targets.identity import PROBE, SAME_LOGPROB, require_same_logprobs
-from draftsmith.targets.parts import WeightsOnlyTarget, resolve_model
+from draftsmith.engines.state_files import FILE_PREFIX, Retry, checked, discard_states, from_numbers, sweep, take_states
+from draftsmith.targets.base import Asked, Capture
+from draftsmith.targets.identity import PROBE, SAME_LOGPROB, nats_apart, require_same_logprobs
+from draftsmith.targets.parts import resolve_model
+from draftsmith.targets.weights import WeightsOnlyTarget
 
 if TYPE_CHECKING:
-    from draftsmith.engines.server import Request, ServerEngine
+    from draftsmith.engines.server import ServerEngine
 
-FINISHED = {"stop", "length"}
+FINISHED = ("stop", "length")
+GREEDY: JsonObject = {"temperature": 0.0}
 NUMBER_BYTES = 32  # of a hidden state's number that comes as text, and what stands between two
 
 
 class ServedTarget(WeightsOnlyTarget):
-    """Implements `Target` and `Session` over replicas."""
+    """A `Target` over replicas."""
 
     independent = True
 
@@ -59,110 +51,95 @@ class ServedTarget(WeightsOnlyTarget):
         )
         self.settings, self.engine = server, engine
         self.known_as = {target.model, resolve_model(target.model)}
-        self.pool = Pool(server.urls, server, self._identify)
-        self.identity_logprobs: list[float] = []  # of the probe's tokens, of the first server that answered
+        self.pool = Pool(server, self._identify)
         self._lost: list[str] = []  # requests for hidden states that were given up
         self._folders: set[Path] = set()
         self._proof, self._proven = threading.Lock(), False
-        self._first: Callable[[], ServedTarget] = partial(
-            ServedTarget, target, server.model_copy(update={"urls": server.urls[:1], "last_urls": ()}), engine, device
-        )
-        self.last: ServedTarget | None = None
-        if server.last_urls:
-            others = server.model_copy(update={"urls": server.last_urls, "last_urls": ()})
-            self.last = ServedTarget(target, others, engine, device)
-            self.last.identity_logprobs = self.identity_logprobs  # one list: both groups have the same weights
+        self._most: int | None = None  # of the replicas, those that are asked
+
+    @property
+    def replicas(self) -> Sequence[Replica]:
+        return self.pool.replicas[: self._most]
 
     @cached_property
     def one(self) -> "ServedTarget":
         """The first replica alone."""
-        return self if len(self.settings.urls) == 1 else self._first()
+        alone = copy.copy(self)
+        alone._most = 1
+        return alone
 
     def close(self) -> None:
-        for other in (self.last, self.__dict__.get("one")):
-            if other is not None and other is not self:
-                other.close()
         for folder in self._folders:
             sweep(folder, self._lost)
         self.pool.close()
 
-    def generate(
-        self,
-        prompts: Iterable[list[int]],
-        sampling: Sampling,
-        max_new_tokens: int,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-        stop_loops: bool = False,
-        max_tokens: int | None = None,
-        follow: Follow | None = None,
-        written: Written = nobody,
-        *,
-        at_once: int | None = None,
-        ignore_end: bool = False,
-    ) -> Iterator[tuple[int, Generation]]:
-        """As `Target` and `Session` have it; prompts are taken from an iterator as there is room for them."""
+    def _answers(self, prompts: Iterable[list[int]], asked: Asked) -> Iterator[tuple[int, Generation]]:
+        """Prompts are taken from an iterator as there is room for them."""
         done: queue.SimpleQueue[tuple[int, Generation] | None] = queue.SimpleQueue()
-        ends = Ends(frozenset() if ignore_end else self.eos_ids, self.tokenizer, stop, stop_loops)
         numbered, tokens = enumerate(prompts), 0
+
+        def room() -> bool:
+            return asked.max_tokens is None or tokens < asked.max_tokens
 
         async def work() -> None:
             nonlocal tokens
-            while (max_tokens is None or tokens < max_tokens) and (item := next(numbered, None)) is not None:
+            while room() and (item := next(numbered, None)) is not None:
                 number = item[0]
-                asked: list[int] | None = item[1]
-                while asked is not None and (max_tokens is None or tokens < max_tokens):
-                    own_seed = int(digest(seed, asked), 16) % 2**31  # the same whoever else asks, and when
-                    answer = await self._complete(asked, sampling, max_new_tokens, ends, own_seed, ignore_end)
+                ids: list[int] | None = item[1]
+                while ids is not None and room():
+                    answer = await self._complete(ids, asked)
                     tokens += len(answer.ids)
-                    asked = follow(number, answer) if follow else None
+                    ids = asked.follow(number, answer) if asked.follow else None
                     done.put((number, answer))
 
         async def every() -> None:
-            await all_or_none(work() for _ in range(at_once or self.pool.capacity))
+            worth_giving = self.settings.concurrency * len(self.replicas)
+            await all_or_none(work() for _ in range(asked.at_once or worth_giving))
 
-        future = self.pool.submit(every)
+        future = self.pool.submit(every, self.replicas)
         future.add_done_callback(lambda _: done.put(None))
         try:
             while (item := done.get()) is not None:
-                written(len(item[1].ids))
+                asked.written(len(item[1].ids))
                 yield item
             future.result()
         finally:
             future.cancel()
 
     def logprobs(self, document: list[int]) -> list[float]:
-        """Log-probability of every token of a text after the first."""
-
         async def ask(replica: Replica) -> list[float]:
             with reading("an answer without log-probabilities"):
                 return await self._logprobs(replica, document)
 
-        return self.pool.run(lambda: self.pool.somewhere(ask))
+        return self.pool.run((lambda: self.pool.somewhere(ask, self.replicas), self.replicas))[0]
 
-    async def _complete(
-        self, ids: list[int], sampling: Sampling, max_new_tokens: int, ends: Ends, seed: int, ignore_end: bool
-    ) -> Generation:
+    async def _complete(self, ids: list[int], asked: Asked) -> Generation:
         """One completion; raises `TargetError` once `server.attempts` have failed."""
+        sampling, most, texts = asked.sampling, asked.max_new_tokens, asked.ends.texts
+        seed = int(digest(asked.seed, ids), 16) % 2**31  # the same whoever else asks, and when
+        settings: JsonObject = {  # without defaults: servers take what is left out from the model's generation_config
+            self.engine.seed: seed,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+        }
+        settings |= ({"stop": list(texts)} if texts else {}) | ({"ignore_eos": True} if asked.ignore_end else {})
 
         async def ask(replica: Replica) -> Generation:
-            self._require_room(
-                replica,
-                len(ids) + max_new_tokens,
-                "give a smaller regenerate.max_new_tokens or evaluate.max_new_tokens",
-            )
-            asked = self.engine.completion(replica.name, ids, sampling, max_new_tokens, ends.texts, seed, ignore_end)
-            answer, _ = await self._post(replica, asked)
+            mend = "give a smaller regenerate.max_new_tokens or evaluate.max_new_tokens"
+            self._require_room(replica, len(ids) + most, mend)
+            body = self.engine.body(replica.name, ids, most, settings) | self.engine.to_complete
+            answer, _ = await self._post(replica, body)
             await self._let_go(answer)
-            with reading(f"{asked[0]}: an answer without token ids"):
-                most = self.identity.vocab_size, max_new_tokens
-                written = checked_completion(self.engine.read_completion(answer), *most)
-            if written.finish_reason not in FINISHED:
-                raise Retry(f"it gave up in mid-answer ({written.finish_reason})")
-            return written
+            with reading(f"{self.engine.path}: an answer without token ids"):
+                self._require_finished(answer)
+                written = self.engine.read_completion(answer)
+                return checked_completion(written, self.identity.vocab_size, most)
 
-        written = await self.pool.somewhere(ask)
-        kept, reason = ends.of_answer(written.ids, written.finish_reason)
+        written = await self.pool.somewhere(ask, self.replicas)
+        kept, reason = asked.ends.of_answer(written.ids, written.finish_reason)
         return replace(written, ids=kept, finish_reason=reason)
 
     def capture(self, documents: list[list[int]], taps: Sequence[int]) -> Capture:
@@ -184,13 +161,8 @@ class ServedTarget(WeightsOnlyTarget):
         """
         ids = self.tokenizer(PROBE).input_ids
         last = self._capture([ids], taps).last_TH[:-1]
-        everything = self.head_rows(torch.arange(self.identity.vocab_size))
-        logits = (last.to(everything.dtype) @ everything.T).float()
-        if self.logit_softcap is not None:
-            logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
-        wanted = torch.tensor(ids[1:], device=logits.device)
-        found = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].tolist()
-        away = sum(abs(a - b) for a, b in zip(self.identity_logprobs, found, strict=True)) / len(found)
+        found = self.logprobs_of(ids, last.to(self.head.weight.dtype))
+        away = nats_apart(self.identity_logprobs, found)
         if not away <= SAME_LOGPROB:
             raise TargetError(
                 f"server.urls: the hidden states of {self.pool.replicas[0].url} give other log-probabilities of a "
@@ -199,34 +171,38 @@ class ServedTarget(WeightsOnlyTarget):
             )
 
     def _capture(self, documents: list[list[int]], taps: Sequence[int]) -> Capture:
-        if self.last is None:
-            states_THK = self.states(documents, len(taps) + 1)
+        if not self.pool.last:
+            (states_THK,) = self._kept(documents, (len(taps) + 1, self.replicas))
             return Capture(states_THK[:, :-1], self.final_norm(states_THK[:, -1]))
-        with ThreadPoolExecutor(1) as beside:
-            last = beside.submit(self.last.states, documents, 1)
-            return Capture(self.states(documents, len(taps)), last.result()[:, 0])
+        taps_TKH, last_T1H = self._kept(documents, (len(taps), self.replicas), (1, self.pool.last))
+        return Capture(taps_TKH, last_T1H[:, 0])
 
-    def states(self, documents: list[list[int]], count: int) -> Tensor:
-        """What the servers were told to keep, [T, count, H] over all documents."""
+    def _kept(self, documents: list[list[int]], *groups: tuple[int, Sequence[Replica]]) -> list[Tensor]:
+        """What each group of servers was told to keep, [T, count, H] over all documents, for its count."""
 
-        async def every_document() -> list[Tensor]:
-            return await all_or_none(self._states(document, count) for document in documents)
+        async def every_document(count: int, among: Sequence[Replica]) -> list[Tensor]:
+            return await all_or_none(self._states(document, count, among) for document in documents)
 
-        return torch.cat(self.pool.run(every_document)).to(self.device)
+        found = self.pool.run(*((partial(every_document, *group), group[1]) for group in groups))
+        return [torch.cat(states).to(self.device) for states in found]
 
-    async def _states(self, ids: list[int], count: int) -> Tensor:
+    async def _states(self, ids: list[int], count: int, among: Sequence[Replica]) -> Tensor:
         async def ask(replica: Replica) -> Tensor:
             self._require_room(replica, len(ids) + 1, "give a smaller train.max_document_tokens")
             if not replica.captures_right:
                 await self._check_capture(replica)
                 replica.captures_right = True
-            asked, size = self.engine.capture(replica.name, ids), self.identity.hidden_size
-            answer, name = await self._post(replica, asked, LARGEST_ANSWER + len(ids) * count * size * NUMBER_BYTES)
-            with reading(f"{asked[0]}: an answer without hidden states"):
-                reason, kept = checked_reason(self.engine.finish_reason(answer)), self.engine.read_capture(answer)
-            if reason not in FINISHED:
-                self._lost.append(name)
-                raise Retry(f"it gave up in mid-answer ({reason})")
+            path, size = self.engine.path, self.identity.hidden_size
+            longest = LARGEST_ANSWER + len(ids) * count * size * NUMBER_BYTES
+            body = self.engine.body(replica.name, ids, 1, GREEDY) | self.engine.to_capture
+            answer, name = await self._post(replica, body, longest)
+            with reading(f"{path}: an answer without hidden states"):
+                try:
+                    self._require_finished(answer)
+                except Retry:
+                    self._lost.append(name)
+                    raise
+                kept = self.engine.read_capture(answer)
             if kept is None:
                 raise TargetError(
                     f"server.urls: {replica.url} keeps no hidden states; start it with `draftsmith serve RECIPE "
@@ -236,20 +212,24 @@ class ServedTarget(WeightsOnlyTarget):
                 path_here = self._here(kept)
                 self._folders.add(path_here.parent)
                 return await asyncio.to_thread(take_states, path_here, ids, count, size, self.settings.deadline_s)
-            with reading(f"{asked[0]}: hidden states that are no numbers"):
+            with reading(f"{path}: hidden states that are no numbers"):
                 rows = from_numbers(kept, self.head.weight.dtype)[: len(ids)]
             return checked(rows.reshape(len(rows), -1, size) if rows.shape[-1] % size == 0 else rows, ids, count, size)
 
-        return await self.pool.somewhere(ask)
+        return await self.pool.somewhere(ask, among)
 
-    async def _post(self, replica: Replica, asked: "Request", limit: int = LARGEST_ANSWER) -> tuple[Any, str]:
-        """(the answer, the name that the request went by, which a file of hidden states carries)"""
+    async def _post(self, replica: Replica, body: JsonObject, limit: int = LARGEST_ANSWER) -> tuple[Any, str]:
+        """(the answer to a text, the name that the request went by, which a file of hidden states carries)"""
         name = f"{FILE_PREFIX}{uuid.uuid4().hex}"
         try:
-            return await self.pool.request(replica, "POST", *asked, {"X-Request-Id": name}, limit), name
+            return await self.pool.request(replica, "POST", self.engine.path, body, {"X-Request-Id": name}, limit), name
         except BaseException:
             self._lost.append(name)  # whatever became of the request, its file may still come
             raise
+
+    def _require_finished(self, answer: Any) -> None:
+        if (reason := self.engine.finish_reason(answer)) not in FINISHED:
+            raise Retry(f"it gave up in mid-answer ({reason})")
 
     def _here(self, told: str) -> Path:
         """Where this machine sees a file that a server wrote for us; it is deleted once it is read, so nothing else."""
@@ -275,9 +255,9 @@ class ServedTarget(WeightsOnlyTarget):
     # --- who is trusted -----------------------------------------------------------------------------------------
 
     async def _logprobs(self, replica: Replica, ids: list[int]) -> list[float]:
-        answer, _ = await self._post(replica, self.engine.probe(replica.name, ids))
+        answer, _ = await self._post(replica, self.engine.body(replica.name, ids, 1, GREEDY) | self.engine.to_score)
         await self._let_go(answer)
-        return checked_logprobs(self.engine.read_probe(answer), ids)
+        return checked_logprobs(self.engine.read_logprobs(answer), ids)
 
     async def _identify(self, replica: Replica) -> None:
         """Refuse a server of another model: by name, by tokenizer, and by what it thinks of a text."""
@@ -292,7 +272,7 @@ class ServedTarget(WeightsOnlyTarget):
         replica.name, replica.context = model.id, model.max_model_len or 0
         ids = self.tokenizer(PROBE).input_ids
         answer = await self.pool.request(replica, "POST", "/tokenize", {"model": replica.name, "prompt": PROBE})
-        if checked_tokens(answer["tokens"]) != ids:
+        if whole_numbers(answer["tokens"]) != ids:
             raise TargetError(f"server.urls: {replica.url} has another tokenizer than {self.identity.model}")
         again = f", asked again after {replica.answered} answers," if replica.answered else ""
         found = await self._logprobs(replica, ids)
@@ -301,8 +281,8 @@ class ServedTarget(WeightsOnlyTarget):
         require_same_logprobs(self.identity_logprobs, found, f"server.urls: {replica.url}{again}")
 
     async def _check_capture(self, replica: Replica) -> None:
-        check = self.engine.capture_check(self.config.model_type) if self.last is not None else None
-        if check is None:
+        check = self.engine.capture_check(self.config.model_type)
+        if check is None or not self.pool.last or replica in self.pool.last:
             return
         path, wanted, fault = check
         if wanted not in str(await self.pool.request(replica, "GET", path)):

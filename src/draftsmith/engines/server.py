@@ -14,13 +14,11 @@ from draftsmith.core.progress import say
 from draftsmith.core.recipe import EngineName, Recipe
 from draftsmith.core.shape import Shape
 from draftsmith.decoding.generation import Generation
-from draftsmith.decoding.sampling import Sampling
 from draftsmith.engines.base import Engine, Setup
 from draftsmith.engines.process import launch, started, wait_until_healthy
 from draftsmith.engines.served import ServedTarget
 from draftsmith.targets.parts import resolve_model
 
-Request = tuple[str, JsonObject]  # path and JSON body
 Purpose = Literal["draft", "plain", "capture", "last"]
 
 
@@ -72,38 +70,32 @@ class ServerEngine(Engine):
 
     # --- how it is asked and read -------------------------------------------------------------------------------
 
-    @abstractmethod
-    def probe(self, model: str, ids: list[int]) -> Request:
-        """Ask what the model thinks of every token of a text."""
+    path: ClassVar[str]
+    """What every text is sent to."""
+    seed: ClassVar[str]
+    """Its name of a completion's seed."""
+    to_complete: ClassVar[JsonObject]
+    """What a request says for token ids in its answer,"""
+    to_score: ClassVar[JsonObject]
+    """for log-probabilities of the text that is sent,"""
+    to_capture: ClassVar[JsonObject]
+    """for the hidden states of that text."""
 
     @abstractmethod
-    def read_probe(self, answer: Any) -> list[float]:
-        """Log-probability of every token after the first."""
+    def body(self, model: str, ids: list[int], most: int, settings: JsonObject) -> JsonObject:
+        """Of a request for at most so many tokens after a text."""
 
     @abstractmethod
-    def completion(
-        self,
-        model: str,
-        ids: list[int],
-        sampling: Sampling,
-        max_new_tokens: int,
-        stop: Sequence[str],
-        seed: int,
-        ignore_end: bool,
-    ) -> Request:
-        """Ask for a completion; `ignore_end`: of exactly so many tokens."""
+    def read_logprobs(self, answer: Any) -> list[float]:
+        """Log-probability of every token of the text after the first."""
 
     @abstractmethod
     def read_completion(self, answer: Any) -> Generation:
         """Token ids as generated, with the server's own finish reason and what it tells of its verification steps."""
 
     @abstractmethod
-    def finish_reason(self, answer: Any) -> str:
+    def finish_reason(self, answer: Any) -> Any:
         """`stop` or `length`; anything else means that the server gave up in between."""
-
-    @abstractmethod
-    def capture(self, model: str, ids: list[int]) -> Request:
-        """Ask for the hidden states of a text."""
 
     @abstractmethod
     def read_capture(self, answer: Any) -> str | list[list[float]] | None:
@@ -124,18 +116,6 @@ class ServerEngine(Engine):
         self, recipe: Recipe, model: str, draft: Path, purpose: Purpose, layers: Sequence[int]
     ) -> tuple[list[str], dict[str, str]]:
         """(flags, environment) of a server. `layers`: taps and the last layer, for capture. Raises `ServeError`."""
-
-
-def in_full(sampling: Sampling, stop: Sequence[str], ignore_end: bool) -> JsonObject:
-    """Settings without defaults: servers take what is left out from the model's generation_config."""
-    settings: JsonObject = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k or -1,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-    }
-    return settings | ({"stop": list(stop)} if stop else {}) | ({"ignore_eos": True} if ignore_end else {})
 
 
 def is_gemma3(model: str) -> bool:

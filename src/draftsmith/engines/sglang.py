@@ -5,19 +5,17 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from draftsmith.core.files import read_json
+from draftsmith.core.files import JsonObject, read_json
 from draftsmith.core.progress import say
 from draftsmith.core.recipe import Recipe
 from draftsmith.core.shape import Shape
 from draftsmith.core.taps import to_outputs
 from draftsmith.decoding.generation import Generation
-from draftsmith.decoding.sampling import Sampling
 from draftsmith.engines.answers import checked_steps
-from draftsmith.engines.server import Purpose, Request, ServerEngine, in_full, is_gemma3
+from draftsmith.engines.server import Purpose, ServerEngine, is_gemma3
 
-PATH = "/generate"
 RESIDUAL = "draftsmith_residual"  # said by a server whose Gemma-3 captures the residual stream (sglang_models)
 
 
@@ -33,40 +31,26 @@ class SGLang(ServerEngine):
         "class that adds it and comes with draftsmith (`DRAFTSMITH` is the package's directory)."
     )
 
-    def probe(self, model: str, ids: list[int]) -> Request:
-        settings = {"temperature": 0.0, "max_new_tokens": 1}
-        body = {"input_ids": ids, "sampling_params": settings, "return_logprob": True, "logprob_start_len": 0}
-        return PATH, body
+    path = "/generate"
+    seed = "sampling_seed"
+    to_complete: ClassVar[JsonObject] = {}
+    to_score: ClassVar[JsonObject] = {"return_logprob": True, "logprob_start_len": 0}
+    to_capture: ClassVar[JsonObject] = {"return_hidden_states": True}
 
-    def read_probe(self, answer: Any) -> list[float]:
+    def body(self, model: str, ids: list[int], most: int, settings: JsonObject) -> JsonObject:
+        return {"input_ids": ids, "sampling_params": {"max_new_tokens": most, **settings}}
+
+    def read_logprobs(self, answer: Any) -> list[float]:
         return [logprob for logprob, *_ in answer["meta_info"]["input_token_logprobs"][1:]]
 
-    def completion(
-        self,
-        model: str,
-        ids: list[int],
-        sampling: Sampling,
-        max_new_tokens: int,
-        stop: Sequence[str],
-        seed: int,
-        ignore_end: bool,
-    ) -> Request:
-        settings = {"max_new_tokens": max_new_tokens, "sampling_seed": seed}
-        return PATH, {"input_ids": ids, "sampling_params": settings | in_full(sampling, stop, ignore_end)}
-
     def read_completion(self, answer: Any) -> Generation:
-        meta = answer["meta_info"]
-        told = meta.get("spec_correct_drafts_histogram") or []
+        told = answer["meta_info"].get("spec_correct_drafts_histogram") or []
         histogram = checked_steps(told, len(answer["output_ids"]), counts=True)
         accepted = tuple(accepted for accepted, steps in enumerate(histogram) for _ in range(steps))
-        return Generation(answer["output_ids"], meta["finish_reason"]["type"], accepted, in_order=False)
+        return Generation(answer["output_ids"], self.finish_reason(answer), accepted, in_order=False)
 
-    def finish_reason(self, answer: Any) -> str:
+    def finish_reason(self, answer: Any) -> Any:
         return answer["meta_info"]["finish_reason"]["type"]
-
-    def capture(self, model: str, ids: list[int]) -> Request:
-        body = {"input_ids": ids, "sampling_params": {"temperature": 0.0, "max_new_tokens": 1}}
-        return PATH, {**body, "return_hidden_states": True}
 
     def read_capture(self, answer: Any) -> list[list[float]] | None:
         forwards = answer["meta_info"].get("hidden_states")  # the prompt's rows, then one list for each token written

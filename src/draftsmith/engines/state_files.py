@@ -7,7 +7,7 @@ full or a network share keeps no locks; such a text is asked for again.
 import contextlib
 import fcntl
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +30,18 @@ class Retry(Exception):
         self.after_s = after_s
 
 
-@contextlib.contextmanager
-def _written(path: Path, patience_s: float) -> Iterator[None]:
-    """Waits for the lock that the server holds until it has written the file."""
+def _wait_until_written(path: Path, patience_s: float) -> None:
+    """For the lock that the server holds until then."""
     deadline = time.monotonic() + patience_s
     with path.with_name(f"{path.name}.lock").open() as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                break
+                return
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise Retry(f"{path} was not written within {patience_s:g} s (server.deadline_s)") from None
                 time.sleep(LOCK_POLL_S)
-        yield
 
 
 def _delete(path: Path) -> None:
@@ -63,7 +61,8 @@ def _require_seen(path: Path) -> None:
 def discard_states(path: Path, patience_s: float) -> None:
     _require_seen(path)
     try:
-        with contextlib.suppress(FileNotFoundError), _written(path, patience_s):
+        with contextlib.suppress(FileNotFoundError):
+            _wait_until_written(path, patience_s)
             _delete(path)
     except OSError as error:
         raise Retry(f"{path}: {error}") from None
@@ -84,7 +83,8 @@ def take_states(path: Path, ids: list[int], count: int, hidden_size: int, patien
     """Read and delete a file of hidden states."""
     _require_seen(path)
     try:
-        with _written(path, patience_s), safe_open(path, "pt") as file:
+        _wait_until_written(path, patience_s)
+        with safe_open(path, "pt") as file:
             states, tokens = file.get_tensor("hidden_states"), file.get_tensor("token_ids")
     except (OSError, SafetensorError) as error:  # its disk is full, or the lock does not reach over a network share
         _delete(path)

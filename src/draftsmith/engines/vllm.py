@@ -3,16 +3,14 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from draftsmith.core.errors import ServeError
+from draftsmith.core.files import JsonObject
 from draftsmith.core.recipe import Recipe
 from draftsmith.core.shape import Shape
 from draftsmith.decoding.generation import Generation
-from draftsmith.decoding.sampling import Sampling
-from draftsmith.engines.server import Purpose, Request, ServerEngine, in_full, is_gemma3
-
-PATH = "/v1/completions"
+from draftsmith.engines.server import Purpose, ServerEngine, is_gemma3
 
 
 class VLLM(ServerEngine):
@@ -23,38 +21,26 @@ class VLLM(ServerEngine):
     tells_of_stopped = False
     tells_with = "--per-request-spec-decode-metrics detailed"
 
-    def probe(self, model: str, ids: list[int]) -> Request:
-        body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-        return PATH, {**body, "return_token_ids": True}
+    path = "/v1/completions"
+    seed = "seed"
+    to_complete: ClassVar[JsonObject] = {"return_token_ids": True}
+    to_score: ClassVar[JsonObject] = {"return_token_ids": True, "prompt_logprobs": 0}
+    to_capture: ClassVar[JsonObject] = {}
 
-    def read_probe(self, answer: Any) -> list[float]:
+    def body(self, model: str, ids: list[int], most: int, settings: JsonObject) -> JsonObject:
+        return {"model": model, "prompt": ids, "max_tokens": most, **settings}
+
+    def read_logprobs(self, answer: Any) -> list[float]:
         choice = answer["choices"][0]
         following = zip(choice["prompt_token_ids"][1:], choice["prompt_logprobs"][1:], strict=True)
         return [logprobs[str(token)]["logprob"] for token, logprobs in following]
 
-    def completion(
-        self,
-        model: str,
-        ids: list[int],
-        sampling: Sampling,
-        max_new_tokens: int,
-        stop: Sequence[str],
-        seed: int,
-        ignore_end: bool,
-    ) -> Request:
-        body = {"model": model, "prompt": ids, "max_tokens": max_new_tokens, "return_token_ids": True, "seed": seed}
-        return PATH, body | in_full(sampling, stop, ignore_end)
-
     def read_completion(self, answer: Any) -> Generation:
-        choice = answer["choices"][0]
         steps = ((answer.get("metrics") or {}).get("speculative_decoding") or {}).get("per_step_accepted")
-        return Generation(choice["token_ids"], choice["finish_reason"], tuple(steps or ()))
+        return Generation(answer["choices"][0]["token_ids"], self.finish_reason(answer), tuple(steps or ()))
 
-    def finish_reason(self, answer: Any) -> str:
+    def finish_reason(self, answer: Any) -> Any:
         return answer["choices"][0]["finish_reason"]
-
-    def capture(self, model: str, ids: list[int]) -> Request:
-        return PATH, {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0.0}
 
     def read_capture(self, answer: Any) -> str | None:
         return (answer.get("kv_transfer_params") or {}).get("hidden_states_path")

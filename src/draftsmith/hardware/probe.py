@@ -23,7 +23,6 @@ from draftsmith.decoding.speculate import Decoder, Drafter
 from draftsmith.decoding.stopping import Ends
 from draftsmith.decoding.tree import DraftTree
 from draftsmith.engines.base import Session
-from draftsmith.engines.embedded import EmbeddedSession
 from draftsmith.hardware import interconnect
 from draftsmith.hardware.cost_model import MeasuredCosts, interpolate
 from draftsmith.hardware.presets import LAYER_S, Machine
@@ -204,7 +203,7 @@ def embedded_times(
     plain_s, drafted = _loops(target, drafter, MeasuredCosts(Probe(engine="embedded", machine="", times=times)), long)
     counts = sorted({1, max(1, target.batch_size // 4), target.batch_size})
     short = [long[:BATCH_CONTEXT]] * target.batch_size
-    steps = by_requests(EmbeddedSession(target), short, counts, BATCH_ROUNDS, "batches", sampling, BATCH_LENGTHS)
+    steps = by_requests(target.session(), short, counts, BATCH_ROUNDS, "batches", sampling, BATCH_LENGTHS)
     beyond = (CONTEXT - BATCH_CONTEXT) * context_s  # told for the same context as the rest
     batched = tuple((float(rows), s + rows * beyond) for rows, (s, _) in zip(counts, steps, strict=True))
     return times.model_copy(update={"overhead_plain_s": plain_s, "overhead_drafted": drafted, "batched": batched})

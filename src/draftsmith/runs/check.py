@@ -22,7 +22,6 @@ from draftsmith.decoding.sampling import Sampling
 from draftsmith.drafts.directories import ReadyDraft
 from draftsmith.engines import ENGINES
 from draftsmith.engines.base import Setup
-from draftsmith.engines.embedded import EmbeddedSession
 from draftsmith.evaluation.acceptance import count, summarise, total
 from draftsmith.evaluation.asking import Question, complete
 from draftsmith.evaluation.draft_sampling import taking
@@ -83,7 +82,7 @@ def agreements_with(
     with torch.no_grad():
         draft = trained_draft(run.files.train, vocabulary)[0].to(target.device, target.head.weight.dtype).eval()
     ready = ReadyDraft(draft, vocabulary.ids_D, target.embedding_rows())
-    here = EmbeddedSession(target, ready.drafter(), shape, drafts)
+    here = target.session(ready.drafter(), shape, drafts)
     ours = [complete(here, questions, f"check {shape} here", s, TOKENS, 1) for s in samplings]
     return [
         compare_engines(name, shape, questions, a, b, sampling.temperature)

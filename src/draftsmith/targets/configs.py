@@ -29,14 +29,7 @@ PUBLISHED: dict[str, JsonObject] = {
     },
 }
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-EXPERTS_PER_TOKEN = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "top_k_experts",
-    "moe_topk",
-    "moe_top_k",
-    "moe_k",
-)
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
 NO_ROWS = {"linear_attention", "mamba", "conv", "recurrent", "moe", "mlp"}  # layer types that cache nothing per token
 MOST = {  # of what a model is built from one by one, at any depth of its config
     r"(layers?|blocks|depth)$": 1024,

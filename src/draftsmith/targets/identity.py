@@ -65,12 +65,16 @@ def _hash_of(files: tuple[tuple[Path, int, int], ...]) -> str:
     return total.hexdigest()[:16]
 
 
+def nats_apart(known: Sequence[float], found: Sequence[float]) -> float:
+    """Of a token, on average."""
+    return sum(abs(a - b) for a, b in zip(known, found, strict=True)) / max(1, len(found))
+
+
 def require_same_logprobs(known: Sequence[float], found: Sequence[float], whose: str) -> None:
     """Raises `TargetError` unless two models think the same of the probe text."""
     if not all(map(math.isfinite, (*known, *found))):
         raise TargetError(f"{whose} gives no numbers for a probe text; give a target.dtype of a wider range")
-    away = sum(abs(a - b) for a, b in zip(known, found, strict=True)) / max(1, len(found))
-    if away > SAME_LOGPROB:
+    if (away := nats_apart(known, found)) > SAME_LOGPROB:
         raise TargetError(
             f"{whose} has other weights under the same name: the log-probabilities of a probe text are {away:.2f} nats "
             "a token away from those seen first"

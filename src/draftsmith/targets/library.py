@@ -7,13 +7,16 @@ Shapes: T tokens, W tokens a step, K taps, H hidden.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from draftsmith.core.errors import TargetError, out_of_memory
+from draftsmith.core.errors import TargetError
+from draftsmith.targets.parts import complaint_of
 
+TEXT = [1, 2, 3, 4, 5, 6]  # what the caches are tried with
 Forward = Callable[..., tuple[Tensor, Tensor]]  # of targets/local.py: (taps [1, T, K, H], last [1, T, H])
 
 
@@ -43,47 +46,40 @@ class LibraryForward:
         self.forward, self.device = forward, device
         # Without a config every layer keeps all its positions, so that any of them can be forgotten; layers with a
         # state need the config, and then there is no going back.
-        self._caches: list[Callable[[], Any]] = [DynamicCache, lambda: DynamicCache(config=config)]
-        self.can_cut_back = self._choose()
+        self._make_cache: Callable[[], Any] = DynamicCache
+        if complaint_of(self._carry_on) is not None:
+            self._make_cache = partial(DynamicCache, config=config)
+            if why := complaint_of(self._carry_on):
+                raise ValueError(f"no cache of the library carries it on: {why}")
+        self.can_cut_back = complaint_of(self._cut_back) is None
 
-    def _choose(self) -> bool:
-        """Whether a sequence can go on from a cut cache as if nothing had been cut; keeps the cache that works."""
-        text = [1, 2, 3, 4, 5, 6]
-        whole = self._run(text, None)[1]
-        while self._caches:
-            try:
-                cache = self.new_cache()
-                self._step(cache, text[:4])
-                # One by one, as generation goes: some state-space layers forget their state where several come in.
-                rest = torch.cat([self._step(cache, [token])[1] for token in text[4:]], dim=1)
-                if not _close(rest, whole[:, 4:]):
-                    raise TargetError("its cache gives other states than a whole text")
-            except (TargetError, ValueError, TypeError, AttributeError, RuntimeError, IndexError, KeyError) as error:
-                if out_of_memory(error):
-                    raise
-                self._caches.pop(0)
-                if not self._caches:
-                    raise TargetError(f"no cache of the library carries it on: {error}") from None
-                continue
-            break
-        try:
-            cache = self.new_cache()
-            self._step(cache, [*text[:3], 9 % len(text), 8 % len(text)])
-            cache.keep(2, [2])
-            return _close(self._step(cache, text[3:])[1], whole[:, 3:])
-        except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, KeyError) as error:
-            if out_of_memory(error):
-                raise
-            return False
+    def _carry_on(self) -> None:
+        """Raises unless a text that comes bit by bit gives the states of a whole one."""
+        cache = self.new_cache()
+        self._step(cache, TEXT[:4])
+        # One by one, as generation goes: some state-space layers forget their state where several come in.
+        rest = torch.cat([self._step(cache, [token])[1] for token in TEXT[4:]])
+        if not _close(rest, self._run(TEXT, None)[1][4:]):
+            raise ValueError("its cache gives other states than a whole text")
+
+    def _cut_back(self) -> None:
+        """Raises unless a sequence goes on from a cut cache as if nothing had been cut."""
+        cache = self.new_cache()
+        self._step(cache, [*TEXT[:3], 3, 2])
+        cache.keep(2, [2])
+        if not _close(self._step(cache, TEXT[3:])[1], self._run(TEXT, None)[1][3:]):
+            raise ValueError("its cut cache gives other states than a whole text")
 
     def new_cache(self) -> LibraryCache:
-        return LibraryCache(self._caches[0])
+        return LibraryCache(self._make_cache)
 
     def _run(self, ids: Sequence[int], cache: LibraryCache | None, taps: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """(taps [T, K, H], last [T, H]) of a text, or of what goes on with it."""
         start = cache.length if cache else 0
         positions = torch.arange(start, start + len(ids), device=self.device)[None]
         inputs = torch.tensor([list(ids)], device=self.device)
-        return self.forward(inputs, positions, cache.cache if cache else None, None, taps)
+        tapped, last = self.forward(inputs, positions, cache.cache if cache else None, None, taps)
+        return tapped[0], last[0]
 
     def _step(self, cache: LibraryCache, ids: Sequence[int], taps: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         out = self._run(ids, cache, taps)
@@ -93,12 +89,11 @@ class LibraryForward:
     def capture(self, documents: list[list[int]], taps: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(taps [T, K, H], last [T, H]) of all documents, end to end."""
         made = [self._run(document, None, taps) for document in documents]
-        return torch.cat([t[0] for t, _ in made]), torch.cat([last[0] for _, last in made])
+        return torch.cat([tapped for tapped, _ in made]), torch.cat([last for _, last in made])
 
     def prefill(self, cache: LibraryCache, prompt: list[int], taps: Sequence[int]) -> tuple[Tensor, Tensor]:
         cache.clear()
-        tapped, last = self._step(cache, prompt, taps)
-        return tapped[0], last[0]
+        return self._step(cache, prompt, taps)
 
     def verify(
         self, cache: LibraryCache, length: int, ids: list[int], depths: Tensor, taps: Sequence[int]
@@ -106,8 +101,7 @@ class LibraryForward:
         if depths.tolist() != list(range(len(ids))):
             raise TargetError("evaluate.shapes: this target runs by transformers' own forward, which verifies chains")
         assert cache.length == length
-        tapped, last = self._step(cache, ids, taps)
-        return tapped[0], last[0]
+        return self._step(cache, ids, taps)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -3,6 +3,7 @@
 Shapes: B sequences, T packed tokens, W tokens a step, L cached positions, K taps, H hidden, V vocabulary.
 """
 
+import copy
 import inspect
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,24 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from draftsmith.core.errors import TargetError, out_of_memory
+from draftsmith.core.errors import TargetError
 from draftsmith.core.files import JsonObject
 from draftsmith.core.progress import say
+from draftsmith.core.shape import DraftSampling, Shape
 from draftsmith.decoding.attention import ATTENTION_NAME, MaskedPlan, PackedPlan
 from draftsmith.decoding.cache import StaticCache
 from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.products import pack_weights
 from draftsmith.decoding.sampling import Sampling, sample
-from draftsmith.decoding.stopping import Ends
-from draftsmith.targets.base import Capture, Follow, Written, nobody
+from draftsmith.decoding.speculate import Decoder, Drafter
+from draftsmith.targets.base import Asked, Capture, Target
 from draftsmith.targets.identity import PROBE, weights_hash
 from draftsmith.targets.lean import LeanLayer, lean_layers
 from draftsmith.targets.library import LibraryCache, LibraryForward
 from draftsmith.targets.parts import (
     DTYPES,
-    ModelParts,
     check_amount,
-    first_line,
+    complaint_of,
     from_auto_class,
     load_tokenizer,
     on_guard,
@@ -48,13 +49,15 @@ def _require_equal(got: Tensor, wanted: Tensor) -> None:
         raise ValueError(f"its logits come out differently, by {difference:.2g} of {scale:.2g}")
 
 
-class LocalTarget(ModelParts):
-    """Implements `Target` and, for decoding, `new_cache`, `prefill` and `verify`.
+class LocalTarget(Target):
+    """A `Target` with, for decoding, `new_cache`, `prefill` and `verify`.
 
     Two ways: packed, with our attention, for the architectures on which it gives the model's own logits; else the
     library's own forward, text by text (targets/library.py). `library` is None for the first.
     """
 
+    _decoder: Decoder | None = None
+    _shape: Shape | None = None
     independent = False  # one random stream for all, and products that round otherwise in other batches
 
     def __init__(
@@ -105,6 +108,14 @@ class LocalTarget(ModelParts):
         target._choose_path()
         return target
 
+    def session(
+        self, drafter: Drafter | None = None, shape: Shape | None = None, draft_sampling: DraftSampling = "greedy"
+    ) -> "LocalTarget":
+        """This target, which keeps the buffers of decoding text by text, and drafts where it is told how."""
+        session = copy.copy(self)
+        session._decoder, session._shape = Decoder(self, drafter, draft_sampling=draft_sampling), shape
+        return session
+
     @cached_property
     def identity_logprobs(self) -> list[float]:
         return self.logprobs(self.tokenizer(PROBE).input_ids)
@@ -122,45 +133,45 @@ class LocalTarget(ModelParts):
         lean = lean_layers(self.layers)
         for module in (self.head,) if lean else (self.head, self.decoder):
             pack_weights(module)
-        self._tap_outputs: dict[int, Tensor] = {}
-        self._taps: tuple[int, ...] = ()
+        self._tap_outputs: dict[int, Any] = {}  # by the layers that are tapped, of all sessions
         self._takes = frozenset(inspect.signature(self.decoder.forward).parameters)
         for index, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(partial(self._record_tap, index), with_kwargs=True)
         own = self.lm.config._attn_implementation
-        why = self._why_not_packed(lean or [])
+        why = complaint_of(partial(self._drive_packed, lean or []))
         if why is None:
             return
         for layer in self.layers:
             vars(layer).pop("forward", None)
         self.lm.set_attn_implementation(own)
-        document, wanted = [i % self.identity.vocab_size for i in range(1, 12)], torch.zeros(1)
-        try:
-            with torch.inference_mode():
-                wanted = self.lm(input_ids=torch.tensor([document], device=self.device), use_cache=False).logits[0]
-                self.library = LibraryForward(self._forward, self.config, self.device)
-                got = self.capture([document], (0,)).last_TH
-            _require_equal(self.logits(got), wanted)
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError) as error:
-            if out_of_memory(error):
-                raise
-            told = f"cannot be driven by draftsmith: {first_line(error)}"
+        document = [i % self.identity.vocab_size for i in range(1, 12)]
+        with torch.inference_mode(), on_guard(f"{self.identity.architecture} cannot be driven by draftsmith"):
+            wanted = self._own_logits(document)
             if not bool(wanted.isfinite().all()):
-                told = f"gives no numbers in {self.identity.dtype}; give a target.dtype of a wider range"
-            raise TargetError(f"target.model: {self.identity.architecture} {told}") from None
+                raise TargetError(
+                    f"target.model: {self.identity.architecture} gives no numbers in {self.identity.dtype}; give a "
+                    "target.dtype of a wider range"
+                )
+            self.library = LibraryForward(self._forward, self.config, self.device)
+            _require_equal(self.logits(self.capture([document], (0,)).last_TH), wanted)
         decoding = "verifies chains" if self.library.can_cut_back else "leaves speculative decoding to an engine"
         say(
             f"target: {self.identity.architecture} runs by transformers' own forward, one text at a time, and "
             f"{decoding} ({why})"
         )
 
-    def _why_not_packed(self, lean: list[LeanLayer]) -> str | None:
+    def _own_logits(self, document: list[int]) -> Tensor:
+        """[T, V], by the model's own forward."""
+        return self.lm(input_ids=torch.tensor([document], device=self.device), use_cache=False).logits[0]
+
+    @torch.inference_mode()
+    def _drive_packed(self, lean: list[LeanLayer]) -> None:
         """Drive two documents our way (packed, then prefill and one cached step) and compare with the model's own
-        forward; None where the logits agree."""
+        forward; raises where the logits do not agree."""
         rope = getattr(self.config, "rope_parameters", None) or {}
         kinds = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
         if kinds & {"longrope", "dynamic"}:
-            return "its RoPE depends on a text's length"
+            raise ValueError("its RoPE depends on a text's length")
         # one text longer than the sliding window where that is affordable: a window that is ignored shows
         windows = [getattr(self.config, key, None) for key in ("sliding_window", "attention_chunk_size")]
         longest = max((w for w in windows if w and w <= LONGEST_CHECK), default=0)
@@ -168,36 +179,27 @@ class LocalTarget(ModelParts):
         for length in (min(longest + 16, self.context), min(7, self.context)):
             documents.append([(start + i * 7) % self.identity.vocab_size for i in range(length)])
             start += 3
-        with torch.inference_mode():
-            try:
-                expected = [
-                    self.lm(input_ids=torch.tensor([d], device=self.device), use_cache=False).logits[0]
-                    for d in documents
-                ]
-                self.lm.set_attn_implementation(ATTENTION_NAME)
-                for layer, forward in zip(self.layers, lean, strict=False):
-                    layer.forward = forward
-                packed = self.logits(self.capture(documents, (0,)).last_TH)
-                cache = StaticCache(1, len(documents[0]) + 1)
-                self.prefill(cache, [0], [documents[0][:-1]])
-                root = torch.zeros(1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
-                _, stepped = self.verify(cache, len(documents[0]) - 1, documents[0][-1:], *root, ())
-                _require_equal(torch.cat([packed, self.logits(stepped)]), torch.cat([*expected, expected[0][-1:]]))
-            except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError) as error:
-                if out_of_memory(error):
-                    raise
-                return first_line(error)
-        return None
+        expected = [self._own_logits(document) for document in documents]
+        self.lm.set_attn_implementation(ATTENTION_NAME)
+        for layer, forward in zip(self.layers, lean, strict=False):
+            layer.forward = forward
+        packed = self.logits(self.capture(documents, (0,)).last_TH)
+        cache = StaticCache(1, len(documents[0]) + 1)
+        self.prefill(cache, [0], [documents[0][:-1]])
+        root = torch.zeros(1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
+        _, stepped = self.verify(cache, len(documents[0]) - 1, documents[0][-1:], *root, ())
+        _require_equal(torch.cat([packed, self.logits(stepped)]), torch.cat([*expected, expected[0][-1:]]))
 
     def _record_tap(self, index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: JsonObject) -> None:
-        if index in self._taps:
+        if index in self._tap_outputs:
             self._tap_outputs[index] = args[0] if args else kwargs["hidden_states"]
 
     def _forward(
         self, ids: Tensor, positions: Tensor, cache: Any, plan: Any, taps: Sequence[int] = ()
     ) -> tuple[Tensor, Tensor]:
         """(taps [B, T, K, H], the head's own input [B, T, H]); `plan` is None for the library's own attention."""
-        self._taps = tuple(taps)
+        self._tap_outputs.clear()
+        self._tap_outputs.update(dict.fromkeys(taps))
         named = "cache_params" if "cache_params" in self._takes else "past_key_values"  # Mamba's name, all others'
         planned = {named: cache}
         if plan is not None:
@@ -208,13 +210,6 @@ class LocalTarget(ModelParts):
         last = self._scaled(last)
         tapped = torch.stack([self._tap_outputs.pop(t) for t in taps], dim=2) if taps else last[:, :, None, :0]
         return tapped, last
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The target's own head over its own last hidden state."""
-        logits = self.head(hidden)
-        if self.logit_softcap is not None:
-            logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
-        return logits
 
     @torch.inference_mode()
     def capture(self, documents: list[list[int]], taps: Sequence[int]) -> Capture:
@@ -230,13 +225,7 @@ class LocalTarget(ModelParts):
     @torch.inference_mode()
     def logprobs(self, document: list[int]) -> list[float]:
         """Log-probability of every token of a text after the first."""
-        last = self.capture([document], ()).last_TH[:-1]
-        wanted = torch.tensor(document[1:], device=self.device)
-        scores = [
-            logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
-            for logits, ids in ((self.logits(h), w) for h, w in zip(last.split(64), wanted.split(64), strict=True))
-        ]
-        return torch.cat(scores).tolist()
+        return self.logprobs_of(document, self.capture([document], ()).last_TH[:-1])
 
     # --- step by step -------------------------------------------------------------------------------------------
 
@@ -285,56 +274,36 @@ class LocalTarget(ModelParts):
         return tapped[0], last[0]
 
     @torch.inference_mode()
-    def generate(
-        self,
-        prompts: Iterable[list[int]],
-        sampling: Sampling,
-        max_new_tokens: int,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-        stop_loops: bool = False,
-        max_tokens: int | None = None,
-        follow: Follow | None = None,
-        written: Written = nobody,
-        *,
-        ignore_end: bool = False,
-    ) -> Iterator[tuple[int, Generation]]:
-        """Continuous batching over `batch_size` cache rows, over one by the library's forward; a pure function of its
-        arguments.
+    def _answers(self, prompts: Iterable[list[int]], asked: Asked) -> Iterator[tuple[int, Generation]]:
+        """Text by text with a drafter or one at once, else continuous batching over `batch_size` cache rows, over one
+        by the library's forward; a pure function of its arguments.
 
         Free rows are refilled when a sixteenth of them stands empty, so that prompts are read in packs, until
         `max_tokens` are written. No text runs past the context; a prompt that fills it is a `TargetError`.
-        `ignore_end`: end tokens do not end a text.
         """
-        asked = list(prompts)
-        if not asked:
+        if asked.at_once == 1 or self._shape:
+            decoder, most = self._decoder or Decoder(self), asked.max_new_tokens
+            for number, prompt in enumerate(prompts):
+                seed = asked.seed + number
+                yield number, decoder.generate(prompt, asked.sampling, most, self._shape, seed, asked.ends)
             return
-        longest = max(map(len, asked))
+        texts = list(prompts)
+        if not texts:
+            return
+        longest = max(map(len, texts))
         if longest >= self.context:
             raise TargetError(
                 f"target.model: a prompt of {longest} tokens fills the context of {self.identity.model}, "
                 f"{self.context}; give a smaller regenerate.max_prompt_tokens"
             )
-        ends = Ends(frozenset() if ignore_end else self.eos_ids, self.tokenizer, stop, stop_loops)
-        generator = torch.Generator().manual_seed(seed)
-        yield from self._batched(asked, sampling, max_new_tokens, ends, generator, max_tokens, follow, written, longest)
+        yield from self._batched(texts, asked, min(longest + asked.max_new_tokens, self.context))
 
-    def _batched(
-        self,
-        asked: list[list[int]],
-        sampling: Sampling,
-        max_new_tokens: int,
-        ends: Ends,
-        generator: torch.Generator,
-        max_tokens: int | None,
-        follow: Follow | None,
-        written: Written,
-        longest: int,
-    ) -> Iterator[tuple[int, Generation]]:
-        waiting = deque(range(len(asked)))
-        rows = 1 if self.library else min(self.batch_size, len(asked))
-        most = min(longest + max_new_tokens, self.context)
-        capacity = min(max(map(len, asked[:rows])) + CACHE_AHEAD, most)
+    def _batched(self, texts: list[list[int]], asked: Asked, most: int) -> Iterator[tuple[int, Generation]]:
+        """`most`: columns that the cache grows to."""
+        generator = torch.Generator().manual_seed(asked.seed)
+        waiting = deque(range(len(texts)))
+        rows = 1 if self.library else min(self.batch_size, len(texts))
+        capacity = min(max(map(len, texts[:rows])) + CACHE_AHEAD, most)
         cache: Any = self.library.new_cache() if self.library else StaticCache(rows, capacity, most)
         running: list[int | None] = [None] * rows  # prompt index in each cache row
         lengths = torch.zeros(rows, dtype=torch.long)
@@ -343,36 +312,38 @@ class LocalTarget(ModelParts):
         finished_tokens = 0
         while waiting or any(r is not None for r in running):
             free = [i for i, r in enumerate(running) if r is None]
-            if max_tokens is not None and finished_tokens + sum(map(len, outputs.values())) >= max_tokens:
+            written = finished_tokens + sum(map(len, outputs.values()))
+            if asked.max_tokens is not None and written >= asked.max_tokens:
                 waiting.clear()
             if waiting and (len(free) >= max(1, rows // 16) or len(free) == rows):
                 admitted = free[: len(waiting)]
                 chosen = [waiting.popleft() for _ in admitted]
-                drawn = self._admit(cache, admitted, [asked[c] for c in chosen], sampling, generator)
+                drawn = self._admit(cache, admitted, [texts[c] for c in chosen], asked.sampling, generator)
                 for row, index, token in zip(admitted, chosen, drawn, strict=True):
                     running[row], outputs[index] = index, []
-                    lengths[row], next_ids[row] = len(asked[index]), token
+                    lengths[row], next_ids[row] = len(texts[index]), token
             elif rows // 4 < len(free) < rows and not waiting:  # the tail: smaller batches cost less
                 keep = [i for i, r in enumerate(running) if r is not None]
                 cache.select_rows(keep)
                 running = [running[i] for i in keep]
                 lengths, next_ids, rows = lengths[keep], next_ids[keep], len(keep)
-            written(sum(number is not None for number in running))
+            asked.written(sum(number is not None for number in running))
             for row, (number, token) in enumerate(zip(running, next_ids.tolist(), strict=True)):
                 if number is None:
                     continue
                 outputs[number].append(token)
-                if ended := ends.reason(outputs[number], min(max_new_tokens, self.context - len(asked[number]))):
+                room = min(asked.max_new_tokens, self.context - len(texts[number]))
+                if ended := asked.ends.reason(outputs[number], room):
                     running[row], lengths[row] = None, 0
                     finished_tokens += len(outputs[number])
                     answer = Generation(outputs.pop(number), ended)
-                    if follow and (following := follow(number, answer)) is not None:
-                        asked[number] = following
+                    if asked.follow and (following := asked.follow(number, answer)) is not None:
+                        texts[number] = following
                         waiting.append(number)
                     yield number, answer
             if all(r is None for r in running):
                 continue
-            next_ids = self._decode_step(cache, lengths, next_ids, sampling, generator)
+            next_ids = self._decode_step(cache, lengths, next_ids, asked.sampling, generator)
             lengths = lengths + torch.tensor([r is not None for r in running])
 
     def _admit(

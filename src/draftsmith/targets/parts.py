@@ -1,22 +1,18 @@
-"""Both ends of a target: tokenizer, embedding, final norm and head; all that a trainer needs beside hidden states."""
+"""Reading a model: its directory, its tokenizer, and where a draft reads in it; all errors are lines."""
 
 import contextlib
-import json
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from draftsmith.core.errors import TargetError, out_of_memory
 from draftsmith.core.files import JsonObject
 from draftsmith.core.progress import say
-from draftsmith.core.records.run import TargetIdentity
 from draftsmith.targets import embedded
 from draftsmith.targets.configs import read_config, value_of
-from draftsmith.targets.identity import template_hash, tokenizer_hash
 
 LONGEST_JSON = 1 << 28  # bytes; the largest vocabularies have a tenth of it
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -103,6 +99,17 @@ def on_guard(what: str) -> Iterator[None]:
         if out_of_memory(error):
             raise
         raise TargetError(f"target.model: {what}: {first_line(error)}") from None
+
+
+def complaint_of(attempt: Callable[[], object]) -> str | None:
+    """The line that an attempt fails with, whatever it raises; None where it works. Raises on a machine too small."""
+    try:
+        attempt()
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        return first_line(error)
+    return None
 
 
 def from_auto_class(make: Callable[[Any], Any]) -> Any:
@@ -203,176 +210,3 @@ def logit_scale(config: Any) -> float:
     """What a model multiplies its logits with: Cohere's logit_scale, Falcon-H1's multiplier, Granite's divisor."""
     scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
     return float(scale) / float(getattr(config, "logits_scaling", None) or 1.0)
-
-
-class ModelParts:
-    """What the whole model in this process and a model that runs elsewhere have in common."""
-
-    device: torch.device
-    tokenizer: Any
-    weights_hash: str | None = None
-    """Of the files that the whole model was loaded from."""
-
-    def _adopt(
-        self, lm: Any, name: str, revision: str | None, dtype: str, template_options: Mapping[str, Any] | None = None
-    ) -> None:
-        self.lm = lm.eval().requires_grad_(False)
-        self.decoder, self.embedding, self.norm, self.layers = find_decoder(lm)
-        self.config = lm.config.get_text_config()
-        self.head = lm.get_output_embeddings()
-        if getattr(self.head, "bias", None) is not None and (self.head.bias.is_meta or bool(self.head.bias.any())):
-            raise TargetError(
-                f"target.model: the output head of {type(lm).__name__} has a bias, which neither drafts nor their "
-                "teacher have; no draft can be made for it"
-            )
-        self.logit_softcap = getattr(self.config, "final_logit_softcapping", None)
-        self.logit_scale = logit_scale(self.config)
-        self.eos_ids = end_ids(self.tokenizer, getattr(lm, "generation_config", None), lm.config, self.config)
-        quantization = getattr(lm.config, "quantization_config", None) or {}
-        if not isinstance(quantization, dict):
-            quantization = quantization.to_dict()
-        self.identity = TargetIdentity(
-            model=name,
-            revision=revision,
-            dtype=dtype,
-            architecture=type(lm).__name__,
-            num_layers=len(self.layers),
-            hidden_size=self.config.hidden_size,
-            vocab_size=self.head.weight.shape[0],
-            max_position_embeddings=context_of(self.config),
-            tokenizer_hash=tokenizer_hash(self.tokenizer) if self.tokenizer else "none",
-            template_hash=template_hash(self.tokenizer, template_options),
-            quantization=quantization.get("quant_method"),
-        )
-
-    @torch.inference_mode()
-    def final_norm(self, hidden: Tensor) -> Tensor:
-        """The head's own input [..., H] from the last layer's output; a scale of the logits is part of it."""
-        return self._scaled(self.norm(hidden))
-
-    def _scaled(self, last: Tensor) -> Tensor:
-        return last if self.logit_scale == 1.0 else last * self.logit_scale
-
-    def norm_gain(self) -> Tensor:
-        """Gain [H] of the final norm as a plain RMSNorm has it: what it makes of a vector of length sqrt(H).
-
-        So a norm stored as 1 + w (Gemma), a LayerNorm (signs in turn have mean 0) and a scale of the logits need no
-        special case.
-        """
-        signs = torch.ones(self.identity.hidden_size, dtype=self.head.weight.dtype, device=self.device)
-        signs[1::2] = -1
-        gain = self.final_norm(signs) * signs
-        if not bool(gain.any()) or not bool(gain.isfinite().all()):
-            raise TargetError(f"target.model: the final norm of {self.identity.architecture} gives no numbers")
-        return gain
-
-    def head_rows(self, ids: Tensor) -> Tensor:
-        return self.head.weight[ids.to(self.device)]
-
-    def embedding_rows(self) -> Tensor:
-        return self.embedding.weight  # type: ignore[return-value]
-
-
-class WeightsOnlyTarget(ModelParts):
-    """A model whose layers are never loaded: 230 B parameters cost three tensors here."""
-
-    def __init__(
-        self,
-        model: str,
-        revision: str | None = None,
-        dtype: str = "bf16",
-        device: str = "auto",
-        trust_remote_code: bool = False,
-        template_options: Mapping[str, Any] | None = None,
-    ):
-        from transformers import GenerationConfig
-
-        self.device = resolve_device(device)
-        self.tokenizer = load_tokenizer(model, revision, trust_remote_code)
-        path = resolve_model(model)
-        with on_guard(f"cannot read {model!r}"):
-            lm = empty_model(read_config(path, revision, trust_remote_code), dtype, trust_remote_code)
-            with contextlib.suppress(OSError):  # a model without one ends by its config
-                lm.generation_config = GenerationConfig.from_pretrained(path, revision=revision or "main")
-            self._adopt(lm, model, revision, dtype, template_options)
-        self._source = path, revision
-
-    def _load(self) -> None:
-        """Read the three tensors on first use; regeneration needs none of them."""
-        if not self.head.weight.is_meta:
-            return
-        dtype = self.head.weight.dtype
-        names = {id(module): name.split(".")[-1] for name, module in self.lm.named_modules()}
-        modules = (self.embedding, self.norm, self.head)
-        found = _read_tensors(
-            *self._source,
-            tied=any(bool(getattr(config, "tie_word_embeddings", False)) for config in (self.lm.config, self.config)),
-            leaves=tuple(names[id(module)] for module in modules),
-            strays=tuple(getattr(type(self.lm), "_keys_to_ignore_on_load_unexpected", None) or ()),
-        )
-        for module, weight in zip(modules, found, strict=True):
-            if weight.shape != module.weight.shape:
-                raise TargetError(
-                    f"target.model: {self.identity.model} stores {list(weight.shape)} where its config says "
-                    f"{list(module.weight.shape)}; its config belongs to another model"
-                )
-            module.weight = nn.Parameter(weight.to(self.device, dtype), requires_grad=False)
-
-    def final_norm(self, hidden: Tensor) -> Tensor:
-        self._load()
-        return super().final_norm(hidden)
-
-    def head_rows(self, ids: Tensor) -> Tensor:
-        self._load()
-        return super().head_rows(ids)
-
-    def embedding_rows(self) -> Tensor:
-        self._load()
-        return super().embedding_rows()
-
-
-# Modules beside the decoder that hold embeddings and norms of their own: multi-token prediction, towers, projectors.
-BESIDE = re.compile(r"(^|\.)(layers|blocks|mtp\w*|vis\w+|audio\w*|\w*tower|\w*projector|merger|\w*encoder|talker)\.")
-
-
-def _read_tensors(
-    path: str,
-    revision: str | None,
-    tied: bool,
-    leaves: tuple[str, ...] = ("embed_tokens", "norm", "lm_head"),
-    strays: tuple[str, ...] = (),
-) -> list[Tensor]:
-    """Embedding, final norm and head, from the few files that hold them.
-
-    `leaves`: what the model's class calls the three, under whatever prefix; `strays`: patterns of tensors that the
-    class itself ignores. A checkpoint without a head has its embedding for it where `tied` allows that.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    from safetensors import SafetensorError, safe_open
-
-    def local(name: str) -> Path:
-        if Path(path).is_dir():
-            return Path(path, name)
-        return Path(hf_hub_download(path, name, revision=revision))
-
-    try:
-        try:
-            index = json.loads(local("model.safetensors.index.json").read_text())["weight_map"]
-        except (FileNotFoundError, HfHubHTTPError, LocalEntryNotFoundError):
-            with safe_open(local("model.safetensors"), "pt") as file:
-                index = dict.fromkeys(file.keys(), "model.safetensors")
-        own = [n for n in index if not BESIDE.search(n) and not any(re.search(s, n) for s in strays)]
-        tensors: list[Tensor] = []
-        for leaf in leaves:
-            names = [name for name in own if re.fullmatch(rf"(.+\.)?{leaf}\.weight", name)]
-            if not names and tied and len(tensors) == 2:
-                return [*tensors, tensors[0]]
-            if len(names) != 1:
-                what = f"{len(names)} tensors ({', '.join(names)})" if names else "no tensor"
-                raise TargetError(f"target.model: {path} has {what} named {leaf}.weight")
-            with safe_open(local(index[names[0]]), "pt") as file:
-                tensors.append(file.get_tensor(names[0]))
-    except (OSError, SafetensorError) as error:
-        raise TargetError(f"target.model: cannot read the weights of {path}: {first_line(error)}") from None
-    return tensors
