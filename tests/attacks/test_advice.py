@@ -23,8 +23,9 @@ from draftsmith.core.recipe_file import dump_recipe, load_recipe
 from draftsmith.core.records.machine import Probe, Tried, Tuned
 from draftsmith.core.shape import Shape
 from draftsmith.data.licences import licence_of
-from draftsmith.hardware import interconnect, probe
+from draftsmith.hardware import interconnect
 from draftsmith.publishing.card import base_model, write_card
+from draftsmith.runs import probing as probe
 from draftsmith.runs import tuning
 from draftsmith.runs.estimates import card_prediction
 from draftsmith.runs.pipeline import run_pipeline
