@@ -34,7 +34,7 @@ from draftsmith.evaluation.evaluate import Evaluation
 from draftsmith.evaluation.profile import walks_of
 from draftsmith.hardware.accept_length import MeasuredProfile
 from draftsmith.hardware.cost_model import MeasuredCosts, predict
-from draftsmith.hardware.probe import REFERENCE, embedded_times, server_times
+from draftsmith.runs.probing import REFERENCE, embedded_times, server_times
 from draftsmith.runs.run import Run
 
 OUT = Path(__file__).parent / "results" / "prediction-validation.json"
@@ -98,7 +98,7 @@ def complete(session: Session, prompts: list[list[int]], tokens: int) -> tuple[f
 
 
 def timed(session: Session, prompts: list[list[int]], short: int, long: int) -> tuple[float, list[Generation]]:
-    """(seconds per token of each, the longer answers); the prompts' own time cancels, as hardware/probe.py has it."""
+    """(seconds per token of each, the longer answers); the prompts' own time cancels, as runs/probing.py has it."""
     complete(session, prompts, 1)
     brief_s, _ = complete(session, prompts, short)
     whole_s, whole = complete(session, prompts, long)

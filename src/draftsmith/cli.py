@@ -59,7 +59,7 @@ def parse(arguments: list[str]) -> tuple[Any, Any]:
         about += " Every key of the recipe is a flag too, such as --train.epochs 4; --help-all shows them."
     own_alone = not with_recipe or not {"--help", "-h"}.isdisjoint(rest)
     rest = ["--help" if argument == "--help-all" else argument for argument in rest]
-    own, flags = read(kind, kind.positional, None if own_alone else Recipe, f"draftsmith {name}", about, rest)
+    own, flags = read(kind, None if own_alone else Recipe, f"draftsmith {name}", about, rest)
     try:
         command = kind.model_validate(own | ({"stage": name} if name in STAGES else {}))
     except ValidationError as error:

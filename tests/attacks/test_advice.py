@@ -23,8 +23,10 @@ from draftsmith.core.recipe_file import dump_recipe, load_recipe
 from draftsmith.core.records.machine import Probe, Tried, Tuned
 from draftsmith.core.shape import Shape
 from draftsmith.data.licences import licence_of
-from draftsmith.hardware import interconnect, probe, tune
+from draftsmith.hardware import interconnect
 from draftsmith.publishing.card import base_model, write_card
+from draftsmith.runs import probing as probe
+from draftsmith.runs import tuning
 from draftsmith.runs.estimates import card_prediction
 from draftsmith.runs.pipeline import run_pipeline
 from draftsmith.runs.run import Run
@@ -407,7 +409,7 @@ def test_tuning_is_given_the_time_or_the_length_that_it_is_told_to_be_given(worl
         flag, key, least = read(r"; raise (--\S+), or (evaluate\.\w+), as answers of less than (\d+) tokens", told)
         assert code == 2
         assert wrong[0] in (flag, f"--{key.replace('_', '-')}")
-    monkeypatch.setattr(tune, "FIRST_PROMPTS", 1)
+    monkeypatch.setattr(tuning, "FIRST_PROMPTS", 1)
     code, told = call(*words, flag, "10", f"--{key}", str(2 * int(least)))
     assert code == 0, told
     # what was tuned is of another draft, or not wanted

@@ -27,9 +27,10 @@ THEIRS = {  # flags in lines of ours that are no flags of draftsmith
     "--flag": "an example",
     "--config": "of SPEED-Bench's prepare_data.py",
     "--no-deps": "of pip",
-    "--short": "of git",
-    "--porcelain": "of git",
-    "--untracked-files": "of git",
+    "--always": "of git",
+    "--exclude": "of git",
+    "--abbrev": "of git",
+    "--dirty": "of git",
     "--help": "argparse's",
     "--help-all": "ours, taken for --help",
     "--version": "of the program alone",
@@ -69,8 +70,10 @@ def named(pattern: str, skipped: tuple[str, ...] = ()) -> dict[str, str]:
 
 def flags_of(command: str) -> set[str]:
     kind = cli.find(command)
-    own = {f"--{key.replace('_', '-')}" for key in kind.model_fields} - {f"--{kind.positional}"}
-    return own | ({f"--{key.replace('_', '-')}" for key in KEYS} | {"--from"} if kind.positional == "recipe" else set())
+    own = {f"--{key.replace('_', '-')}" for key, field in kind.model_fields.items() if not field.is_required()}
+    if "recipe" not in kind.model_fields:
+        return own
+    return own | {f"--{key.replace('_', '-')}" for key in KEYS} | {"--from"}
 
 
 def test_keys_exist():
@@ -107,7 +110,7 @@ def test_commands_exist():
             continue
         kind = cli.find(command)
         try:
-            read(kind, kind.positional, Recipe if kind.positional == "recipe" else None, "x", "x", words)
+            read(kind, Recipe if "recipe" in kind.model_fields else None, "x", "x", words)
         except ValueError as error:
             wrong[line] = f"{where}: {error}"
     assert wrong == {}

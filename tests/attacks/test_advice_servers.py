@@ -23,7 +23,7 @@ from draftsmith.engines.base import Setup
 from draftsmith.engines.process import launch, running
 from draftsmith.engines.served import ServedTarget
 from draftsmith.evaluation.evaluate import Evaluation
-from draftsmith.hardware import probe
+from draftsmith.runs import probing as probe
 from draftsmith.runs.run import Run
 
 # --- servers ----------------------------------------------------------------------------------------------------------

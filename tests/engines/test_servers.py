@@ -20,7 +20,7 @@ from draftsmith.data.templates import ChatFormat
 from draftsmith.engines import SERVERS
 from draftsmith.engines.process import launch, running
 from draftsmith.engines.served import ServedTarget
-from draftsmith.hardware import probe as probing
+from draftsmith.runs import probing
 from draftsmith.runs.pipeline import run_pipeline
 from draftsmith.runs.probing import probe_server
 from draftsmith.runs.run import Run

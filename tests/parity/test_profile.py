@@ -15,7 +15,7 @@ from draftsmith.evaluation.acceptance import count
 from draftsmith.evaluation.profile import DEPTH, accept_profile, rank_table, walks_of
 from draftsmith.hardware.accept_length import MeasuredProfile, SampledProfile
 from draftsmith.hardware.cost_model import MeasuredCosts
-from draftsmith.hardware.probe import embedded_times, page
+from draftsmith.runs.probing import embedded_times, page
 from draftsmith.targets.local import LocalTarget
 
 GENERATOR = torch.Generator().manual_seed(7)

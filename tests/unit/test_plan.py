@@ -13,7 +13,7 @@ from draftsmith.core.records.training import TrainingSummary
 from draftsmith.core.run_files import SUMMARY, RunFiles
 from draftsmith.drafts.eagle3.config import Eagle3Config
 from draftsmith.drafts.eagle3.shape import draft_config
-from draftsmith.hardware import counting
+from draftsmith.hardware import sizes
 from draftsmith.hardware.cost_model import RooflineCosts
 from draftsmith.hardware.presets import Machine, preset
 from draftsmith.hardware.sizes import TargetSize
@@ -194,8 +194,8 @@ def test_a_target_of_experts_alone_is_planned_for(tmp_path, capsys):
 
 
 def test_what_could_not_be_counted_is_said(monkeypatch):
-    monkeypatch.setattr(counting, "_build", lambda config: None)
-    monkeypatch.setattr(counting, "_KNOWN", {})
+    monkeypatch.setattr(sizes, "_build", lambda config: None)
+    monkeypatch.setattr(sizes, "_KNOWN", {})
     assert "transformers cannot build minimax_m2 here" in page(planned())
 
 

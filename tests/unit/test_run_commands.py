@@ -19,7 +19,7 @@ from draftsmith.core.records.machine import Predictions, Probe, Tried, Tuned
 from draftsmith.core.run_files import RunFiles
 from draftsmith.core.shape import Shape
 from draftsmith.data.licences import data_licences, licence_of
-from draftsmith.hardware import probe
+from draftsmith.runs import probing as probe
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "from_python.py"
 

@@ -19,7 +19,7 @@ from draftsmith.engines import SERVERS
 from draftsmith.engines.base import Setup
 from draftsmith.evaluation.evaluate import Evaluation
 from draftsmith.evaluation.lossless import lossless_verdict
-from draftsmith.hardware import probe
+from draftsmith.runs import probing as probe
 from draftsmith.runs.probing import probe_server
 from draftsmith.runs.run import Run
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MiniMaxM
 from draftsmith.core.errors import TargetError
 from draftsmith.drafts.eagle3.config import Eagle3Config
 from draftsmith.drafts.eagle3.model import Eagle3Draft
-from draftsmith.hardware import counting
+from draftsmith.hardware import sizes
 from draftsmith.hardware.quantisation import Quantisation
 from draftsmith.hardware.sizes import TargetSize
 from draftsmith.targets.configs import target_config
@@ -140,8 +140,8 @@ def test_only_norms_and_biases_are_left_out_and_the_formula_agrees(config, monke
     counted = TargetSize.of(config)
     assert counted.parameters == matrices
     assert counted.assumption is None
-    monkeypatch.setattr(counting, "_build", lambda config: None)
-    monkeypatch.setattr(counting, "_KNOWN", {})
+    monkeypatch.setattr(sizes, "_build", lambda config: None)
+    monkeypatch.setattr(sizes, "_KNOWN", {})
     told = TargetSize.of(config)
     assert (told.parameters, told.active_parameters) == (counted.parameters, counted.active_parameters)
     assert told.cache == counted.cache

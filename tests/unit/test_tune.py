@@ -6,8 +6,9 @@ import itertools
 from draftsmith.core.records.machine import Tuned
 from draftsmith.core.records.run import Hardware, Provenance
 from draftsmith.core.shape import Shape
-from draftsmith.hardware import tune
-from draftsmith.hardware.tune import Candidate, Way, fastest, halve, sentence
+from draftsmith.runs import tuning
+from draftsmith.runs.run import fastest
+from draftsmith.runs.tuning import Candidate, Way, halve, sentence
 
 TREE = Way(Shape(3, 4, 8))
 TRUE = {Way(Shape(1, 1, 2)): 1.2, Way(Shape(3, 1, 4)): 1.7, Way(Shape(5, 1, 6)): 1.5, TREE: 1.9}
@@ -79,7 +80,7 @@ def test_the_faster_way_to_take_drafts_wins_and_the_best_greedy_chain_goes_on_fo
 
 def test_the_time_given_is_kept(monkeypatch):
     clock = itertools.count()
-    monkeypatch.setattr(tune.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(tuning.time, "monotonic", lambda: float(next(clock)))
     tried = halve(list(TRUE), made_up(TRUE), 64, 5)
     assert 0 < sum(t.prompts for t in tried) <= 5
 

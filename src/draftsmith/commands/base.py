@@ -1,18 +1,12 @@
-"""What all commands are: models whose fields are their flags, called to run; a call returns the exit code."""
+"""What all commands about a run are; each command is a model whose fields are its flags, and a call returns the exit
+code. The string under each field is its help text."""
 
 from pathlib import Path
-from typing import ClassVar
 
 from draftsmith.core.recipe_model import Model
 
 
-class Command(Model):
-    """The string under each field is its help text."""
-
-    positional: ClassVar[str] = "recipe"
-
-
-class RecipeCommand(Command):
+class RecipeCommand(Model):
     """A command about a run, which it is called with. Every key of the recipe is one of its flags, too."""
 
     recipe: Path

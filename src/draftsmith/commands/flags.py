@@ -89,9 +89,11 @@ def _add(parser: argparse.ArgumentParser, key: str, field: FieldInfo) -> None:
 
 
 def read(
-    own: type[BaseModel], positional: str, others: type[BaseModel] | None, prog: str, about: str, arguments: list[str]
+    own: type[BaseModel], others: type[BaseModel] | None, prog: str, about: str, arguments: list[str]
 ) -> tuple[JsonObject, JsonObject]:
-    """(values of the command's own fields, nested values of the other model's), as given, not validated yet."""
+    """(values of the command's own fields, nested values of the other model's), as given, not validated yet. The field
+    without a default stands without a flag."""
+    positional = next(key for key, field in own.model_fields.items() if field.is_required())
     parser = _Parser(prog=prog, description=about, allow_abbrev=False)
     parser.add_argument(positional, metavar=positional.upper(), help=own.model_fields[positional].description)
     fields = {key: field for key, field in own.model_fields.items() if key not in (positional, "stage")}

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from draftsmith.commands.base import Command
+from draftsmith.core.recipe_model import Model
 
 
-class Init(Command):
+class Init(Model):
     """Write a commented recipe for any model, and tell what its files do not say."""
 
-    positional = "model"
     model: str
     """Directory, hub name, or an embedded target."""
     data: Path | None = None

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from draftsmith.commands.base import Command
+from draftsmith.core.recipe_model import Model
 
 if TYPE_CHECKING:
     from draftsmith.drafts.method import DraftReport
@@ -11,10 +11,9 @@ if TYPE_CHECKING:
 SHOWN = 64  # tensors; a draft has about twenty, a whole model thousands
 
 
-class Inspect(Command):
+class Inspect(Model):
     """Read any draft directory and name every problem an engine would swallow silently."""
 
-    positional = "directory"
     directory: Path
     """Directory with config.json and .safetensors files."""
 

@@ -43,7 +43,6 @@ class Predict(RecipeCommand):
         from draftsmith.engines import ENGINES
         from draftsmith.hardware.cost_model import MeasuredCosts, RooflineCosts
         from draftsmith.hardware.predict import advice, candidate_shapes, heat_map, page, predict_all
-        from draftsmith.hardware.presets import PRESETS
         from draftsmith.runs.estimates import accept_of, costs_of, probed, results_of
         from draftsmith.runs.plan import size
 
@@ -80,8 +79,7 @@ class Predict(RecipeCommand):
         if self.temperature and self.tau is None:
             measured = results_of(run)
             sentence += f"; at T={self.temperature:g}{measured.settings.filters if measured else ''}, {drafts} drafts"
-        source = Path(self.hardware) if self.hardware else probed(run) or Path("probe")
-        out = run.files.prediction(self.hardware if self.hardware in PRESETS else source.stem)
+        out = run.files.prediction(Path(self.hardware or probed(run) or "probe").stem)
         Predictions(sentence=sentence, rows=[prediction for row in rows for prediction in row]).save(out)
         picture = out.with_suffix(".svg")
         files.write_atomic(picture, heat_map(rows, f"{run.recipe.target.model} on {costs.name}"))

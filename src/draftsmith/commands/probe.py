@@ -25,8 +25,7 @@ class Probe(RecipeCommand):
     def __call__(self, run: "Run") -> int:
         if self.draft_url is not None and self.url is None:
             raise RecipeError("--draft-url: give --url too, a server of the target alone to compare it with")
-        from draftsmith.hardware.probe import page
-        from draftsmith.runs.probing import probe_here, probe_server
+        from draftsmith.runs.probing import page, probe_here, probe_server
 
         if self.url is not None:
             engine = run.recipe.serve.engine

@@ -24,8 +24,7 @@ class Tune(RecipeCommand):
     def __call__(self, run: "Run") -> int:
         """Measure, print the verdict and write tune-ENGINE.json, which `serve` reads."""
         from draftsmith.core.tables import table
-        from draftsmith.hardware.tune import sentence
-        from draftsmith.runs.tuning import tune
+        from draftsmith.runs.tuning import sentence, tune
 
         own, engine = run.recipe.target.engine, self.engine
         if engine == "auto":

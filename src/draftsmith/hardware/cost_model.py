@@ -33,7 +33,7 @@ def interpolate(points: Sequence[Sequence[float]], x: float) -> float:
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """What a probe measured (hardware/probe.py).
+    """What a probe measured (runs/probing.py).
 
     Costs are seconds; `tokens` are per sequence, `batch` counts sequences, `context` is cached tokens of each.
     A forward of B sequences with w tokens each costs what one of B * w tokens does: weights are read once either way.

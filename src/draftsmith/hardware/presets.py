@@ -29,7 +29,6 @@ class Machine:
     launch_s: float
     all_reduce: tuple[tuple[float, float], ...] = ()
     efficiency: float = 0.8
-    interconnect: str = "none"
     network_bytes_s: float = 3e9  # to other machines, 25 Gbit/s Ethernet
 
 
@@ -47,11 +46,11 @@ CPU = Machine("cpu-epyc-2", 1, 25 * GB, 45e9, 0.9e12, 0.3e-3, efficiency=0.5, ne
 PRESETS = {
     machine.name: machine
     for machine in (
-        Machine("h100-nvlink-8", 8, 80 * GB, 3.35e12, 0.99e15, LAYER_S, _NVLINK, interconnect="NVLink"),
-        Machine("h200-nvlink-8", 8, 141 * GB, 4.8e12, 0.99e15, LAYER_S, _NVLINK, interconnect="NVLink"),
-        Machine("h200-nvlink-4", 4, 141 * GB, 4.8e12, 0.99e15, LAYER_S, _NVLINK, interconnect="NVLink"),
-        Machine("pcie-p2p-8", 8, 96 * GB, 1.6e12, 0.25e15, LAYER_S, _PCIE_P2P, interconnect="PCIe, peer to peer"),
-        Machine("pcie-host-8", 8, 96 * GB, 1.6e12, 0.25e15, LAYER_S, _PCIE_HOST, interconnect="PCIe, through the host"),
+        Machine("h100-nvlink-8", 8, 80 * GB, 3.35e12, 0.99e15, LAYER_S, _NVLINK),
+        Machine("h200-nvlink-8", 8, 141 * GB, 4.8e12, 0.99e15, LAYER_S, _NVLINK),
+        Machine("h200-nvlink-4", 4, 141 * GB, 4.8e12, 0.99e15, LAYER_S, _NVLINK),
+        Machine("pcie-p2p-8", 8, 96 * GB, 1.6e12, 0.25e15, LAYER_S, _PCIE_P2P),
+        Machine("pcie-host-8", 8, 96 * GB, 1.6e12, 0.25e15, LAYER_S, _PCIE_HOST),
         Machine("h100-1", 1, 80 * GB, 3.35e12, 0.99e15, LAYER_S),
         Machine("h200-1", 1, 141 * GB, 4.8e12, 0.99e15, LAYER_S),
         Machine("a100-1", 1, 80 * GB, 2.0e12, 0.312e15, LAYER_S),

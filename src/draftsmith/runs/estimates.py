@@ -18,9 +18,9 @@ from draftsmith.hardware.accept_length import AcceptLength, from_results, publis
 from draftsmith.hardware.cost_model import Costs, MeasuredCosts, RooflineCosts, predict
 from draftsmith.hardware.predict import predict_all, where_it_pays
 from draftsmith.hardware.presets import CPU, PRESETS, Machine, preset
-from draftsmith.hardware.probe import as_machine
 from draftsmith.hardware.sizes import TargetSize
 from draftsmith.runs.plan import Plan, Sizes, plan
+from draftsmith.runs.probing import as_machine
 from draftsmith.runs.run import Run
 
 

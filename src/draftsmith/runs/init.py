@@ -134,6 +134,10 @@ def _values(facts: Facts, data: Path | None, gpu: bool, revision: str | None, tr
         "max_prompt_tokens": min(2048 if gpu else 320, context - answer),
         **({} if gpu else {"max_tokens": 100_000, "stop_loops": True}),
     }
+    evaluate: JsonObject = {} if gpu else {"prompts": 60}
+    if "temperature" in facts.sampling:  # greedy, and as the model is served
+        evaluate["temperatures"] = sorted({0.0, float(facts.sampling["temperature"])})
+        evaluate |= {key: value for key, value in facts.sampling.items() if key != "temperature"}
     return {
         "name": re.sub(r"[^\w.-]+", "-", facts.model.rstrip("/").split("/")[-1]).lower() + "-eagle3",
         "target": target,
@@ -142,16 +146,7 @@ def _values(facts: Facts, data: Path | None, gpu: bool, revision: str | None, tr
         "vocab": {"size": min(32000 if gpu else 8192, text.vocab_size)},
         "draft": draft,
         "train": train,
-        "evaluate": {**({} if gpu else {"prompts": 60}), **_served_at(facts.sampling)},
-    }
-
-
-def _served_at(sampling: JsonObject) -> JsonObject:
-    """The sampling settings of `evaluate`: greedy, and as the model is served."""
-    if "temperature" not in sampling:
-        return {}
-    return {"temperatures": sorted({0.0, float(sampling["temperature"])})} | {
-        key: value for key, value in sampling.items() if key != "temperature"
+        "evaluate": evaluate,
     }
 
 

@@ -7,7 +7,7 @@ import platform
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -38,13 +38,13 @@ from draftsmith.engines.served import ServedTarget
 from draftsmith.engines.server import Purpose
 from draftsmith.evaluation.draft_sampling import more_accepted
 from draftsmith.hardware.sizes import TargetSize
-from draftsmith.hardware.tune import fastest
 from draftsmith.targets.configs import target_config
 from draftsmith.targets.identity import require_same_logprobs, template_hash, tokenizer_hash, weights_hash
 from draftsmith.targets.local import LocalTarget
 from draftsmith.targets.parts import card_room, load_tokenizer, resolve_device, resolve_model
 from draftsmith.training.processes import ProcessGroup
 
+SURE = 1.02  # the least measured gain that is recommended: less is within a measurement's noise
 PACKAGES = ("draftsmith", "torch", "transformers", "safetensors", "pydantic", "numpy")
 
 
@@ -65,6 +65,14 @@ def hardware() -> Hardware:
     named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     cpu = next(named, platform.processor())
     return Hardware(cpu=cpu, cores=os.cpu_count(), gpus=gpus, system=platform.platform())
+
+
+def fastest(tried: Sequence[Tried], able: Callable[[Tried], bool] = lambda _: True) -> Tried | None:
+    """The winner of the able ones; None where nothing beats plain decoding. Of what was measured longest alone: a rival
+    that was dropped early may owe its gain to luck."""
+    longest = max((one.prompts for one in tried), default=0)
+    winner = max((one for one in tried if one.prompts == longest and able(one)), key=lambda t: t.speedup, default=None)
+    return winner if winner and winner.speedup >= SURE else None
 
 
 class Run:
