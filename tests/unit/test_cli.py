@@ -173,6 +173,31 @@ def test_a_run_a_skip_and_a_changed_recipe(world, tmp_path, monkeypatch, capsys)
     assert list(out.glob("train.*/checkpoint-*"))
 
 
+def test_hidden_states_are_captured_anew_only_where_they_are_others(world, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+
+    def states_of(*flags):
+        code, _ = run(
+            monkeypatch, capsys, "run", world / "recipe.yaml", "--out", out, "--train.capture", "offline", *flags
+        )
+        assert code == 0
+        found = sorted((out / "train" / "hidden_states").glob("*.safetensors"))
+        return [(path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in found]
+
+    first = states_of("--train.learning-rate", "0.001")
+    assert first
+    assert states_of("--train.learning-rate", "0.002") == first
+    [aside] = out.glob("train.*")
+    assert list(aside.glob("checkpoint-*"))
+    assert not (aside / "hidden_states").exists()  # kept once
+    stale = out / "train" / "hidden_states" / "00007.safetensors"
+    stale.write_bytes(b"of a larger text")
+    others = states_of("--train.max-document-tokens", "12")
+    assert set(others).isdisjoint(first)
+    assert not stale.exists()
+    assert set(states_of("--train.max-document-tokens", "12", "--draft.taps", "0", "1", "2")).isdisjoint(others)
+
+
 def test_dry_run_says_what_would_happen(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["draftsmith", "run", str(world / "recipe.yaml"), "--dry-run", "--seed", "9"])
     assert cli.main() == 0

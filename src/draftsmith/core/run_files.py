@@ -22,6 +22,7 @@ STATE = "stage.json"  # of every stage
 SUMMARY = "summary.json"  # what a stage says of its output
 TIMING, IDENTITY = "timing.json", "identity.json"  # of completions
 METRICS, STEP_TIMING = "metrics.jsonl", "timing.jsonl"  # of training
+HIDDEN_STATES = "hidden_states"  # of training, captured offline
 WEIGHTS = "model.safetensors"  # of a draft
 RESULTS = "results.json"  # of an evaluation
 DECODERS: tuple[Decodes, ...] = ("embedded", *get_args(EngineName))

@@ -140,6 +140,9 @@ def run_stage(run: Run, stage: Stage) -> StageRun:
     elif old is not None and old.resume_key != continued and not stage.always:
         aside = _set_aside(out, old.key)
         say(f"{stage.name}: the recipe or inputs changed; the old output is kept in {aside}")
+        if (states := aside / run_files.HIDDEN_STATES).exists():  # large, dear, and used again where they are the same
+            out.mkdir()
+            states.rename(out / run_files.HIDDEN_STATES)
     elif old is not None and old.finished and not stage.always:
         _mend(stage, out, old)
     run.require_same_target()

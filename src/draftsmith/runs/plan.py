@@ -398,7 +398,7 @@ def against(plan: Plan, run: RunFiles) -> list[tuple[str, float, float]]:
     kept = [sum(bytes_of(checkpoint.iterdir())) for checkpoint in run.train.glob("checkpoint-*")]
     real |= {"checkpoint": max(kept, default=0), "draft file": sum(bytes_of(run.draft.glob("model.safetensors")))}
     real |= {"completions on disk": sum(bytes_of(run_files.shards(run.completions)))}
-    real |= {"all of them": sum(bytes_of((run.train / "hidden_states").rglob("*.safetensors")))}
+    real |= {"all of them": sum(bytes_of((run.train / run_files.HIDDEN_STATES).rglob("*.safetensors")))}
     # of a stage that was skipped or went on, the manifest knows only the last sitting
     if manifest := Manifest.found(run.manifest):
         real |= {name: stage.seconds for name, stage in manifest.stages.items() if stage.ran}

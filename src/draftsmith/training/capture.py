@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from draftsmith.core.errors import DataError
-from draftsmith.core.files import read_json, save_tensors, write_json
+from draftsmith.core.files import digest, read_json, save_tensors, write_json
 from draftsmith.core.progress import Meter, say
 from draftsmith.drafts.packing import Pack, filled, to_device
 from draftsmith.targets.base import Capture, Target
@@ -92,7 +92,10 @@ class PrefetchedCapture:
 
 
 class OfflineCapture:
-    """Hidden states written once as sharded safetensors and read in every epoch."""
+    """Hidden states written once as sharded safetensors and read in every epoch.
+
+    A shard that is there is taken where the same target has read the same texts at the same taps, whoever asked for it.
+    """
 
     def __init__(
         self,
@@ -116,16 +119,23 @@ class OfflineCapture:
         self.place: dict[str, tuple[Path, int, int]] = {}
         every, lengths = list(documents), [len(ids) for ids in documents.values()]
         shards = filled(range(len(every)), lengths, SHARD_TOKENS)
+        by = [target.identity.model_dump(mode="json"), target.weights_hash, list(taps)]
+        for path in directory.iterdir() if processes.main else ():
+            if path.stem.isdigit() and int(path.stem) >= len(shards):  # of more texts than these
+                path.unlink()
         with Meter("capture", len(shards), "shards") as meter:
             for number, shard in enumerate(shards):
                 names = [every[i] for i in shard]
                 path = directory / f"{number:05d}.safetensors"
                 index = path.with_suffix(".json")
-                whole = path.exists() and index.exists() and read_json(index) == names
+                texts = [documents[name] for name in names]
+                key = digest(*by, texts)
+                whole = path.exists() and index.exists() and read_json(index) == key
                 if number % processes.size == processes.rank and not whole:
-                    states = target.capture([documents[name] for name in names], tuple(taps))
+                    states = target.capture(texts, tuple(taps))
+                    index.unlink(missing_ok=True)
                     save_tensors(path, {"taps": states.taps_TKH.cpu(), "last": states.last_TH.cpu()})
-                    write_json(index, names)
+                    write_json(index, key)
                 start = 0
                 for name in names:
                     self.place[name] = (path, start, len(documents[name]))

@@ -310,7 +310,7 @@ class Trainer:
         taps = self.draft.config.taps
         if self.settings.capture == "offline":
             documents = {c.id: c.ids for c in (*self.heldout, *self.rows)}
-            return OfflineCapture(self.out / "hidden_states", self.target, taps, documents, self.processes)
+            return OfflineCapture(self.out / run_files.HIDDEN_STATES, self.target, taps, documents, self.processes)
         return OnlineCapture(self.target, taps)
 
     def _ahead(self, source: CaptureSource, packs: Iterator[Pack]) -> CaptureSource:
