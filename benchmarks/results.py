@@ -358,8 +358,26 @@ def ablations() -> str:
         "Newton-Schulz made Muon's update:",
         "",
         *ablation_table(before),
+        "",
+        *long_rates(),
     ]
     return "\n".join(lines) + "\n"
+
+
+def long_rates() -> list[str]:
+    """What the short runs above cannot tell: the learning rate of the whole recipe."""
+    told = read_json(RESULTS / "smollm2-135m-rates.json")
+    marks = sorted({int(step) for row in told["rows"] for step in row["held_out_tau"]})
+    rows = [
+        [f"{row['learning_rate']:g}", *(f"{row['held_out_tau'][str(step)]:.3f}" for step in marks)]
+        for row in told["rows"]
+    ]
+    return [
+        f"A longer run wants a smaller rate than fifty steps do: tau on held-out completions after so many steps of "
+        f"`{told['command']}` (commit {told['commit']}, {told['hardware']}, the arena's completions, one seed):",
+        "",
+        *table(["learning rate", *map(str, marks)], rows),
+    ]
 
 
 def arena_plot() -> str:
