@@ -262,6 +262,9 @@ def test_a_vocabulary_is_checked_when_read(tmp_path):
         save_tensors(tmp_path / "w.safetensors", dict(zip(("d2t", "t2d"), wrong, strict=True)))
         with pytest.raises(CheckpointError, match=message):
             DraftVocabulary.load(tmp_path / "w.safetensors")
+    save_tensors(tmp_path / "w.safetensors", {"d2t": d2t})
+    with pytest.raises(CheckpointError, match="cannot read the draft vocabulary: 't2d'"):
+        DraftVocabulary.load(tmp_path / "w.safetensors")
 
 
 def test_chains_are_where_serving_drafts():

@@ -333,6 +333,9 @@ def test_a_cell_is_a_text(tmp_path):
         ("12", "x"),
         ("null", "other"),
     ]
+    (tmp_path / "numbers.csv").write_text("id,prompt\n007,00123\n008,4.50\n")
+    prompts, _ = read_source(Source(name=str(tmp_path / "numbers.csv")), 1, False, 0)
+    assert [(p.id, p.users[0]) for p in prompts] == [("007", "00123"), ("008", "4.50")]
 
 
 def test_a_folder_is_its_files(tmp_path):
@@ -370,6 +373,7 @@ BROKEN = {
     "more.json": (b'[{"prompt": "one"}]\n[]', r"more\.json:2: not JSON"),
     "item.json": (b'[{"prompt": "one"}, 7]', r"item\.json item 2: not an object"),
     "key.json": (b'{\n "prompt": \n', r"key\.json:\d: not JSON"),
+    "wide.csv": (b"prompt,category\nhello, you,chat\n", "its first row has more cells than its header"),
     "keys.csv": (b"text,n\na,1\n", r"keys\.csv row 1: has none of the keys .*found: text, n"),
     "lines.txt": (b"hello\n", r"lines\.txt row 1: .*found: text"),
 }

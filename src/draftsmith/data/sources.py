@@ -257,7 +257,8 @@ def _values(path: Path, file: TextIOWrapper) -> Iterator[Row]:
 def _typed_rows(path: Path) -> Iterator[Row]:
     import glob
 
-    from datasets import load_dataset
+    import pandas
+    from datasets import Features, Value, load_dataset
 
     module, options = _TYPED[_suffix(path)]
     with tempfile.TemporaryDirectory() as scratch:
@@ -266,13 +267,21 @@ def _typed_rows(path: Path) -> Iterator[Row]:
             plain = Path(scratch) / path.stem
             with _opened(path) as packed, plain.open("wb") as unpacked:
                 shutil.copyfileobj(packed, unpacked)
+        if module == "csv":  # every cell as it is written: 007 is no number
+            head = pandas.read_csv(plain, nrows=1, dtype=str, **options)
+            if not isinstance(head.index, pandas.RangeIndex):  # it takes the first cells for the rows' names
+                raise DataError(
+                    f"{path}: its first row has more cells than its header; quote cells that hold the separator, or "
+                    "name every column"
+                )
+            options = {**options, "features": Features(dict.fromkeys(head.columns, Value("string")))}
         # escaped, because the library takes a path for a pattern
         rows = load_dataset(module, data_files=[glob.escape(str(plain))], split="train", streaming=True, **options)
         iterator = iter(rows)
         try:
             for number, row in enumerate(iterator, 1):
-                if module == "csv":  # a column of numbers came as such; a row that is too short ends in None
-                    row = {key: "" if value is None else str(value) for key, value in row.items()}
+                if module == "csv":  # a row that is too short ends in None
+                    row = {key: "" if value is None else value for key, value in row.items()}
                 yield f"{path} row {number}", row
         except GeneratorExit:  # the library leaves a CSV open that is not read to its end, in a cycle of references
             with warnings.catch_warnings():

@@ -55,9 +55,9 @@ class DraftVocabulary:
     def load(cls, path: Path) -> "DraftVocabulary":
         try:
             tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
+            d2t, t2d = tensors["d2t"].long(), tensors["t2d"].bool()
+        except (OSError, SafetensorError, KeyError) as error:
             raise CheckpointError(f"{path}: cannot read the draft vocabulary: {error}") from None
-        d2t, t2d = tensors["d2t"].long(), tensors["t2d"].bool()
         ids = d2t + torch.arange(len(d2t))
         if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= len(t2d) or bool((ids.diff() <= 0).any())):
             raise CheckpointError(f"{path}: d2t does not give ascending target ids below {len(t2d)}")
