@@ -29,13 +29,13 @@ from draftsmith.decoding.speculate import Decoder
 from draftsmith.decoding.stopping import Ends
 from draftsmith.drafts.directories import ReadyDraft, ready_draft
 from draftsmith.engines import ENGINES
-from draftsmith.engines.base import Session
 from draftsmith.evaluation.evaluate import Evaluation
 from draftsmith.evaluation.profile import walks_of
 from draftsmith.hardware.accept_length import MeasuredProfile
 from draftsmith.hardware.cost_model import MeasuredCosts, predict
 from draftsmith.runs.probing import REFERENCE, embedded_times, server_times
 from draftsmith.runs.run import Run
+from draftsmith.targets.base import Target
 
 OUT = Path(__file__).parent / "results" / "prediction-validation.json"
 EMBEDDED = ("1/1/2", "2/1/3", "3/1/4", "5/1/6", "7/1/8", "2/2/4", "3/4/8", "5/4/8", "3/4/16", "5/4/32", "5/8/64")
@@ -90,14 +90,14 @@ def on_embedded(
     return rows, costs
 
 
-def complete(session: Session, prompts: list[list[int]], tokens: int) -> tuple[float, list[Generation]]:
+def complete(session: Target, prompts: list[list[int]], tokens: int) -> tuple[float, list[Generation]]:
     """Seconds until all prompts, asked at once, have exactly so many tokens, and what was written."""
     started = time.perf_counter()
     answers = dict(session.generate(prompts, Sampling(), tokens, at_once=len(prompts), ignore_end=True))
     return time.perf_counter() - started, [answers[number] for number in range(len(prompts))]
 
 
-def timed(session: Session, prompts: list[list[int]], short: int, long: int) -> tuple[float, list[Generation]]:
+def timed(session: Target, prompts: list[list[int]], short: int, long: int) -> tuple[float, list[Generation]]:
     """(seconds per token of each, the longer answers); the prompts' own time cancels, as runs/probing.py has it."""
     complete(session, prompts, 1)
     brief_s, _ = complete(session, prompts, short)

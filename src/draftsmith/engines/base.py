@@ -20,9 +20,6 @@ from draftsmith.drafts.method import Reading
 from draftsmith.targets.base import Target
 from draftsmith.targets.local import LocalTarget
 
-Session = Target
-"""What an engine opens: a target that decodes, alone or with a draft."""
-
 
 @dataclass(frozen=True)
 class Setup:
@@ -59,8 +56,9 @@ class Engine(ABC):
         return True
 
     @abstractmethod
-    def open(self, setup: Setup, shape: Shape | None, url: str | None = None) -> AbstractContextManager[Session]:
-        """A session; with the draft where a shape is given. `url`: a server that was started already."""
+    def open(self, setup: Setup, shape: Shape | None, url: str | None = None) -> AbstractContextManager[Target]:
+        """A session: a target that decodes, with the draft where a shape is given. `url`: a server that was started
+        already."""
 
     def greedy_because(self, shape: Shape, draft: Path) -> str | None:
         """Why it cannot sample this draft at this shape; None where it can."""

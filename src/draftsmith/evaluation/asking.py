@@ -12,8 +12,8 @@ from draftsmith.core.records.evaluation import TimedGroup
 from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
-from draftsmith.engines.base import Session
 from draftsmith.evaluation.profile import GREEDY
+from draftsmith.targets.base import Target
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def balanced(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
 
 
 def complete(
-    session: Session,
+    session: Target,
     questions: Sequence[Question],
     what: str,
     sampling: Sampling,
@@ -69,7 +69,7 @@ def complete(
 
 
 def time_group(
-    session: Session, prompts: list[list[int]], length: int, stop: Sequence[str], sampling: Sampling = GREEDY
+    session: Target, prompts: list[list[int]], length: int, stop: Sequence[str], sampling: Sampling = GREEDY
 ) -> TimedGroup:
     """Answers to prompts that are asked at once. Seconds are those of decoding where the session tells them, which
     leaves out the first token, as it comes from the prompt's own forward."""

@@ -40,13 +40,14 @@ from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.stopping import Ends, loop_onset
 from draftsmith.drafts.directories import ready_draft
-from draftsmith.engines.base import Engine, Session, Setup
+from draftsmith.engines.base import Engine, Setup
 from draftsmith.engines.embedded import exact
 from draftsmith.evaluation.acceptance import bootstrap_tau, conversations, count, oracle_walk, summarise, tau_line
 from draftsmith.evaluation.asking import Question, balanced, complete, time_group
 from draftsmith.evaluation.draft_sampling import taking, ways
 from draftsmith.evaluation.lossless import difference, first_difference, lossless_verdict, together
 from draftsmith.evaluation.profile import accept_profile
+from draftsmith.targets.base import Target
 
 SHORTEST_TIMED = 8  # tokens
 PROFILE_PROMPTS = 48
@@ -73,7 +74,7 @@ class Evaluation:
     def once(self, name: str, kind: type[R], measure: Callable[[], R | None]) -> R | None:
         return measured_once(self.out, name, kind, measure)
 
-    def questions(self, session: Session) -> list[Question]:
+    def questions(self, session: Target) -> list[Question]:
         """The run's own evaluation prompts."""
         longest = longest_prompt(self.recipe.regenerate, session.identity.max_position_embeddings)
         opened = self._opened(session, self.available, self.settings.prompts, longest, self.recipe.prompts.skip_bad)
@@ -84,7 +85,7 @@ class Evaluation:
             )
         return opened
 
-    def asked(self, session: Session) -> dict[str, list[Question]]:
+    def asked(self, session: Target) -> dict[str, list[Question]]:
         """The run's own prompts under "", and the named sets as far as they fit into the target's window."""
         every = {"": self.questions(session)}
         window = session.identity.max_position_embeddings
@@ -98,7 +99,7 @@ class Evaluation:
         return {name: questions for name, questions in every.items() if questions}
 
     def _opened(
-        self, session: Session, prompts: Sequence[Prompt], limit: int | None, longest: int, skip_bad: bool
+        self, session: Target, prompts: Sequence[Prompt], limit: int | None, longest: int, skip_bad: bool
     ) -> list[Question]:
         self.chat = ChatFormat.of(self.recipe, session)
         opened = open_conversations(balanced(prompts, limit), self.chat, longest, skip_bad)
@@ -190,7 +191,7 @@ class Evaluation:
         return Sampling(temperature, self.settings.top_p, self.settings.top_k) if temperature else Sampling()
 
     def _acceptance(
-        self, session: Session, name: str, questions: list[Question], shape: Shape, temperature: float,
+        self, session: Target, name: str, questions: list[Question], shape: Shape, temperature: float,
         drafts: DraftSampling,
     ) -> Acceptance:  # fmt: skip
         """Of a named set, or of the run's own prompts (no name)."""
@@ -209,7 +210,7 @@ class Evaluation:
 
     def acceptance(
         self,
-        session: Session,
+        session: Target,
         questions: list[Question],
         shape: Shape,
         temperature: float,
@@ -232,7 +233,7 @@ class Evaluation:
         known = self.engine.in_process and target is not None  # a server does not tell its first choices
         return self._with_oracle(entry, asked, answers) if known and temperature and greedy_chain else entry
 
-    def _answers(self, session: Session, turn: list[Question], what: str, temperature: float) -> list[Generation]:
+    def _answers(self, session: Target, turn: list[Question], what: str, temperature: float) -> list[Generation]:
         length, stop = self.settings.max_new_tokens, self.chat.stop
         # An engine may tell nothing of completions that a stop text ends: there it is looked for afterwards.
         asked_stop = stop if self.engine.tells_of_stopped else ()
@@ -276,7 +277,7 @@ class Evaluation:
         share = (own - 1) / (best - 1) if own and best and best > 1 else None
         return entry.model_copy(update={"oracle": oracle, "share_of_oracle": share})
 
-    def draws(self, session: Session, questions: list[Question], temperature: float) -> bool:
+    def draws(self, session: Target, questions: list[Question], temperature: float) -> bool:
         """Whether a drafting server draws beyond the first token, which comes from the prompt's own forward.
 
         Where it does not, what follows that token is its greedy text (but for ties that round otherwise).
@@ -321,8 +322,8 @@ class Evaluation:
         return PlainReference(outputs=[answer.ids for answer in outputs], timed=timed)
 
     def _identity(
-        self, session: Session, questions: list[Question], shape: Shape, reference: list[list[int]],
-        alone: Session | None = None,
+        self, session: Target, questions: list[Question], shape: Shape, reference: list[list[int]],
+        alone: Target | None = None,
     ) -> Lossless:  # fmt: skip
         """Greedy outputs against the target's own; end tokens apply, stop texts do not.
 
@@ -364,7 +365,7 @@ class Evaluation:
     # --- speed ----------------------------------------------------------------------------------------------------
 
     def _timed(
-        self, sessions: Sequence[Session], questions: list[Question], batch: int, what: str
+        self, sessions: Sequence[Target], questions: list[Question], batch: int, what: str
     ) -> list[list[TimedGroup]]:
         """Groups of `batch` prompts for each of the sessions, which take turns; none if there are too few prompts.
 
@@ -388,7 +389,7 @@ class Evaluation:
         return rows
 
     def _speeds(
-        self, drafted: Session, questions: list[Question], shape: Shape, plain: PlainReference | None
+        self, drafted: Target, questions: list[Question], shape: Shape, plain: PlainReference | None
     ) -> list[Speed]:
         found = []
         for batch in self.batches:
@@ -404,7 +405,7 @@ class Evaluation:
         return found
 
     def _speed(
-        self, drafted: Session, questions: list[Question], shape: Shape, batch: int, plain: PlainReference | None
+        self, drafted: Target, questions: list[Question], shape: Shape, batch: int, plain: PlainReference | None
     ) -> Speed | None:
         """Tokens per second against the target alone on the same groups of prompts; None where all are too short."""
         if plain is None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from draftsmith.core.records.evaluation import Difference, Lossless
 from draftsmith.core.shape import Shape
-from draftsmith.engines.base import Session
+from draftsmith.targets.base import Target
 
 # Logits that rounding moves at most between two ways to compute the same text; outputs that part within it are ties.
 TIE = {"fp32": 1e-3, "bf16": 0.5, "fp16": 0.1}
@@ -53,7 +53,7 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
 
 
 def difference(
-    session: Session, name: str, shape: Shape, prompt: list[int], plain: list[int], drafted: list[int]
+    session: Target, name: str, shape: Shape, prompt: list[int], plain: list[int], drafted: list[int]
 ) -> Difference | None:
     """None where the outputs are identical, otherwise where they part and how close the target holds the two tokens."""
     at = first_difference(plain, drafted)

@@ -35,12 +35,13 @@ from draftsmith.decoding.tree import DraftTree
 from draftsmith.drafts import METHODS
 from draftsmith.drafts.directories import ReadyDraft, ready_draft
 from draftsmith.engines import SERVERS
-from draftsmith.engines.base import Session, Setup
+from draftsmith.engines.base import Setup
 from draftsmith.evaluation.asking import balanced
 from draftsmith.hardware import interconnect
 from draftsmith.hardware.cost_model import MeasuredCosts, interpolate
 from draftsmith.hardware.presets import LAYER_S, Machine
 from draftsmith.runs.run import Run
+from draftsmith.targets.base import Target
 from draftsmith.targets.local import LocalTarget
 from draftsmith.targets.parts import DTYPES, resolve_device
 
@@ -126,7 +127,7 @@ def as_machine(name: str, rates: MachineRates) -> Machine:
 # --- any engine, by requests at once ------------------------------------------------------------------------------
 
 
-def _answers(session: Session, prompts: list[list[int]], sampling: Sampling, tokens: int) -> tuple[float, int]:
+def _answers(session: Target, prompts: list[list[int]], sampling: Sampling, tokens: int) -> tuple[float, int]:
     """(seconds until all prompts, asked at once, have exactly so many tokens, verification steps in all)."""
     started = time.perf_counter()
     every = session.generate(prompts, sampling, tokens, at_once=len(prompts), ignore_end=True)
@@ -135,7 +136,7 @@ def _answers(session: Session, prompts: list[list[int]], sampling: Sampling, tok
 
 
 def by_requests(
-    session: Session,
+    session: Target,
     prompts: list[list[int]],
     at_once: Sequence[int],
     rounds: int,
@@ -162,7 +163,7 @@ def by_requests(
 
 
 def server_times(
-    alone: Session, drafted: Session | None, prompts: list[list[int]], shape: Shape = REFERENCE
+    alone: Target, drafted: Target | None, prompts: list[list[int]], shape: Shape = REFERENCE
 ) -> ModelTimes:
     """The same curve from outside: n requests at once make forwards of n tokens.
 

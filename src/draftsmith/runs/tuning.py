@@ -20,7 +20,7 @@ from draftsmith.core.records.machine import Tried, Tuned
 from draftsmith.core.shape import DraftSampling, Shape
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.engines import ENGINES
-from draftsmith.engines.base import Session, Setup
+from draftsmith.engines.base import Setup
 from draftsmith.evaluation.asking import complete, time_group
 from draftsmith.evaluation.draft_sampling import taking, takings
 from draftsmith.evaluation.evaluate import SHORTEST_TIMED, Evaluation
@@ -30,6 +30,7 @@ from draftsmith.hardware.predict import candidate_shapes, predict_all
 from draftsmith.hardware.presets import preset
 from draftsmith.runs.estimates import accept_of, probed, read_probe, roofline
 from draftsmith.runs.run import Run, fastest
+from draftsmith.targets.base import Target
 
 FIRST_PROMPTS = 2
 CANDIDATES, CHAINS = 8, 2
@@ -98,13 +99,13 @@ class _Timing:
     def __init__(self, evaluation: Evaluation, temperature: float):
         self.evaluation, self.temperature = evaluation, temperature
 
-    def per_token(self, session: Session, prompt: list[int]) -> float | None:
+    def per_token(self, session: Target, prompt: list[int]) -> float | None:
         settings, stop = self.evaluation.settings, self.evaluation.chat.stop
         sampling = self.evaluation.sampling(self.temperature)
         timed = time_group(session, [prompt], settings.max_new_tokens, stop, sampling)
         return timed.seconds / timed.tokens if timed.tokens >= SHORTEST_TIMED else None
 
-    def warm(self, session: Session, drafted: bool) -> None:
+    def warm(self, session: Target, drafted: bool) -> None:
         """A plain token costs the same however it is drawn, so what a drafting server cannot is found out late."""
         questions = self.evaluation.questions(session)[:SERVED_PROMPTS]
         complete(session, questions, "warm", Sampling(), 1, None)
