@@ -95,8 +95,8 @@ RECIPES = {  # (what is wrong, what is read out of the error, what it says to gi
     ),
     "a password somewhere else": (
         {"serve.extra": "--webhook http://me:secret@host"},
-        r"^test: (serve): .* environment variable that (server\.\w+) names$",
-        lambda part, variable: {f"{part}.extra": "--webhook http://host", variable: "OUR_KEY"},
+        r"^test: (serve\.extra): .* environment variable that (server\.\w+) names$",
+        lambda key, variable: {key: "--webhook http://host", variable: "OUR_KEY"},
     ),
     "a key for its variable": (
         {"server.api_key_env": "sk-abc"},
