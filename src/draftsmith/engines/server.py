@@ -28,6 +28,8 @@ class ServerEngine(Engine):
     name: ClassVar[EngineName]
     program: ClassVar[tuple[str, ...]]
     """What starts it, where serve.program names nothing else."""
+    chosen_on_gpus: ClassVar[bool] = False
+    """Whether `auto` has it decode where there are GPUs and its program."""
     models: ClassVar[Path | None] = None
     """Model classes of ours that run inside it, where its own are wrong; put on its PYTHONPATH."""
     models_note: ClassVar[str] = ""

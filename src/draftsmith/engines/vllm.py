@@ -17,6 +17,7 @@ class VLLM(ServerEngine):
     name = "vllm"
     title = "vLLM"
     program = ("vllm", "serve")
+    chosen_on_gpus = True
     drafts_trees = False
     tells_of_stopped = False
     tells_with = "--per-request-spec-decode-metrics detailed"

@@ -179,8 +179,8 @@ class Run:
         return [read_set(chosen, training, self.files.sets, skip_bad) for chosen in self.recipe.evaluate.sets]
 
     def engine_of(self, stage: Literal["regenerate", "evaluate"]) -> Decodes:
-        """What decodes in a stage: servers where the target runs on them; else what is asked for, and for `auto` vLLM
-        on GPUs that have it, which is several times faster than this process."""
+        """What decodes in a stage: servers where the target runs on them; else what is asked for, and for `auto` an
+        engine that takes over on GPUs, as it is several times faster than this process."""
         asked: DecoderName = getattr(self.recipe, stage).engine
         own, serve = self.recipe.target.engine, self.recipe.serve
         here = asked == "embedded" or (asked == "auto" and own == "transformers")
@@ -195,9 +195,10 @@ class Run:
             return asked
         if own != "transformers":
             return own
-        program = shlex.split(serve.program) or SERVERS["vllm"].program
-        able = serve.engine == "vllm" and shutil.which(program[0]) is not None
-        return "vllm" if self.cards and able else "embedded"
+        server = SERVERS[serve.engine]
+        program = shlex.split(serve.program) or server.program
+        able = server.chosen_on_gpus and shutil.which(program[0]) is not None
+        return serve.engine if self.cards and able else "embedded"
 
     @cached_property
     def cards(self) -> list[str]:
@@ -211,8 +212,9 @@ class Run:
         """What decodes in a stage; on GPUs `auto` says what it chose, or what would be faster."""
         asked, name = getattr(self.recipe, stage).engine, self.engine_of(stage)
         if asked == "auto" and self.recipe.target.engine == "transformers" and self.cards:
-            if name == "vllm":
-                say(f"{stage}: vLLM decodes; --{stage}.engine embedded: this process, several times slower")
+            if name != "embedded":
+                here = f"--{stage}.engine embedded: this process, several times slower"
+                say(f"{stage}: {ENGINES[name].title} decodes; {here}")
             else:
                 say(
                     f"{stage}: this process decodes on one of {len(self.cards)} GPUs, without CUDA graphs and several "
