@@ -99,6 +99,8 @@ OURS: dict[str, JsonObject] = {  # one switch each
     "taps-even": {"draft.taps": [7, 15, 23]},
     "taps-late": {"draft.taps": [9, 19, 29]},
     "no-fc-norm": {"draft.fc_norm": False},
+    "on-prompts": {"train.train_on_prompts": True},
+    "weight-decay": {"train.weight_decay": 1.0},
 }
 USUAL = ("draftsmith", *PEERS)
 CHAIN, TREE, LIKE = Shape.chain(3), Shape(3, 4, 8), ("chat", "code", "math")

@@ -61,6 +61,21 @@ def test_loss_falls_and_acceptance_rises(data, tmp_path):
     assert summary.tau_held_out == held_out[-1].tau[3]
 
 
+def test_a_loss_on_prompts_trains_on_more_of_the_same_text_and_is_judged_on_completions(data, tmp_path):
+    usual, more = trainer(data, tmp_path / "a"), trainer(data, tmp_path / "b", **{"train.train_on_prompts": True})
+    assert [c.ids for c in more.rows] == [c.ids for c in usual.rows]
+    assert more.heldout == usual.heldout
+    prompt = [
+        (c.spans[0][0] - m.spans[0][0], c.spans[-1][1] - m.spans[0][1])
+        for c, m in zip(usual.rows, more.rows, strict=True)
+    ]
+    assert min(prompt)[0] > 0
+    assert {end for _, end in prompt} == {0}
+    more.train()
+    curve = losses(tmp_path / "b")
+    assert curve[-1] < curve[0]
+
+
 def test_lk_losses_see_the_whole_distribution(data, tmp_path):
     """What is told as accepted is that of the target's own probabilities, and no draft can have the rest."""
     settings = {"lk": {"train.objective": "lk_lambda"}, "true": {"train.true_probabilities": True}, "part": {}}

@@ -35,7 +35,7 @@ from draftsmith.data.sources import BUNDLED, HUB
 from draftsmith.data.templates import ChatFormat
 from draftsmith.data.vocabulary import DraftVocabulary, choose, coverage_of
 from draftsmith.decoding.stopping import loop_onset, loops
-from draftsmith.drafts.packing import epoch_packs, make_pack, schedule
+from draftsmith.drafts.packing import epoch_packs, make_pack, on_prompts, schedule
 from draftsmith.targets.local import LocalTarget
 
 USER = [{"role": "user", "content": "hello"}]
@@ -276,6 +276,20 @@ def test_chains_are_where_serving_drafts():
     assert pack.step_rows(6).tolist() == []
     cut = make_pack([Completion(id="a", ids=list(range(7)), spans=[[4, 10]])])
     assert (len(cut.ids_T), cut.chains_R.tolist()) == (7, [3, 4])
+
+
+def test_the_loss_falls_on_prompts_but_for_what_every_text_begins_with():
+    rows = [
+        Completion(id="a", ids=[1, 2, 3, 4, 5, 6, 7], spans=[(4, 7)]),
+        Completion(id="b", ids=[1, 2, 9, 4, 5], spans=[(3, 4), (4, 5)]),
+        Completion(id="c", ids=[1, 2, 9, 8, 5], spans=[(4, 5)]),
+    ]
+    assert [row.spans for row in on_prompts(rows)] == [[(2, 7)], [(2, 5)], [(2, 5)]]
+    assert [row.ids for row in on_prompts(rows)] == [row.ids for row in rows]
+    assert make_pack(on_prompts(rows)[:1]).chains_R.tolist() == [1, 2, 3, 4]
+    # alike up to an answer: that much is still trained on; nothing in common: the first token has no feature before it
+    assert on_prompts(rows[:1])[0].spans == [(4, 7)]
+    assert on_prompts([rows[0], Completion(id="d", ids=[5, 2], spans=[(1, 2)])])[0].spans == [(1, 7)]
 
 
 def test_packs_hold_every_document_once():

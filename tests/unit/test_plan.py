@@ -206,3 +206,13 @@ def test_capturing_layers_of_an_unknown_target_are_one_line(tmp_path):
         _ = Run(recipe, tmp_path / "run", ["test"]).captured_layers
     reference = Run(load_recipe(RECIPES / "minimax-m2.7-eagle3.yaml"), tmp_path / "run", ["test"])
     assert reference.captured_layers == (2, 31, 59, 62)
+
+
+def test_a_loss_on_prompts_costs_the_trainer_more_and_the_target_nothing():
+    train = load_recipe(RECIPES / "gemma3-270m-cpu.yaml").train
+    usual, more = (
+        planned("gemma3-270m-cpu", "cpu-epyc-2", train=train.model_copy(update={"train_on_prompts": on})).numbers
+        for on in (False, True)
+    )
+    assert more["train"] > 1.1 * usual["train"]
+    assert {key for key in usual if usual[key] != more[key]} == {"train", "all"}

@@ -8,6 +8,7 @@ start - 1 <= s < end - 2, and step i of chain s is scored while s + 2 + i < end.
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -131,6 +132,14 @@ def make_pack(completions: Sequence[Completion]) -> Pack:
 def trainable(completion: Completion, max_document_tokens: int) -> bool:
     """Whether any chain of the completion is scored."""
     return any(min(end, max_document_tokens) - start >= 2 and start >= 1 for start, end in completion.spans)
+
+
+def on_prompts(completions: Sequence[Completion]) -> list[Completion]:
+    """With the loss on prompts, too, but for what all texts begin with, such as a template's system turn."""
+    texts = [c.ids for c in completions]  # what the first and the last in order begin with, all between them do
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(min(texts), max(texts), strict=False)))
+    starts = [max(1, min(shared, c.spans[0][0])) for c in completions]
+    return [c.model_copy(update={"spans": [(s, len(c.ids))]}) for s, c in zip(starts, completions, strict=True)]
 
 
 def filled(order: Iterable[int], lengths: Sequence[int], most: int) -> list[list[int]]:

@@ -22,7 +22,16 @@ from draftsmith.data.regenerate import read_completions
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.drafts import METHODS
 from draftsmith.drafts.objectives import pack_inputs
-from draftsmith.drafts.packing import Pack, PackInputs, epoch_packs, make_pack, schedule, to_device, trainable
+from draftsmith.drafts.packing import (
+    Pack,
+    PackInputs,
+    epoch_packs,
+    make_pack,
+    on_prompts,
+    schedule,
+    to_device,
+    trainable,
+)
 from draftsmith.targets.base import Target
 from draftsmith.targets.parts import DTYPES
 from draftsmith.training.capture import CaptureSource, OfflineCapture, OnlineCapture, PrefetchedCapture
@@ -115,7 +124,8 @@ class Trainer:
         held_out = min(self.settings.held_out, len(rows) // 2)
         self.data = digest([c.id for c in rows[held_out:]], [len(c.ids) for c in rows[held_out:]])
         rows = [c.model_copy(update={"ids": c.ids[:longest]}) for c in rows]
-        return rows[:held_out], rows[held_out:]
+        training = rows[held_out:]
+        return rows[:held_out], on_prompts(training) if self.settings.train_on_prompts else training
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
