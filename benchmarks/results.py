@@ -335,9 +335,16 @@ def ablation_table(told: JsonObject) -> list[str]:
     for name in sorted(changed, key=lambda name: (name != OURS, name)):
         last = means[name][max(means[name])]
         base = means[OURS][max(means[OURS])]
-        what = ", ".join(f"`{key} {value}`" for key, value in changed[name].items()) or "nothing"
         taus = [f"{last[k]:.3f} ({last[k] - base[k]:+.3f})" for k in (GREEDY, "unlike T=0", "all T=1 greedy", SAMPLED)]
-        rows.append([what, str(last["seeds"]), f"{last['tokens'] / 1000:.0f} k", f"{last['cpu_s']:.0f}", *taus])
+        rows.append(
+            [
+                switches(changed[name]),
+                str(last["seeds"]),
+                f"{last['tokens'] / 1000:.0f} k",
+                f"{last['cpu_s']:.0f}",
+                *taus,
+            ]
+        )
     return table(["changed", "seeds", "tokens", "CPU s", "T=0", "foreign, T=0", "T=1", "T=1, sampled drafts"], rows)
 
 
@@ -347,7 +354,7 @@ def ablations() -> str:
         "# Ablations",
         "",
         "Made by `python benchmarks/results.py render` from `benchmarks/results/arena*.json`: one switch each of "
-        "`recipes/smollm2-135m-cpu.yaml` with `train.learning_rate 0.008`, "
+        "`recipes/smollm2-135m-cpu.yaml` with `train.learning_rate 0.008`, no loss on prompts and no weight decay, "
         f"{now['seconds']:g} CPU seconds of training (`python benchmarks/arena.py --only NAME`), tau of the chain "
         "3/1/4, in brackets the difference to the first row. What did not help stays here; what was not run is not "
         "here. Seeds differ by about as much as the rows of `docs/results.md` show.",
@@ -359,25 +366,30 @@ def ablations() -> str:
         "",
         *ablation_table(before),
         "",
-        *long_rates(),
+        *whole_recipe(),
     ]
     return "\n".join(lines) + "\n"
 
 
-def long_rates() -> list[str]:
-    """What the short runs above cannot tell: the learning rate of the whole recipe."""
-    told = read_json(RESULTS / "smollm2-135m-rates.json")
+def whole_recipe() -> list[str]:
+    """What the short runs above cannot tell."""
+    told = read_json(RESULTS / "smollm2-135m-hour.json")
     marks = sorted({int(step) for row in told["rows"] for step in row["held_out_tau"]})
     rows = [
-        [f"{row['learning_rate']:g}", *(f"{row['held_out_tau'][str(step)]:.3f}" for step in marks)]
+        [switches(row["changed"]), row["commit"], *(f"{row['held_out_tau'][str(step)]:.3f}" for step in marks)]
         for row in told["rows"]
     ]
     return [
-        f"A longer run wants a smaller rate than fifty steps do: tau on held-out completions after so many steps of "
-        f"`{told['command']}` (commit {told['commit']}, {told['hardware']}, the arena's completions, one seed):",
+        "A longer run wants a smaller rate than fifty steps do, and reads its text four times: tau on held-out "
+        f"completions after so many steps of `{told['command']}` ({told['hardware']}, the arena's completions, one "
+        "seed):",
         "",
-        *table(["learning rate", *map(str, marks)], rows),
+        *table(["changed", "commit", *map(str, marks)], rows),
     ]
+
+
+def switches(changed: JsonObject) -> str:
+    return ", ".join(f"`{key} {value}`" for key, value in changed.items()) or "nothing"
 
 
 def arena_plot() -> str:
