@@ -80,7 +80,7 @@ FORMS = {
 
 @pytest.mark.parametrize("name", FORMS)
 def test_forms_of_rows(name):
-    messages = read_row(FORMS[name], 4).messages
+    messages, _, _ = read_row(FORMS[name], 4)
     if name == "Alpaca":
         assert messages == [{"role": "user", "content": "weather\n\nin Oslo?"}]
     else:
@@ -101,18 +101,18 @@ def test_forms_of_rows(name):
     ],
 )
 def test_system_prompts_are_kept(row):
-    assert read_row(row, 1).messages == [SYSTEM, USER]
+    assert read_row(row, 1)[0] == [SYSTEM, USER]
 
 
 def test_two_system_prompts_are_joined():
     row = {"system": "Be kind.", "messages": [SYSTEM, USER]}
-    assert read_row(row, 1).messages[0]["content"] == "Be kind.\n\nBe short."
+    assert read_row(row, 1)[0][0]["content"] == "Be kind.\n\nBe short."
 
 
 def test_turns_are_kept_up_to_the_limit_and_rounds_before_an_instruction():
-    assert read_row({"messages": [USER, ANSWER, MORE, USER]}, 2).messages == [USER, MORE]
-    assert read_row({"turns": [ASKED, MORE["content"]]}, 1).messages == [USER]
-    assert read_row({"instruction": MORE["content"], "history": [[ASKED, "12 C"]]}, 2).messages == [USER, MORE]
+    assert read_row({"messages": [USER, ANSWER, MORE, USER]}, 2)[0] == [USER, MORE]
+    assert read_row({"turns": [ASKED, MORE["content"]]}, 1)[0] == [USER]
+    assert read_row({"instruction": MORE["content"], "history": [[ASKED, "12 C"]]}, 2)[0] == [USER, MORE]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_turns_are_kept_up_to_the_limit_and_rounds_before_an_instruction():
     ],
 )
 def test_what_is_left_out_is_named(row, reasons):
-    assert read_row(row, 2).left_out == reasons
+    assert read_row(row, 2)[2] == reasons
 
 
 @pytest.mark.parametrize(
@@ -194,11 +194,11 @@ def test_malformed_rows_say_why(row, message):
     ],
 )
 def test_tools_are_kept_as_objects(tools, kept):
-    assert read_row({"tools": tools, "prompt": ASKED}, 1).tools == kept
+    assert read_row({"tools": tools, "prompt": ASKED}, 1)[1] == kept
 
 
 def test_halves_of_surrogate_pairs_are_mended():
-    assert read_row({"prompt": "a\ud83d\ude00b\ud83d"}, 1).messages[0]["content"] == "a\U0001f600b\ufffd"
+    assert read_row({"prompt": "a\ud83d\ude00b\ud83d"}, 1)[0][0]["content"] == "a\U0001f600b\ufffd"
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from draftsmith.decoding import speculate
 from draftsmith.decoding.sampling import Sampling, invert_cdf, probabilities, uniforms
 from draftsmith.decoding.speculate import Decoder
 from draftsmith.decoding.tree import DraftTree, Sampled, first_choices, grow_tree
-from draftsmith.decoding.verify import Accepted, choose, verify_greedy, verify_sampling
+from draftsmith.decoding.verify import choose, verify_greedy, verify_sampling
 
 VOCAB, DRAFT_VOCAB, ROWS, TOKENS = 14, 9, 40_000, 8_000
 SIGNIFICANCE = 1e-4
@@ -168,25 +168,24 @@ def test_broken_rules_are_caught(monkeypatch):
     """Three plausible mistakes, each of which the chi-square above must see."""
 
     def accept_likeliest(tree, probabilities_of, generator):  # accepts whatever the draft proposed first
-        verdict = verify_sampling(tree, probabilities_of, generator)
-        if len(verdict.path) == 1 and tree.children[0] and float(torch.rand((), generator=generator)) < 0.1:
+        path, bonus = verify_sampling(tree, probabilities_of, generator)
+        if len(path) == 1 and tree.children[0] and float(torch.rand((), generator=generator)) < 0.1:
             child = tree.children[0][0]
-            bonus = verify_sampling(DraftTree([0], [-1]), lambda _: probabilities_of(child), generator).bonus
-            return Accepted([0, child], bonus)
-        return verdict
+            _, bonus = verify_sampling(DraftTree([0], [-1]), lambda _: probabilities_of(child), generator)
+            return [0, child], bonus
+        return path, bonus
 
     def keep_rejected(tree, probabilities_of, generator):  # forgets to remove the rejected children
-        verdict = verify_sampling(tree, probabilities_of, generator)
-        node = verdict.path[-1]
-        again = verify_sampling(DraftTree([0], [-1]), lambda _: probabilities_of(node), generator)
-        return Accepted(verdict.path, again.bonus)
+        path, _ = verify_sampling(tree, probabilities_of, generator)
+        _, bonus = verify_sampling(DraftTree([0], [-1]), lambda _: probabilities_of(path[-1]), generator)
+        return path, bonus
 
     def parent_bonus(tree, probabilities_of, generator):  # takes the bonus from the wrong node
-        verdict = verify_sampling(tree, probabilities_of, generator)
-        if len(verdict.path) == 1:
-            return verdict
-        again = verify_sampling(DraftTree([0], [-1]), lambda _: probabilities_of(verdict.path[-2]), generator)
-        return Accepted(verdict.path, again.bonus)
+        path, bonus = verify_sampling(tree, probabilities_of, generator)
+        if len(path) == 1:
+            return path, bonus
+        _, bonus = verify_sampling(DraftTree([0], [-1]), lambda _: probabilities_of(path[-2]), generator)
+        return path, bonus
 
     for broken, shape in zip((accept_likeliest, keep_rejected, parent_bonus), (CHAIN, TREE, CHAIN), strict=True):
         monkeypatch.setattr(speculate, "verify_sampling", broken)
@@ -227,5 +226,5 @@ def test_children_that_hold_everything_leave_no_remainder():
 
 def test_greedy_descends_to_the_argmax():
     tree = DraftTree([9, 4, 5, 6, 7], [-1, 0, 0, 2, 3])  # 9 -> (4, 5 -> 6 -> 7)
-    assert verify_greedy(tree, [5, 0, 6, 1, 2]) == Accepted([0, 2, 3], 1)
-    assert verify_greedy(tree, [8, 0, 6, 1, 2]) == Accepted([0], 8)
+    assert verify_greedy(tree, [5, 0, 6, 1, 2]) == ([0, 2, 3], 1)
+    assert verify_greedy(tree, [8, 0, 6, 1, 2]) == ([0], 8)

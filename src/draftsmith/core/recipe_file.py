@@ -1,7 +1,6 @@
 """Recipes from YAML and flags, and back; what is wrong with one is a line that names the key."""
 
 import difflib
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,7 +72,7 @@ def read_yaml(text: str, origin: str) -> Any:
 
 def _submodel(annotation: Any) -> type[BaseModel] | None:
     """The model class inside Optional[...] or tuple[..., ...]."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+    if isinstance(annotation, type):
         return annotation if issubclass(annotation, BaseModel) else None
     return next((found for arg in typing.get_args(annotation) if (found := _submodel(arg))), None)
 

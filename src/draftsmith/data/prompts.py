@@ -37,8 +37,6 @@ class Tally:
     left_out: Counter[str] = field(default_factory=Counter)
     """Rows that lost something, or all, by reason."""
     first_bad: str = ""
-    keys: dict[str, None] = field(default_factory=dict)
-    """Of all rows."""
 
     def add(self, other: "Tally") -> None:
         self.bad += other.bad
@@ -71,36 +69,36 @@ def prompts_of(source: Source, max_turns: int, skip_bad: bool, seed: int, tally:
     category = source.category or (hub.category if hub else "other")
     stem = hub.path.rpartition("/")[2] if hub and source.name not in HUB else Path(source.name).stem
     limit = source.limit if hub else None
+    keys: dict[str, None] = {}  # of all rows
     count = 0
     with Meter(f"prompts {source.name}", limit, "rows") as meter:
         for where, row in read_rows(source, seed):
             meter.advance()
             with tally.reading(where, skip_bad, "mend the line or pass --prompts.skip-bad"):
-                tally.keys.update(dict.fromkeys(row) if isinstance(row, dict) else {})
+                keys.update(dict.fromkeys(row) if isinstance(row, dict) else {})
                 row = map_columns(row, columns)
-                conversation = read_row(row, max_turns)
-                tally.left_out.update(conversation.left_out)
+                messages, tools, left_out = read_row(row, max_turns)
+                tally.left_out.update(left_out)
                 count += 1
                 yield Prompt(
-                    id=label(row, *IDS) or f"{stem}-{digest(conversation.messages)[:10]}",
+                    id=label(row, *IDS) or f"{stem}-{digest(messages)[:10]}",
                     category=label(row, "category") or category,
                     source=label(row, "source") or stem,
-                    messages=conversation.messages,
-                    tools=conversation.tools,
+                    messages=messages,
+                    tools=tools,
                 )
             if count == limit:
                 break
-    for ours, theirs in columns.items() if tally.keys else ():
-        if theirs not in tally.keys:
+    for ours, theirs in columns.items() if keys else ():
+        if theirs not in keys:
             raise DataError(
-                f"prompts.sources: {source.name}: columns: {ours}: {theirs!r} is no column; found are "
-                f"{', '.join(tally.keys)}"
+                f"prompts.sources: {source.name}: columns: {ours}: {theirs!r} is no column; found are {', '.join(keys)}"
             )
     if not count:
         reasons = [f"{tally.bad:,} bad rows"]
         reasons += [f"the first {tally.first_bad}"] if tally.first_bad else []
         reasons += [f"{tally.empty:,} rows without a prompt ({tally})"] if tally.empty else []
-        reasons += [f"keys found: {', '.join(tally.keys)}"] if tally.keys else []
+        reasons += [f"keys found: {', '.join(keys)}"] if keys else []
         raise DataError(
             f"prompts.sources: {source.name} holds no prompts ({'; '.join(reasons)}); give another source, or name "
             "its columns with columns"
@@ -154,10 +152,6 @@ class Held(NamedTuple):
             bytes(memoryview(prompt.line())),
         )
 
-    def renamed(self, name: str) -> "Held":
-        row = Prompt.model_validate_json(self.row).model_copy(update={"id": name}).line()
-        return self._replace(id=name, row=row)
-
 
 def _distinct(prompts: list[Held]) -> list[Held]:
     """The first of every set of duplicates, in order."""
@@ -175,7 +169,9 @@ def _with_own_ids(prompts: list[Held]) -> list[Held]:
         if ids[prompt.id] == 1:
             return prompt
         name = f"{prompt.source}-{prompt.id}"
-        return prompt.renamed(name if names[name] + ids[name] == 1 else f"{name}-{prompt.whole.hex()}")
+        name = name if names[name] + ids[name] == 1 else f"{name}-{prompt.whole.hex()}"
+        row = Prompt.model_validate_json(prompt.row).model_copy(update={"id": name}).line()
+        return prompt._replace(id=name, row=row)
 
     return [own(prompt) for prompt in prompts]
 

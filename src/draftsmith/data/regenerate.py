@@ -43,10 +43,6 @@ class Conversation:
     finish_reason: FinishReason | Literal[""] = ""
     documents: list[tuple[list[int], list[tuple[int, int]]]] = field(default_factory=list)
 
-    @property
-    def answered(self) -> bool:
-        return bool(self.spans or self.documents)
-
     def extend(self, generation: Generation, chat: ChatFormat, max_prompt_tokens: int) -> list[int] | None:
         """Add an answer; the ids before the next one, None where no other user turn follows."""
         asked, start = self.ids, len(self.ids)
@@ -242,7 +238,7 @@ class Regeneration:
             if conversations[number].last is answer:
                 self.meter.advance(0 if self.total else 1)
                 yield conversations.pop(number).rows(sampling)
-        yield from (c.rows(sampling) for c in conversations.values() if c.answered)
+        yield from (c.rows(sampling) for c in conversations.values() if c.spans or c.documents)
 
     def _shard_by_shard(self, shards: dict[Path, list[Prompt]]) -> None:
         """The shard in which `max_tokens` is reached ends there, within one batch. As that depends on `max_tokens`, it

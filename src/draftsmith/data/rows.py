@@ -5,7 +5,6 @@ A user turn that a draft cannot learn from ends its conversation; the turns befo
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -41,20 +40,12 @@ class Unusable(DataError):
     """A well-formed user turn that no draft can learn from; the text is the reason as it is counted."""
 
 
-@dataclass
-class Conversation:
-    messages: list[dict[str, str]]
-    """A system turn, if any, and the user turns, as {"role", "content"}."""
-    tools: list[JsonObject]
-    """Tools to offer in the chat template; mostly none."""
-    left_out: set[str]
-    """Reasons why something of the row is not here."""
+def read_row(row: Any, max_turns: int) -> tuple[list[dict[str, str]], list[JsonObject], set[str]]:
+    """Of a row in any known form: a system turn, if any, and the user turns, as {"role", "content"}; tools to offer in
+    the chat template, mostly none; reasons why something of the row is not here.
 
-
-def read_row(row: Any, max_turns: int) -> Conversation:
-    """A row in any known form; raises `NothingToAsk`, or `DataError` where the row is malformed.
-
-    Turns after the last user turn that is kept are not looked at.
+    Raises `NothingToAsk`, or `DataError` where the row is malformed. Turns after the last user turn that is kept are
+    not looked at.
     """
     if not isinstance(row, dict):
         raise DataError("not an object")
@@ -95,7 +86,7 @@ def read_row(row: Any, max_turns: int) -> Conversation:
     system = _system(systems, left_out)
     messages = [{"role": "system", "content": system}] if system else []
     messages += [{"role": "user", "content": text} for text in users]
-    return Conversation(messages, _tools(row.get("tools"), left_out), left_out)
+    return messages, _tools(row.get("tools"), left_out), left_out
 
 
 def map_columns(row: Any, columns: Mapping[Any, str]) -> Any:

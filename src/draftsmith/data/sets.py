@@ -160,8 +160,8 @@ def _prompts(chosen: EvaluationSet, files: list[Path], skip_bad: bool, tally: Ta
             meter.advance()
             with tally.reading(f"evaluate.sets: {chosen.name}: {where}", skip_bad, mend):
                 row = _ours(chosen, known, row)
-                conversation = read_row(row, TURNS)
-                tally.left_out.update(conversation.left_out)
+                messages, tools, left_out = read_row(row, TURNS)
+                tally.left_out.update(left_out)
                 category = label(row, "category") or chosen.category or known.category
                 name = label(row, *IDS)
                 name = f"{name or chosen.name}-{number}" if not name or name in ids else name
@@ -170,8 +170,8 @@ def _prompts(chosen: EvaluationSet, files: list[Path], skip_bad: bool, tally: Ta
                     id=name,
                     category=known.categories.get(category, category),
                     source=chosen.name,
-                    messages=conversation.messages,
-                    tools=conversation.tools,
+                    messages=messages,
+                    tools=tools,
                 )
     if tally.bad:
         tally.left_out["malformed row"] = tally.bad

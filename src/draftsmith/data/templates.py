@@ -19,14 +19,13 @@ from draftsmith.decoding.generation import Generation
 # Mistral's Magistral; gpt-oss' final channel; Seed-OSS.
 REASONING_ENDS = ("</think>", "[/THINK]", "<|channel|>final<|message|>", "</seed:think>")
 
-Message = JsonObject
 RENDERER = Renderer()
 
 
 class Rendered(list[int]):
     """Ids of a conversation up to where the next answer begins, and the messages that they render."""
 
-    def __init__(self, ids: Sequence[int], messages: Sequence[Message], tools: list[Any] | None = None):
+    def __init__(self, ids: Sequence[int], messages: Sequence[JsonObject], tools: list[Any] | None = None):
         super().__init__(ids)
         self.messages, self.tools = list(messages), tools
 
@@ -83,7 +82,7 @@ class ChatFormat:
             return None
         return following if len(following) <= longest else None
 
-    def _as_message(self, answer: Generation) -> Message:
+    def _as_message(self, answer: Generation) -> JsonObject:
         """The answer as a client sends it back: without its end token, the reasoning apart."""
         ids = answer.ids[:-1] if answer.finish_reason == "eos" else answer.ids
         start = self._after_reasoning(ids)
@@ -106,7 +105,7 @@ class ChatFormat:
         every = ends_before(len(ids))
         return bisect_left(range(len(ids)), every, key=ends_before) if every else 0
 
-    def _render(self, messages: Sequence[Message], tools: list[Any] | None) -> Rendered:
+    def _render(self, messages: Sequence[JsonObject], tools: list[Any] | None) -> Rendered:
         try:
             text = self._text(messages, tools)
             ids = self.tokenizer(text, add_special_tokens=False).input_ids
@@ -117,7 +116,7 @@ class ChatFormat:
             raise DataError(f"target.template: the tokenizer's chat template {told}") from None
         return self._known(ids, messages, tools)
 
-    def _text(self, messages: Sequence[Message], tools: list[Any] | None) -> str:
+    def _text(self, messages: Sequence[JsonObject], tools: list[Any] | None) -> str:
         """What `apply_chat_template` makes of it; by that method itself where a model's own code has another one."""
         from transformers import PreTrainedTokenizerBase
 
@@ -135,7 +134,7 @@ class ChatFormat:
         }
         return RENDERER.render(request)
 
-    def _known(self, ids: list[int], messages: Sequence[Message], tools: list[Any] | None = None) -> Rendered:
+    def _known(self, ids: list[int], messages: Sequence[JsonObject], tools: list[Any] | None = None) -> Rendered:
         """Some tokenizers have tokens (images) for which the model has no row: a text that holds one is refused."""
         beyond = next((i for i in ids if self.rows is not None and i >= self.rows), None)
         if beyond is not None:

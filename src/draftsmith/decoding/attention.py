@@ -77,13 +77,12 @@ def _attend_packed(
         if groups > 1:  # copies, which flash does without
             k = k[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)
             v = v[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)
+        mask = None
         if window is not None and length > window:
             position = torch.arange(length, device=q.device)
             distance = position[:, None] - position[None, :]
             mask = (distance >= 0) & (distance < window)
-            outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale))
-        else:
-            outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale))
+        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale))
     return torch.cat(outputs, dim=2)
 
 
@@ -111,7 +110,6 @@ def attend(
     scaling: float | None = None,
     sliding_window: int | None = None,
     plan: Any = None,
-    dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The attention function registered with `transformers`; returns ([B, T, N, D], None)."""

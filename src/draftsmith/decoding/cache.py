@@ -36,7 +36,6 @@ class StaticCache:
         self._rows, self._columns, self._visible_length = rows, columns, visible_length
 
     def reserve(self, length: int) -> None:
-        """Make room for `length` columns."""
         if length <= self.capacity:
             return
         ahead = self.capacity * 3 // 2
@@ -53,9 +52,8 @@ class StaticCache:
         if columns == list(range(start, start + len(columns))):
             return
         index = torch.tensor(columns)
-        for buffers in (self.keys, self.values):
-            for buffer in buffers:
-                buffer[:, :, start : start + len(columns)] = buffer[:, :, index]
+        for buffer in (*self.keys, *self.values):
+            buffer[:, :, start : start + len(columns)] = buffer[:, :, index]
 
     def select_rows(self, rows: list[int]) -> None:
         """Keep only these sequences, in this order."""

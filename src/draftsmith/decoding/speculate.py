@@ -86,7 +86,7 @@ class Decoder:
         take = Sampled(sampling.temperature, generator) if drawing else first_choices
         taps, last = target.prefill(self._cache, [0], [prompt], self._taps)
         length = len(prompt)
-        root = self._verify(DraftTree([0], [-1]), last[-1:], sampling, generator).bonus
+        _, root = self._verify(DraftTree([0], [-1]), last[-1:], sampling, generator)
         if drafter:
             drafter.start()
             drafter.extend(taps, [*prompt[1:], root])
@@ -98,19 +98,17 @@ class Decoder:
             taps, last = target.verify(
                 self._cache, length, tree.tokens, torch.tensor(tree.depths), tree.ancestors(), self._taps
             )
-            accepted = self._verify(tree, last, sampling, generator)
-            path = accepted.path
+            path, root = self._verify(tree, last, sampling, generator)
             verified.append(len(path) - 1)
             self._cache.keep(length, [length + node for node in path])
             length += len(path)
-            new = [*(tree.tokens[node] for node in path[1:]), accepted.bonus]
+            new = [*(tree.tokens[node] for node in path[1:]), root]
             if drafter:
                 drafter.extend(taps[path], new)
             for token in new:  # one by one, so that an end inside a step cuts the rest of it
                 ids.append(token)
                 if ended := ends.reason(ids, room):
                     break
-            root = accepted.bonus
         steps = tuple(verified) if drafter else ()
         return Generation(ids, ended, steps, seconds=time.perf_counter() - started)
 

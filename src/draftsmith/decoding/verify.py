@@ -10,7 +10,6 @@ Shapes: R rows, k children, W nodes, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,13 +17,8 @@ from torch import Tensor
 from draftsmith.decoding.sampling import invert_cdf, uniforms
 from draftsmith.decoding.tree import DraftTree
 
-
-@dataclass(frozen=True)
-class Accepted:
-    """`path`: accepted nodes, the root first. `bonus`: the target's own token after the last of them."""
-
-    path: list[int]
-    bonus: int
+Accepted = tuple[list[int], int]
+"""Accepted nodes, the root first, and the bonus: the target's own token after the last of them."""
 
 
 def verify_greedy(tree: DraftTree, argmax_W: list[int]) -> Accepted:
@@ -33,7 +27,7 @@ def verify_greedy(tree: DraftTree, argmax_W: list[int]) -> Accepted:
         wanted = argmax_W[path[-1]]
         child = next((c for c in tree.children[path[-1]] if tree.tokens[c] == wanted), None)
         if child is None:
-            return Accepted(path, wanted)
+            return path, wanted
         path.append(child)
 
 
@@ -47,7 +41,7 @@ def verify_sampling(tree: DraftTree, probabilities_of: Callable[[int], Tensor], 
         q = tree.drawn.get(children[-1]) if children else None
         which, rest = choose(p, tokens, None if q is None else q.to(p)[None], generator)
         if int(which) == len(children):
-            return Accepted(path, int(invert_cdf(rest, uniforms(rest, generator))))
+            return path, int(invert_cdf(rest, uniforms(rest, generator)))
         path.append(children[int(which)])
 
 

@@ -421,13 +421,10 @@ class Evaluation:
             say(f"speed {shape}: no answer is long enough to be timed")
             return None
         tokens, steps = sum(a.tokens for a, _ in pairs), sum(b.steps for _, b in pairs)
-        found: list[Difference | None] = []
-        if self.engine.in_process:
-            outputs = [(a.outputs[0], b.outputs[0]) for a, b in zip(without, timed, strict=True)]
-            found = [
-                difference(drafted, question.id, shape, question.ids, *pair)
-                for question, pair in zip(questions, outputs, strict=False)
-            ]
+        differences: list[Difference] = []
+        for question, a, b in zip(questions, without, timed, strict=False) if self.engine.in_process else ():
+            found = difference(drafted, question.id, shape, question.ids, a.outputs[0], b.outputs[0])
+            differences += [found] if found else []
         return Speed(
             shape=shape,
             batch=batch,
@@ -438,5 +435,5 @@ class Evaluation:
             speedup=statistics.median((b.tokens / b.seconds) / (a.tokens / a.seconds) for a, b in pairs),
             tau=1 + sum(b.accepted for _, b in pairs) / steps if steps else None,
             dtype=drafted.identity.dtype,
-            differences=[d for d in found if d],
+            differences=differences,
         )

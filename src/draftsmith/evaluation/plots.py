@@ -113,8 +113,8 @@ def interval_plot(title: str, rows: Sequence[str], series: Mapping[str, Sequence
 
     def draw(axes: Axes) -> None:
         for number, (name, values) in enumerate(series.items()):
-            shown = [tau.dot if tau else None for tau in values[:MOST]]
-            dots = [(row, *dot) for row, dot in enumerate(shown) if dot is not None]
+            shown = [(row, t, t.tau) for row, t in enumerate(values[:MOST]) if t is not None and t.tau is not None]
+            dots = [(row, value, tau.low or value, tau.high or value) for row, tau, value in shown]
             if not dots:
                 continue
             y = [row + (number + 0.5) * slot - 0.32 for row, *_ in dots]

@@ -128,9 +128,6 @@ def plain(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-# --- recipe -------------------------------------------------------------------------------------------------------
-
-
 def recipe_rows(run: Findings) -> list[tuple[str, str]]:
     """What decides the outcome; the whole recipe stands below the table."""
     if run.recipe is None:
@@ -186,9 +183,6 @@ def next_steps(run: Findings, serve: Mapping[EngineName, str]) -> list[tuple[str
     if run.fastest and run.fastest.speedup <= 1:
         steps.append(("Drafting does not pay on this machine; measure on the one that will serve.", None))
     return [*steps, *((f"Serve on {ENGINES[engine].title}", command) for engine, command in serve.items())]
-
-
-# --- the page -----------------------------------------------------------------------------------------------------
 
 
 def write_report(files_of_run: RunFiles, tokenizer: Any, serve: Mapping[EngineName, str]) -> Path:

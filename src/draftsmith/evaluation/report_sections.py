@@ -104,9 +104,6 @@ def loss_mask(row: Completion, tokenizer: Any, vocabulary_file: Path) -> list[tu
     return tokens
 
 
-# --- training -----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Course:
     """A training against the tokens of its steps."""

@@ -25,16 +25,15 @@ def best_tree(frequency: Callable[[Path], float], shape: Shape) -> set[Path]:
     At every depth only the children of the topk best nodes are candidates. Real trees follow the draft's confidence
     step by step, so they hold the true path at least as often.
     """
-    nodes: list[tuple[float, Path]] = []
+    nodes: list[Path] = []
     beam: list[Path] = [()]
     for _ in range(shape.steps):
-        paths = [(*node, rank) for node in beam for rank in range(1, shape.topk + 1)]
-        children = [(frequency(path), path) for path in paths]
-        children.sort(key=lambda child: (-child[0], child[1]))
+        children = [(*node, rank) for node in beam for rank in range(1, shape.topk + 1)]
+        children.sort(key=lambda path: (-frequency(path), path))
         nodes += children
-        beam = [path for _, path in children[: shape.topk]]
-    nodes.sort(key=lambda node: (-node[0], len(node[1]), node[1]))
-    return {path for _, path in nodes[: shape.draft_tokens - 1]}
+        beam = children[: shape.topk]
+    nodes.sort(key=lambda path: (-frequency(path), len(path), path))
+    return set(nodes[: shape.draft_tokens - 1])
 
 
 def accepted(tree: set[Path], path: Path) -> int:

@@ -75,10 +75,8 @@ def _nvlink_pairs(pairs: list[tuple[int, int]]) -> dict[tuple[int, int], bool] |
     except ModuleNotFoundError:
         return None
     pynvml.nvmlInit()
-    gpus = {gpu for pair in pairs for gpu in pair}
-    handles = {
-        gpu: pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(gpu).uuid}") for gpu in gpus
-    }
+    uuids = [torch.cuda.get_device_properties(gpu).uuid for gpu in range(torch.cuda.device_count())]
+    handles = [pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}") for uuid in uuids]
     link = pynvml.NVML_P2P_CAPS_INDEX_NVLINK
     return {
         (i, j): pynvml.nvmlDeviceGetP2PStatus(handles[i], handles[j], link) == pynvml.NVML_P2P_STATUS_OK

@@ -27,11 +27,6 @@ class Tau(Record):
     def short(self) -> str:
         return "-" if self.tau is None else f"{self.tau:.2f}"
 
-    @property
-    def dot(self) -> tuple[float, float, float] | None:
-        """(value, low, high) of a plot."""
-        return None if self.tau is None else (self.tau, self.low or self.tau, self.high or self.tau)
-
 
 class PromptCounts(Record):
     """Verification steps of one prompt; what a loop or the end cuts short is apart. Lists are by depth."""
