@@ -169,7 +169,7 @@ def train_ours(work: Path, cell: Path, changed: JsonObject, seed: int, seconds: 
 
     def trainer(out: Path, **more: int) -> Trainer:
         recipe = recipe_of(seed, {**changed, **{f"train.{key}": value for key, value in more.items()}})
-        return Trainer(recipe, target, target.config, run.completions, vocabulary, out)
+        return Trainer(recipe, target, run.completions, vocabulary, out)
 
     trial = trainer(cell / "trial", max_steps=14)
     capture, spent = trial._capture_source(), []

@@ -76,7 +76,7 @@ def run_ours(layer: dict, documents: int, length: int, steps: int, device: str =
         write_rows(Path(scratch) / "completions" / "00000.jsonl", rows)
         vocabulary = DraftVocabulary(torch.arange(DRAFT_VOCAB), layer["vocab_size"])
         recipe = parse_recipe(settings, "benchmark")
-        trainer = Trainer(recipe, target, target.config, Path(scratch) / "completions", vocabulary, Path(scratch))
+        trainer = Trainer(recipe, target, Path(scratch) / "completions", vocabulary, Path(scratch))
         capture = trainer._ahead(trainer._capture_source(), trainer._packs_to_come())
         seconds, flops = [], []
         for [indices] in trainer.steps:

@@ -114,7 +114,7 @@ def run_ours(data: Path, dtype: str, batch: int, steps: int) -> dict:
         "benchmark",
     )
     vocabulary = DraftVocabulary.load(data)
-    trainer = Trainer(recipe, target, target.config, scratch / "completions", vocabulary, scratch / "train")
+    trainer = Trainer(recipe, target, scratch / "completions", vocabulary, scratch / "train")
     capture = trainer._capture_source()
     seconds = []
     flops = []

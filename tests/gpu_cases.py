@@ -98,4 +98,4 @@ def trainer_on(target: LocalTarget, out, **changes) -> Trainer:
     settings = {"train.pack_tokens": 128, "train.accumulate": 2, "train.max_document_tokens": 64, "train.held_out": 2}
     recipe = tiny_recipe(target.identity.model, "p", **settings, **changes)
     vocabulary = DraftVocabulary(torch.arange(0, VOCAB, 2), VOCAB)
-    return Trainer(recipe, target, target.config, out / "completions", vocabulary, out / "train")
+    return Trainer(recipe, target, out / "completions", vocabulary, out / "train")

@@ -81,7 +81,7 @@ def test_documents_that_are_all_cut_away_are_trained_on_where_that_is_told_to_al
 
     def split(**changes):
         recipe = tiny_recipe(target.identity.model, "p", **changes)
-        return Trainer(recipe, target, target.config, tmp_path / "completions", vocabulary, tmp_path / "train").rows
+        return Trainer(recipe, target, tmp_path / "completions", vocabulary, tmp_path / "train").rows
 
     wrong = {"train.max_document_tokens": 3}
     key = read(r"; raise (train\.\w+) or add prompts$", told(split, **wrong))
@@ -95,7 +95,7 @@ def test_a_disk_without_room_for_hidden_states_is_done_without(gathered, target,
     def trained(**changes):
         changes = {"train.max_steps": 1, "train.held_out": 2} | changes
         recipe, vocabulary = tiny_recipe(target.identity.model, "p", **changes), DraftVocabulary(torch.arange(40), 64)
-        Trainer(recipe, target, target.config, tmp_path / "completions", vocabulary, tmp_path / "train").train()
+        Trainer(recipe, target, tmp_path / "completions", vocabulary, tmp_path / "train").train()
 
     key, other = read(r"^(train\.\w+): offline needs .*; use (\w+)$", told(trained, **{"train.capture": "offline"}))
     trained(**{"train.capture": "offline"} | {key: other})
@@ -214,7 +214,7 @@ def trained(gathered, target, out, processes=None, **changes):
         regenerated(gathered, target, gathered / "completions")
     recipe = tiny_recipe(target.identity.model, "p", **changes)
     vocabulary = DraftVocabulary(torch.arange(40), 64)
-    return Trainer(recipe, target, target.config, gathered / "completions", vocabulary, out, processes)
+    return Trainer(recipe, target, gathered / "completions", vocabulary, out, processes)
 
 
 def test_another_training_goes_where_it_is_told_to(gathered, target, tmp_path):

@@ -12,6 +12,7 @@ from outcomes import FUZZED, ODD, copied, fuzzed, one_gigabyte, outcome, put, re
 
 from draftsmith import cli
 from draftsmith.core.errors import TargetError
+from draftsmith.core.recipe import TargetRecipe
 from draftsmith.engines.server import is_gemma3
 from draftsmith.hardware.presets import preset
 from draftsmith.runs.init import choose, read_facts, render
@@ -71,7 +72,7 @@ def loaded(model):
 
 
 def ends(model):
-    target = WeightsOnlyTarget(str(model), dtype="fp32", device="cpu")
+    target = WeightsOnlyTarget(TargetRecipe(model=str(model), dtype="fp32"), "cpu")
     return target.norm_gain(), target.embedding_rows().shape
 
 

@@ -40,7 +40,7 @@ def data(tmp_path_factory):
 def trainer(data, out, **changes) -> Trainer:
     directory, target, vocabulary = data
     recipe = tiny_recipe(target.identity.model, "p", **changes)
-    return Trainer(recipe, target, target.config, directory / "completions", vocabulary, out)
+    return Trainer(recipe, target, directory / "completions", vocabulary, out)
 
 
 def losses(out) -> list[float]:

@@ -9,15 +9,20 @@ from models import BUILDERS, COMMON, save_tiny_target, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
 from draftsmith.core.errors import TargetError
+from draftsmith.core.recipe import TargetRecipe
 from draftsmith.targets.local import LocalTarget
 from draftsmith.targets.parts import context_of
 from draftsmith.targets.weights import WeightsOnlyTarget
 
 
+def ends_of(model, device="cpu"):
+    return WeightsOnlyTarget(TargetRecipe(model=str(model), dtype="fp32"), device)
+
+
 @pytest.mark.parametrize("architecture", BUILDERS)
 def test_loose_ends_equal_the_whole_model(architecture, tmp_path):
     model = save_tiny_target(tmp_path, architecture)
-    whole, ends = LocalTarget(model, dtype="fp32", device="cpu"), WeightsOnlyTarget(model, dtype="fp32", device="cpu")
+    whole, ends = LocalTarget(model, dtype="fp32", device="cpu"), ends_of(model)
     assert ends.identity == whole.identity
     assert (ends.eos_ids, ends.logit_softcap) == (whole.eos_ids, whole.logit_softcap)
     ids = torch.tensor([3, 0, 63])
@@ -35,7 +40,7 @@ def test_tied_and_sharded_weights_are_found(tmp_path):
     lm.save_pretrained(tmp_path, max_shard_size="20KB")
     tiny_tokenizer().save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors.index.json").exists()
-    ends = WeightsOnlyTarget(str(tmp_path), dtype="fp32", device="cpu")
+    ends = ends_of(tmp_path)
     everything = torch.arange(64)
     assert torch.equal(ends.head_rows(everything), ends.embedding_rows())
     assert torch.equal(ends.embedding_rows(), lm.get_input_embeddings().weight)
@@ -46,7 +51,7 @@ def test_a_config_of_another_model_is_refused(tmp_path):
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": 64'))
     with pytest.raises(TargetError, match="its config belongs to another model"):
-        WeightsOnlyTarget(model, dtype="fp32", device="cpu").embedding_rows()
+        ends_of(model).embedding_rows()
 
 
 BESIDE = {  # tensors that checkpoints hold beside the decoder's own
@@ -64,7 +69,7 @@ def test_the_decoders_own_ends_are_taken(what, tmp_path):
     stored = load_file(tmp_path / "model.safetensors")
     extra = {name: torch.full((64, 32), 7.0) for name in BESIDE[what]}
     save_file({**stored, **extra}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    ends = WeightsOnlyTarget(model, dtype="fp32", device="cpu")
+    ends = ends_of(model)
     assert torch.equal(ends.head_rows(torch.arange(64)), stored["lm_head.weight"])
     assert torch.equal(ends.embedding_rows(), stored["model.embed_tokens.weight"])
     torch.testing.assert_close(ends.norm_gain(), stored["model.norm.weight"], rtol=1e-3, atol=1e-3)
@@ -116,7 +121,7 @@ def test_wrappers_lend_what_they_store_and_run_in_process(name, tmp_path):
     stored = load_file(tmp_path / "model.safetensors")
     embedding = next(tensor for key, tensor in stored.items() if key.endswith("embed_tokens.weight"))
     head = next((tensor for key, tensor in stored.items() if key.endswith("lm_head.weight")), embedding)
-    ends, whole = WeightsOnlyTarget(str(tmp_path), dtype="fp32"), LocalTarget(str(tmp_path), dtype="fp32")
+    ends, whole = ends_of(tmp_path, "auto"), LocalTarget(str(tmp_path), dtype="fp32")
     everything = torch.arange(64)
     for target in (ends, whole):
         assert torch.equal(target.head_rows(everything), head)
@@ -139,7 +144,7 @@ def test_a_lost_tensor_is_named_and_never_random(lost, tmp_path):
         LocalTarget(model, dtype="fp32", device="cpu")
     if "layers" not in lost:
         with pytest.raises(TargetError, match="has no tensor named"):
-            WeightsOnlyTarget(model, dtype="fp32", device="cpu").head_rows(torch.arange(3))
+            ends_of(model).head_rows(torch.arange(3))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +158,7 @@ def test_everything_that_engines_stop_at_ends_a_text(config, generation, ends, t
         path = tmp_path / name
         path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": value}))
     assert LocalTarget(model, dtype="fp32").eos_ids == ends
-    assert WeightsOnlyTarget(model, dtype="fp32").eos_ids == ends
+    assert ends_of(model).eos_ids == ends
 
 
 def test_more_ids_than_rows_are_no_obstacle(tmp_path):
@@ -161,11 +166,7 @@ def test_more_ids_than_rows_are_no_obstacle(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
     tokenizer.save_pretrained(model)
-    assert (
-        LocalTarget(model, dtype="fp32").identity.vocab_size
-        == WeightsOnlyTarget(model, dtype="fp32").identity.vocab_size
-        == 64
-    )
+    assert LocalTarget(model, dtype="fp32").identity.vocab_size == ends_of(model).identity.vocab_size == 64
 
 
 def test_a_head_with_a_bias_is_refused():

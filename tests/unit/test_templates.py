@@ -7,7 +7,7 @@ import pytest
 from models import save_tiny_target, tiny_recipe, tiny_target, tiny_tokenizer
 
 from draftsmith.core.errors import DataError
-from draftsmith.core.recipe import Template
+from draftsmith.core.recipe import TargetRecipe, Template
 from draftsmith.core.recipe_file import parse_recipe
 from draftsmith.core.records.base import write_rows
 from draftsmith.core.records.data import Prompt
@@ -150,7 +150,8 @@ def test_options_and_tools_reach_the_template():
 
 def test_options_are_part_of_the_identity_and_take_no_recipe_template(tmp_path):
     model = save_tiny_target(tmp_path / "m")
-    plain, with_options = (WeightsOnlyTarget(model, dtype="fp32", template_options=o) for o in ({}, {"effort": "w5"}))
+    settings = [TargetRecipe(model=model, dtype="fp32", template_options=o) for o in ({}, {"effort": "w5"})]
+    plain, with_options = (WeightsOnlyTarget(s, "cpu") for s in settings)
     assert plain.identity.template_hash != with_options.identity.template_hash
     assert with_options.identity == LocalTarget(model, dtype="fp32", template_options={"effort": "w5"}).identity
     target = {"model": "m", "template_options": {"enable_thinking": False}}

@@ -3,12 +3,12 @@
 import contextlib
 import itertools
 
-from draftsmith.core.records.machine import Tuned
+from draftsmith.core.records.machine import Tried, Tuned
 from draftsmith.core.records.run import Hardware, Provenance
 from draftsmith.core.shape import Shape
 from draftsmith.runs import tuning
 from draftsmith.runs.run import fastest
-from draftsmith.runs.tuning import Candidate, Way, halve, sentence
+from draftsmith.runs.tuning import Way, halve, sentence
 
 TREE = Way(Shape(3, 4, 8))
 TRUE = {Way(Shape(1, 1, 2)): 1.2, Way(Shape(3, 1, 4)): 1.7, Way(Shape(5, 1, 6)): 1.5, TREE: 1.9}
@@ -60,7 +60,7 @@ def test_nothing_is_recommended_that_does_not_beat_plain_decoding():
 
 
 def test_a_way_that_was_dropped_early_is_not_recommended():
-    lucky = [Candidate(TREE, [1.01] * 32).tried, Candidate(Way(Shape(1, 1, 2)), [1.3, 1.3]).tried]
+    lucky = [Tried(shape=s, speedup=x, prompts=n) for s, x, n in ((TREE.shape, 1.01, 32), (Shape(1, 1, 2), 1.3, 2))]
     assert fastest(lucky) is None
     assert fastest(lucky, chain) is None
     tried = halve(list(TRUE), made_up(TRUE | {Way(Shape(3, 2, 6)): 1.8}), 64, 60)

@@ -2,8 +2,14 @@
 code. The string under each field is its help text."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from draftsmith.core.recipe_model import Model
+
+if TYPE_CHECKING:
+    from draftsmith.runs.run import Run as Run
+else:
+    Run = object  # it imports torch, and help and wrong flags are told without
 
 
 class RecipeCommand(Model):

@@ -1,17 +1,12 @@
 """`draftsmith card RECIPE`."""
 
-from typing import TYPE_CHECKING
-
-from draftsmith.commands.base import RecipeCommand
-
-if TYPE_CHECKING:
-    from draftsmith.runs.run import Run
+from draftsmith.commands.base import RecipeCommand, Run
 
 
 class Card(RecipeCommand):
     """Write the model card beside the exported draft, from what was measured."""
 
-    def __call__(self, run: "Run") -> int:
+    def __call__(self, run: Run) -> int:
         from draftsmith.publishing.card import write_card
         from draftsmith.runs.estimates import card_prediction
 

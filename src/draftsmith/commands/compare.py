@@ -2,14 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from draftsmith.commands.base import RecipeCommand
+from draftsmith.commands.base import RecipeCommand, Run
 from draftsmith.core import files, run_files
 from draftsmith.core.errors import DataError
-
-if TYPE_CHECKING:
-    from draftsmith.runs.run import Run
 
 
 class Compare(RecipeCommand):
@@ -21,7 +18,7 @@ class Compare(RecipeCommand):
     """How others' explicit layer ids are meant: of layer inputs, as vLLM does, or of outputs, as SGLang does; auto:
     nested in eagle_config as outputs, at the top level as inputs."""
 
-    def __call__(self, run: "Run") -> int:
+    def __call__(self, run: Run) -> int:
         """Print the table; write compare/compare.json and compare.svg."""
         from draftsmith.core.records.evaluation import Comparison
         from draftsmith.drafts.directories import load_draft

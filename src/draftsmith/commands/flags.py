@@ -65,14 +65,6 @@ def _value(text: str, field: FieldInfo) -> Any:
     return read_yaml(text, "flags") if mapping and text.lstrip().startswith("{") else text
 
 
-def _shown(annotation: Any) -> str:
-    """`{vllm,sglang}`, `int`, `path ...`"""
-    parts = [p for p in _parts(annotation) if p is not type(None)]
-    choices = [str(c) for p in parts if typing.get_origin(p) is Literal for c in typing.get_args(p)]
-    name = "{" + ",".join(choices) + "}" if choices else getattr(parts[0], "__name__", "value").lower()
-    return f"{name} ..." if _is_tuple(annotation) else name
-
-
 def _add(parser: argparse.ArgumentParser, key: str, field: FieldInfo) -> None:
     about = field.description or ""
     if field.default not in (None, PydanticUndefined, ()):
@@ -82,7 +74,10 @@ def _add(parser: argparse.ArgumentParser, key: str, field: FieldInfo) -> None:
     if field.annotation is bool:
         options["action"] = argparse.BooleanOptionalAction
     else:
-        options |= {"metavar": _shown(field.annotation).replace(" ...", "")}
+        parts = [p for p in _parts(field.annotation) if p is not type(None)]
+        choices = [str(c) for p in parts if typing.get_origin(p) is Literal for c in typing.get_args(p)]
+        name = "{" + ",".join(choices) + "}" if choices else getattr(parts[0], "__name__", "value").lower()
+        options |= {"metavar": name}
         options |= {"nargs": "+"} if _is_tuple(field.annotation) else {}
     short = field.json_schema_extra.get("flag") if isinstance(field.json_schema_extra, dict) else None
     parser.add_argument(f"--{key.replace('_', '-')}", *([str(short)] if short else []), **options)

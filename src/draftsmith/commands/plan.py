@@ -1,16 +1,13 @@
 """`draftsmith plan RECIPE`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import Field
 
-from draftsmith.commands.base import RecipeCommand
+from draftsmith.commands.base import RecipeCommand, Run
 from draftsmith.core.errors import DataError
 from draftsmith.core.recipe_model import Positive
-
-if TYPE_CHECKING:
-    from draftsmith.runs.run import Run
 
 
 class Plan(RecipeCommand):
@@ -27,7 +24,7 @@ class Plan(RecipeCommand):
     against: Path | None = None
     """A finished run directory: print what was planned beside what it really took."""
 
-    def __call__(self, run: "Run") -> int:
+    def __call__(self, run: Run) -> int:
         from draftsmith.core.run_files import RunFiles
         from draftsmith.runs.estimates import costs_of, plan_of
         from draftsmith.runs.plan import against, page, page_against

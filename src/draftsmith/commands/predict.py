@@ -2,20 +2,17 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import Field
 
-from draftsmith.commands.base import RecipeCommand
+from draftsmith.commands.base import RecipeCommand, Run
 from draftsmith.core import files
 from draftsmith.core.errors import RecipeError
 from draftsmith.core.progress import say
 from draftsmith.core.recipe import DEFAULT_SHAPE
 from draftsmith.core.recipe_model import Positive, Share
 from draftsmith.core.shape import Shape
-
-if TYPE_CHECKING:
-    from draftsmith.runs.run import Run
 
 
 class Predict(RecipeCommand):
@@ -37,7 +34,7 @@ class Predict(RecipeCommand):
     correlation: Share = 0.0
     """MoE only: 0 neighbouring tokens choose experts independently, 1 they share them all."""
 
-    def __call__(self, run: "Run") -> int:
+    def __call__(self, run: Run) -> int:
         """Print the table and one sentence; write predict/NAME.json and the heat map beside it."""
         from draftsmith.core.records.machine import Predictions
         from draftsmith.engines import ENGINES

@@ -1,13 +1,8 @@
 """`draftsmith probe RECIPE`."""
 
-from typing import TYPE_CHECKING
-
-from draftsmith.commands.base import RecipeCommand
+from draftsmith.commands.base import RecipeCommand, Run
 from draftsmith.core.errors import RecipeError
 from draftsmith.core.recipe import ServerUrl
-
-if TYPE_CHECKING:
-    from draftsmith.runs.run import Run
 
 
 class Probe(RecipeCommand):
@@ -22,7 +17,7 @@ class Probe(RecipeCommand):
     draft_url: ServerUrl | None = None
     """A second server that drafts serve.shape for the same target; tells what drafting costs there."""
 
-    def __call__(self, run: "Run") -> int:
+    def __call__(self, run: Run) -> int:
         if self.draft_url is not None and self.url is None:
             raise RecipeError("--draft-url: give --url too, a server of the target alone to compare it with")
         from draftsmith.runs.probing import page, probe_here, probe_server

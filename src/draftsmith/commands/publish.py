@@ -1,12 +1,7 @@
 """`draftsmith publish RECIPE`."""
 
-from typing import TYPE_CHECKING
-
-from draftsmith.commands.base import RecipeCommand
+from draftsmith.commands.base import RecipeCommand, Run
 from draftsmith.core.errors import RecipeError
-
-if TYPE_CHECKING:
-    from draftsmith.runs.run import Run
 
 
 class Publish(RecipeCommand):
@@ -19,7 +14,7 @@ class Publish(RecipeCommand):
     public: bool = False
     """Make a new repository public; otherwise it is private until you open it on the hub."""
 
-    def __call__(self, run: "Run") -> int:
+    def __call__(self, run: Run) -> int:
         from draftsmith.publishing.publish import publish
 
         repo = self.repo or run.recipe.card.repo

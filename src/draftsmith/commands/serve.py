@@ -1,11 +1,8 @@
 """`draftsmith serve RECIPE`."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from draftsmith.commands.base import RecipeCommand
-
-if TYPE_CHECKING:
-    from draftsmith.runs.run import Run
+from draftsmith.commands.base import RecipeCommand, Run
 
 
 class Serve(RecipeCommand):
@@ -17,7 +14,7 @@ class Serve(RecipeCommand):
     print: bool = False
     """Print the command instead of running it."""
 
-    def __call__(self, run: "Run") -> int:
+    def __call__(self, run: Run) -> int:
         from draftsmith.engines.process import serve
 
         launched = run.serving(self.purpose)

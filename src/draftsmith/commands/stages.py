@@ -1,18 +1,12 @@
 """`draftsmith run RECIPE`, and every stage as a command of its own."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from draftsmith.commands import GROUPS
-from draftsmith.commands.base import RecipeCommand
+from draftsmith.commands.base import RecipeCommand, Run
 from draftsmith.commands.card import Card
 from draftsmith.core.errors import RecipeError
 from draftsmith.core.recipe import EngineName
-
-if TYPE_CHECKING:
-    from draftsmith.runs.run import Run
-
-
-StageName = Literal["prompts", "regenerate", "vocab", "train", "export", "evaluate", "report"]
 
 
 class Stages(RecipeCommand):
@@ -25,12 +19,12 @@ class Stages(RecipeCommand):
     """run, or one stage."""
     dry_run: bool = False
     """Print the resolved recipe and what each stage would do, then stop."""
-    redo: StageName | None = None
+    redo: Literal["prompts", "regenerate", "vocab", "train", "export", "evaluate", "report"] | None = None
     """Make this stage's output anew; the old one is kept beside it."""
     check: EngineName | None = None
     """After export: start this engine and compare it with the embedded one, token by token and depth by depth."""
 
-    def __call__(self, run: "Run") -> int:
+    def __call__(self, run: Run) -> int:
         from draftsmith.runs.pipeline import explain, run_pipeline
 
         only = None if self.stage == "run" else self.stage

@@ -1,15 +1,12 @@
 """`draftsmith tune RECIPE`."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import Field
 
-from draftsmith.commands.base import RecipeCommand
+from draftsmith.commands.base import RecipeCommand, Run
 from draftsmith.core.errors import RecipeError
 from draftsmith.core.recipe import DecoderName
-
-if TYPE_CHECKING:
-    from draftsmith.runs.run import Run
 
 
 class Tune(RecipeCommand):
@@ -21,7 +18,7 @@ class Tune(RecipeCommand):
     budget_s: Annotated[float, Field(gt=0)] = 300.0
     """Seconds after which the best so far is taken; starts of engines count."""
 
-    def __call__(self, run: "Run") -> int:
+    def __call__(self, run: Run) -> int:
         """Measure, print the verdict and write tune-ENGINE.json, which `serve` reads."""
         from draftsmith.core.tables import table
         from draftsmith.runs.tuning import sentence, tune

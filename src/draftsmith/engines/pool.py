@@ -53,16 +53,6 @@ async def all_or_none(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _content(response: httpx.Response, limit: int) -> bytearray:
-    """The whole answer, cut off where it has no end."""
-    content = bytearray()
-    async for chunk in response.aiter_bytes():
-        content += chunk
-        if len(content) > limit:
-            raise Retry(f"an answer of more than {limit >> 20} MB")
-    return content
-
-
 def _pause_asked_for(retry_after: str) -> float:
     """Seconds that a server asks for with `Retry-After`, a number or a date, up to a minute; 0 where it is neither."""
     try:
@@ -310,12 +300,16 @@ class Pool:
 
         limit: bytes of the largest answer that is read to its end.
         """
+        content = bytearray()
         try:
             async with (
                 asyncio.timeout(self.settings.deadline_s),
                 self._client.stream(method, replica.url + path, json=body, headers=headers) as response,
             ):
-                content = await _content(response, limit)
+                async for chunk in response.aiter_bytes():
+                    content += chunk
+                    if len(content) > limit:
+                        raise Retry(f"an answer of more than {limit >> 20} MB")
         except TimeoutError:
             raise Retry(f"no answer within {self.settings.deadline_s:g} s (server.deadline_s)") from None
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:

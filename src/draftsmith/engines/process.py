@@ -1,10 +1,4 @@
-"""The command that starts an engine for one of four purposes, and its life from start to stop.
-
-draft     the target with our draft: what users run
-plain     the target alone: answers for `regenerate`, the other side of a comparison
-capture   the target keeping hidden states for `train`
-last      the last layer's states alone, where an engine keeps them apart
-"""
+"""The command that starts an engine for one of four purposes (commands/serve.py), and its life from start to stop."""
 
 import contextlib
 import ctypes
@@ -59,7 +53,8 @@ def launch(
     settings = recipe.serve
     arguments, environment = engine.arguments(recipe, model, draft, purpose, layers)
     program = shlex.split(settings.program) if settings.program else engine.program
-    arguments += ["--host", settings.host.strip("[]"), "--port", str(settings.port)]
+    host = settings.host.strip("[]")
+    arguments += ["--host", host, "--port", str(settings.port)]
     arguments += ["--dtype", DTYPES[recipe.target.dtype]]
     if recipe.target.revision:
         arguments += ["--revision", recipe.target.revision]
@@ -70,14 +65,9 @@ def launch(
         environment = {**environment, "NCCL_P2P_DISABLE": "1"}
     arguments += shlex.split(settings.extra)
     scheme = "https" if re.search(r"--ssl[-_]certfile\b", settings.extra) else "http"
-    return Launch((*program, *arguments), environment, f"{scheme}://{_reached_at(settings.host)}:{settings.port}")
-
-
-def _reached_at(host: str) -> str:
-    """Where this machine finds a server that listens there, as URLs have it."""
-    host = host.strip("[]")
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{host}]" if ":" in host else host
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # by this machine
+    place = f"[{reached}]" if ":" in reached else reached
+    return Launch((*program, *arguments), environment, f"{scheme}://{place}:{settings.port}")
 
 
 @contextlib.contextmanager
@@ -180,11 +170,7 @@ def wait_until_healthy(process: subprocess.Popen[bytes], url: str, patience_s: f
 
 def serve(launched: Launch, patience_s: float) -> int:
     """Run until the engine ends or Ctrl-C; returns the engine's exit code, 0 if we stopped it."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     say(f"serve: {launched}")
     try:
         with running(launched, patience_s) as process:

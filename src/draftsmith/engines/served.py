@@ -43,12 +43,10 @@ class ServedTarget(WeightsOnlyTarget):
 
     independent = True
 
-    def __init__(self, target: TargetRecipe, server: ServerRecipe, engine: "ServerEngine", device: str = "auto"):
+    def __init__(self, target: TargetRecipe, server: ServerRecipe, engine: "ServerEngine", device: str):
         if not server.urls:
             raise TargetError(f"server.urls: none given; target.engine {engine.name} needs at least one URL")
-        super().__init__(
-            target.model, target.revision, target.dtype, device, target.trust_remote_code, target.template_options
-        )
+        super().__init__(target, device)
         self.settings, self.engine = server, engine
         self.known_as = {target.model, resolve_model(target.model)}
         self.pool = Pool(server, self._identify)

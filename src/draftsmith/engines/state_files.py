@@ -80,7 +80,6 @@ def from_numbers(kept: Any, dtype: torch.dtype) -> Tensor:
 
 
 def take_states(path: Path, ids: list[int], count: int, hidden_size: int, patience_s: float) -> Tensor:
-    """Read and delete a file of hidden states."""
     _require_seen(path)
     try:
         _wait_until_written(path, patience_s)

@@ -5,13 +5,12 @@ the last finished run: a digest of the code's format version, the stage's part o
 inputs. An unchanged key skips the stage; another key moves the old directory aside, so that nothing produced is lost.
 """
 
-import contextlib
 import re
 import resource
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from draftsmith.core import files, run_files
@@ -104,11 +103,10 @@ def _mend(stage: Stage, out: Path, state: StageState) -> None:
             (out / name).rename(_free(out / f".damaged-{name}"))
 
 
-@contextlib.contextmanager
-def _within_memory(run: Run, stage: Stage) -> Iterator[None]:
+def _work(run: Run, stage: Stage, out: Path) -> None:
     """A card or host without memory left is one line that names what to lower."""
     try:
-        yield
+        stage.run(run, out)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -124,7 +122,6 @@ def _within_memory(run: Run, stage: Stage) -> Iterator[None]:
 
 
 def run_stage(run: Run, stage: Stage) -> StageRun:
-    """Run one stage if it has to."""
     key, out = stage_key(run, stage), stage_directory(run, stage)
     why = reason_to_run(run, stage, key)
     if why is None:
@@ -153,8 +150,7 @@ def run_stage(run: Run, stage: Stage) -> StageRun:
     StageState(key=key, resume_key=continued, finished=False, recipe=recipe).save(path)
     run.processes.wait()
     started = time.monotonic()
-    with _within_memory(run, stage):
-        stage.run(run, out)
+    _work(run, stage, out)
     return_freed_memory()
     run.lock.require()
     outputs = outputs_of(out)
@@ -187,8 +183,7 @@ def run_pipeline(run: Run, only: str | None = None, redo: str | None = None) -> 
             run.processes.wait()  # until the stage's directory is ready
             out = stage_directory(run, stage)
             if stage.name == "train" and not StageState.load(out / run_files.STATE).finished:
-                with _within_memory(run, stage):
-                    stage.run(run, out)
+                _work(run, stage, out)
                 run.release_target()
             run.processes.wait()
         return

@@ -88,14 +88,11 @@ def machine_rates(device: torch.device, dtype: torch.dtype) -> MachineRates:
         device,
         "machine",
     )
-    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
+        gpus, memory = torch.cuda.device_count(), torch.cuda.get_device_properties(device).total_memory
+        reduced = interconnect.all_reduce_latency(gpus, "nccl") if gpus > 1 else ()
     else:
-        memory = psutil.virtual_memory().total
-    if gpus > 1:
-        reduced = interconnect.all_reduce_latency(gpus, "nccl")
-    else:
+        gpus, memory = 0, psutil.virtual_memory().total
         reduced = interconnect.all_reduce_latency(2, "gloo") if device.type == "cpu" else ()
     return MachineRates(
         gpus=gpus,

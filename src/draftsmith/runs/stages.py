@@ -62,8 +62,7 @@ def _train(run: Run, out: Path) -> None:
     recipe, vocabulary = run.recipe, DraftVocabulary.load(run.files.vocabulary)
     on_gpu = recipe.device != "cpu" and recipe.train.dtype == "bf16" and torch.cuda.is_available()
     peak = peak_flops_s(torch.cuda.get_device_name()) if on_gpu else None
-    target, completions = run.target, run.files.completions
-    Trainer(recipe, target, target.config, completions, vocabulary, out, run.processes, peak).train()
+    Trainer(recipe, run.target, run.files.completions, vocabulary, out, run.processes, peak).train()
 
 
 def _export(run: Run, out: Path) -> None:

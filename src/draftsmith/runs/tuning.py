@@ -49,18 +49,6 @@ class Way(NamedTuple):
 Trial = Callable[[Way], AbstractContextManager[Callable[[int], float | None]]]
 
 
-class Candidate(NamedTuple):
-    """With the ratio plain / drafted seconds per token of every prompt that it was measured on."""
-
-    way: Way
-    ratios: list[float]
-
-    @property
-    def tried(self) -> Tried:
-        shape, drafts = self.way
-        return Tried(shape=shape, drafts=drafts, speedup=statistics.median(self.ratios), prompts=len(self.ratios))
-
-
 def _accepted(run: Run, temperature: float) -> dict[DraftSampling, AcceptLength]:
     """What each way of taking drafts accepts there; what `evaluate` did not measure there is not tried. Where it left
     the temperature out, as the engine does not draw, greedy texts tell."""
@@ -174,39 +162,43 @@ def halve(
 ) -> list[Tried]:
     """Measure until the prompts or the time are used up; fastest first, dropped ones after it."""
     started = time.monotonic()
-    alive = [Candidate(way, []) for way in candidates]
-    dropped: list[Candidate] = []
+    alive, dropped = list(candidates), list[Way]()
+    ratios: dict[Way, list[float]] = {way: [] for way in alive}  # by prompts that it was measured on
+
+    def tried(ways: Sequence[Way]) -> list[Tried]:
+        known = [(way, ratios[way]) for way in ways if ratios[way]]
+        return [Tried(shape=w.shape, drafts=w.drafts, speedup=statistics.median(r), prompts=len(r)) for w, r in known]
+
     done, wanted = 0, first
     while done < prompts:
         until = min(wanted, prompts)
-        for one in alive:
+        for way in alive:
             if time.monotonic() - started > budget_s:
-                return _as_measured([*alive, *dropped], budget_s)
-            with session(one.way) as measure:
+                return _as_measured(tried(alive + dropped), budget_s)
+            with session(way) as measure:
                 for number in range(done, until):
                     if time.monotonic() - started > budget_s:
-                        return _as_measured([*alive, *dropped], budget_s)
+                        return _as_measured(tried(alive + dropped), budget_s)
                     if ratio := measure(number):
-                        one.ratios.append(ratio)
+                        ratios[way].append(ratio)
         done, wanted = until, wanted * 2
-        if not any(one.ratios for one in alive):
+        if not any(ratios[way] for way in alive):
             continue  # every answer so far was too short
-        alive = sorted((one for one in alive if one.ratios), key=lambda one: -one.tried.speedup)
-        say(f"tune: {done} prompts: " + ", ".join(f"{one.tried} {one.tried.speedup:.2f}x" for one in alive))
+        alive = sorted((way for way in alive if ratios[way]), key=lambda way: -statistics.median(ratios[way]))
+        say(f"tune: {done} prompts: " + ", ".join(f"{one} {one.speedup:.2f}x" for one in tried(alive)))
         kept = alive[: max(1, len(alive) // 2)]
         # some engines draft chains alone, and some take drafts greedily alone: the best of those goes on
-        chains = [one for one in alive if one.way.shape.topk == 1]
-        for able in (chains, [one for one in chains if one.way.drafts == "greedy"]):
-            if able and not any(one in able for one in kept):
+        chains = [way for way in alive if way.shape.topk == 1]
+        for able in (chains, [way for way in chains if way.drafts == "greedy"]):
+            if able and not any(way in able for way in kept):
                 kept.append(able[0])
-        dropped = [one for one in alive if one not in kept] + dropped
+        dropped = [way for way in alive if way not in kept] + dropped
         alive = kept
-    return [one.tried for one in alive + dropped if one.ratios]
+    return tried(alive + dropped)
 
 
-def _as_measured(candidates: Sequence[Candidate], budget_s: float) -> list[Tried]:
+def _as_measured(found: Sequence[Tried], budget_s: float) -> list[Tried]:
     say(f"tune: {budget_s:.0f} s are used up; what was measured by then decides")
-    found = [one.tried for one in candidates if one.ratios]
     return sorted(found, key=lambda tried: (-tried.prompts, -tried.speedup))
 
 

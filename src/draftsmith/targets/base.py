@@ -25,10 +25,6 @@ Written = Callable[[int], None]
 """Told how many tokens have come since it was told last."""
 
 
-def nobody(tokens: int) -> None:
-    """Nobody wants to be told."""
-
-
 @dataclass(frozen=True)
 class Capture:
     """Hidden states of packed documents, in the target's dtype.
@@ -86,7 +82,7 @@ class Target:
         stop_loops: bool = False,
         max_tokens: int | None = None,
         follow: Follow | None = None,
-        written: Written = nobody,
+        written: Written = lambda tokens: None,
         *,
         at_once: int | None = None,
         ignore_end: bool = False,

@@ -69,7 +69,10 @@ def read_config(place: str, revision: str | None, trust_remote_code: bool) -> An
         raise ValueError("it holds no JSON object")
     _check_sizes(raw)
     config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
-    _check_text(config.get_text_config())
+    for key, least in LEAST.items():
+        value = value_of(config.get_text_config(), key)
+        if (value is not None or key in NEEDED) and (not isinstance(value, int) or value < least):
+            raise ValueError(f"{key} is {value!r}, wanted a whole number of {least} or more")
     return config
 
 
@@ -81,15 +84,6 @@ def _check_sizes(config: JsonObject) -> None:
                 _check_sizes(inner)
             elif type(inner) is int and any(inner > most and re.search(name, key) for name, most in MOST.items()):
                 raise ValueError(f"{key} is {inner}, more than any model has")
-
-
-def _check_text(config: Any) -> None:
-    for key, least in LEAST.items():
-        value = value_of(config, key)
-        if value is None and key not in NEEDED:
-            continue
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{key} is {value!r}, wanted a whole number of {least} or more")
 
 
 def _complaint(model: str, place: str, revision: str | None, trusted: bool, error: Exception) -> str:

@@ -56,18 +56,18 @@ class LibraryForward:
     def _carry_on(self) -> None:
         """Raises unless a text that comes bit by bit gives the states of a whole one."""
         cache = self.new_cache()
-        self._step(cache, TEXT[:4])
+        self._run(TEXT[:4], cache)
         # One by one, as generation goes: some state-space layers forget their state where several come in.
-        rest = torch.cat([self._step(cache, [token])[1] for token in TEXT[4:]])
+        rest = torch.cat([self._run([token], cache)[1] for token in TEXT[4:]])
         if not _close(rest, self._run(TEXT, None)[1][4:]):
             raise ValueError("its cache gives other states than a whole text")
 
     def _cut_back(self) -> None:
         """Raises unless a sequence goes on from a cut cache as if nothing had been cut."""
         cache = self.new_cache()
-        self._step(cache, [*TEXT[:3], 3, 2])
+        self._run([*TEXT[:3], 3, 2], cache)
         cache.keep(2, [2])
-        if not _close(self._step(cache, TEXT[3:])[1], self._run(TEXT, None)[1][3:]):
+        if not _close(self._run(TEXT[3:], cache)[1], self._run(TEXT, None)[1][3:]):
             raise ValueError("its cut cache gives other states than a whole text")
 
     def new_cache(self) -> LibraryCache:
@@ -79,12 +79,9 @@ class LibraryForward:
         positions = torch.arange(start, start + len(ids), device=self.device)[None]
         inputs = torch.tensor([list(ids)], device=self.device)
         tapped, last = self.forward(inputs, positions, cache.cache if cache else None, None, taps)
+        if cache:
+            cache.length += len(ids)
         return tapped[0], last[0]
-
-    def _step(self, cache: LibraryCache, ids: Sequence[int], taps: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-        out = self._run(ids, cache, taps)
-        cache.length += len(ids)
-        return out
 
     def capture(self, documents: list[list[int]], taps: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(taps [T, K, H], last [T, H]) of all documents, end to end."""
@@ -93,7 +90,7 @@ class LibraryForward:
 
     def prefill(self, cache: LibraryCache, prompt: list[int], taps: Sequence[int]) -> tuple[Tensor, Tensor]:
         cache.clear()
-        return self._step(cache, prompt, taps)
+        return self._run(prompt, cache, taps)
 
     def verify(
         self, cache: LibraryCache, length: int, ids: list[int], depths: Tensor, taps: Sequence[int]
@@ -101,7 +98,7 @@ class LibraryForward:
         if depths.tolist() != list(range(len(ids))):
             raise TargetError("evaluate.shapes: this target runs by transformers' own forward, which verifies chains")
         assert cache.length == length
-        return self._step(cache, ids, taps)
+        return self._run(ids, cache, taps)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

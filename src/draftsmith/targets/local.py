@@ -216,15 +216,10 @@ class LocalTarget(Target):
         """One packed forward over all documents; time is linear in their tokens."""
         if self.library:
             return Capture(*self.library.capture(documents, taps))
-        lengths = [len(d) for d in documents]
-        ids = torch.tensor([i for d in documents for i in d], device=self.device)[None]
-        positions = torch.cat([torch.arange(n, device=self.device) for n in lengths])[None]
-        tapped, last = self._forward(ids, positions, None, PackedPlan(lengths), taps)
-        return Capture(tapped[0], last[0])
+        return Capture(*self.prefill(None, [], documents, taps))
 
     @torch.inference_mode()
     def logprobs(self, document: list[int]) -> list[float]:
-        """Log-probability of every token of a text after the first."""
         return self.logprobs_of(document, self.capture([document], ()).last_TH[:-1])
 
     # --- step by step -------------------------------------------------------------------------------------------
@@ -237,16 +232,17 @@ class LocalTarget(Target):
     def prefill(
         self, cache: Any, rows: list[int], prompts: list[list[int]], taps: Sequence[int] = ()
     ) -> tuple[Tensor, Tensor]:
-        """Fill the cache rows with whole prompts in one packed forward; returns (taps [T, K, H], last [T, H])."""
+        """Whole prompts in one packed forward, into rows of a cache if there is one; (taps [T, K, H], last [T, H])."""
         if self.library:
             return self.library.prefill(cache, prompts[0], taps)
         lengths = [len(p) for p in prompts]
         columns = torch.cat([torch.arange(n, device=self.device) for n in lengths])
-        row_index = torch.repeat_interleave(
-            torch.tensor(rows, device=self.device), torch.tensor(lengths, device=self.device)
-        )
-        cache.reserve(max(lengths))
-        cache.write(row_index, columns, None)
+        if cache is not None:
+            row_index = torch.repeat_interleave(
+                torch.tensor(rows, device=self.device), torch.tensor(lengths, device=self.device)
+            )
+            cache.reserve(max(lengths))
+            cache.write(row_index, columns, None)
         ids = torch.tensor([i for p in prompts for i in p], device=self.device)[None]
         tapped, last = self._forward(ids, columns[None], cache, PackedPlan(lengths), taps)
         return tapped[0], last[0]

@@ -3,14 +3,13 @@
 import contextlib
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from draftsmith.core.errors import TargetError
+from draftsmith.core.recipe import TargetRecipe
 from draftsmith.targets.base import Target
 from draftsmith.targets.configs import read_config
 from draftsmith.targets.parts import empty_model, first_line, load_tokenizer, on_guard, resolve_device, resolve_model
@@ -19,25 +18,18 @@ from draftsmith.targets.parts import empty_model, first_line, load_tokenizer, on
 class WeightsOnlyTarget(Target):
     """A model whose layers are never loaded: 230 B parameters cost three tensors here."""
 
-    def __init__(
-        self,
-        model: str,
-        revision: str | None = None,
-        dtype: str = "bf16",
-        device: str = "auto",
-        trust_remote_code: bool = False,
-        template_options: Mapping[str, Any] | None = None,
-    ):
+    def __init__(self, settings: TargetRecipe, device: str):
         from transformers import GenerationConfig
 
+        model, revision, trusted = settings.model, settings.revision, settings.trust_remote_code
         self.device = resolve_device(device)
-        self.tokenizer = load_tokenizer(model, revision, trust_remote_code)
+        self.tokenizer = load_tokenizer(model, revision, trusted)
         path = resolve_model(model)
         with on_guard(f"cannot read {model!r}"):
-            lm = empty_model(read_config(path, revision, trust_remote_code), dtype, trust_remote_code)
+            lm = empty_model(read_config(path, revision, trusted), settings.dtype, trusted)
             with contextlib.suppress(OSError):  # a model without one ends by its config
                 lm.generation_config = GenerationConfig.from_pretrained(path, revision=revision or "main")
-            self._adopt(lm, model, revision, dtype, template_options)
+            self._adopt(lm, model, revision, settings.dtype, settings.template_options)
         self._source = path, revision
 
     @torch.inference_mode(False)  # whoever asks first, a trainer computes gradients through them

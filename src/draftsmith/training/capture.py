@@ -61,11 +61,10 @@ class PrefetchedCapture:
             self.stream.wait_stream(torch.cuda.current_stream(device))  # the target's weights may be on their way
         self.fetchers = ThreadPoolExecutor(ahead, thread_name_prefix="capture")
         self.coming: deque[tuple[Pack, Future[tuple[Capture, Any]]]] = deque()
-        for _ in range(ahead):
-            self._ask_for_next()
+        self._ask_for(ahead)
 
-    def _ask_for_next(self) -> None:
-        for pack in itertools.islice(self.packs, 1):
+    def _ask_for(self, more: int) -> None:
+        for pack in itertools.islice(self.packs, more):
             self.coming.append((pack, self.fetchers.submit(self._fetch, pack)))
 
     def _fetch(self, pack: Pack) -> tuple[Capture, Any]:
@@ -82,7 +81,7 @@ class PrefetchedCapture:
             states, done = self._fetch(pack)
         else:
             states, done = self.coming.popleft()[1].result()
-            self._ask_for_next()
+            self._ask_for(1)
         if done is not None:
             here = torch.cuda.current_stream(self.device)
             here.wait_event(done)

@@ -15,11 +15,6 @@ from draftsmith.drafts.objectives import chunk_rows
 from draftsmith.drafts.packing import Pack, PackInputs, segment_rows
 
 
-def append_row(path: Path, row: MetricsRow | StepTiming) -> None:
-    with path.open("ab") as file:
-        file.write(row.line())
-
-
 def truncate_rows(path: Path, kind: type[MetricsRow | StepTiming], last_step: int) -> None:
     """Drop lines after `last_step` and what a kill tore: the resumed run writes them again."""
     if path.exists():

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from draftsmith.core import run_files
@@ -29,9 +30,6 @@ FINISH_S = 60  # that a tracker has for the rest of its work when training has e
 START_S = 20  # that it may need before it knows
 POLL_S = 0.5
 TOLD = ("target", "regenerate", "vocab", "draft", "train")  # parts of the recipe that a tracker is told
-
-Send = Callable[[dict[str, float], int], Any]  # values by name, and the step
-Finish = Callable[[], Any]
 
 
 def require_tracker(name: str | None) -> None:
@@ -130,10 +128,10 @@ class _Tracker:
 # --- in the process of its own ------------------------------------------------------------------------------------
 
 
-def _wandb(request: JsonObject) -> tuple[Send, Finish]:
+def _wandb(request: JsonObject) -> Any:
     import wandb
 
-    run = wandb.init(
+    return wandb.init(
         project="draftsmith",
         name=request["run"],
         id=request["id"],
@@ -142,30 +140,29 @@ def _wandb(request: JsonObject) -> tuple[Send, Finish]:
         dir=request["folder"],
         settings={"console": "off", "disable_git": True, "disable_code": True},
     )
-    return lambda values, step: run.log(values, step=step), run.finish
 
 
-def _trackio(request: JsonObject) -> tuple[Send, Finish]:
+def _trackio(request: JsonObject) -> Any:
     import trackio
 
     name = f"{request['run']}-{request['id']}"
-    run = trackio.init(project="draftsmith", name=name, config=request["config"], resume="allow")
-    return lambda values, step: run.log(values, step=step), run.finish
+    return trackio.init(project="draftsmith", name=name, config=request["config"], resume="allow")
 
 
-def _tensorboard(request: JsonObject) -> tuple[Send, Finish]:
+def _tensorboard(request: JsonObject) -> Any:
     from tensorboard.summary import Writer
 
     writer = Writer(request["folder"])
 
-    def send(values: dict[str, float], step: int) -> None:
+    def log(values: dict[str, float], step: int) -> None:
         for name, value in values.items():
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    return send, writer.close
+    return SimpleNamespace(log=log, finish=writer.close)
 
 
+# Each makes of a request a run with `log(values by name, step=...)` and `finish()`.
 TRACKERS = {"wandb": _wandb, "trackio": _trackio, "tensorboard": _tensorboard}
 
 
@@ -181,7 +178,7 @@ def flat(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
 def follow(request: JsonObject, ended: threading.Event, report: Callable[[object], None]) -> None:
     """Send every row after the step asked for, until training has ended and no row is left."""
     faults = sent = position = 0
-    send, finish = TRACKERS[request["tracker"]](request)
+    run = TRACKERS[request["tracker"]](request)
     metrics = Path(request["metrics"])
     last = False
     while not last:
@@ -197,14 +194,14 @@ def follow(request: JsonObject, ended: threading.Event, report: Callable[[object
                 continue
             values = dict(flat(row.model_dump(mode="json", exclude={"step"})))
             try:
-                send(values, row.step)
+                run.log(values, step=row.step)
                 sent += 1
             except Exception as error:  # others' code raises what it likes; one line, however many rows it refuses
                 faults += 1
                 if faults == 1:
                     report(f"{type(error).__name__}: {error}")
             report(sent)
-    finish()
+    run.finish()
 
 
 def serve() -> None:

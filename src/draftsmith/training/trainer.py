@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ from draftsmith.training.checkpoints import (
     tidy,
     whole_weights,
 )
-from draftsmith.training.metrics import append_row, converged, evaluate_heldout, step_flops, truncate_rows
+from draftsmith.training.metrics import converged, evaluate_heldout, step_flops, truncate_rows
 from draftsmith.training.optimizers import make_optimizers
 from draftsmith.training.processes import ProcessGroup
 from draftsmith.training.start import first_draft
@@ -58,7 +58,6 @@ class Trainer:
         self,
         recipe: Recipe,
         target: Target,
-        target_config: Any,
         completions: Path,
         vocabulary: DraftVocabulary,
         out: Path,
@@ -84,9 +83,9 @@ class Trainer:
         self.steps = steps[: settings.max_steps]
         self.method = METHODS[recipe.draft.method]
         layers, rows = target.identity.num_layers, len(vocabulary.ids_D)
-        if note := self.method.config_note(recipe.draft, target_config):
+        if note := self.method.config_note(recipe.draft, target.config):
             say(note)
-        usual = self.method.config(recipe.draft, target_config, layers, rows)
+        usual = self.method.config(recipe.draft, target.config, layers, rows)
         self.draft, self.start = first_draft(recipe, target, usual, vocabulary.ids_D)
         self.draft.to(self.device)
         self.loss = self.method.loss(self.draft, settings)
@@ -130,7 +129,6 @@ class Trainer:
     # --- the loop -----------------------------------------------------------------------------------------------
 
     def train(self) -> TrainingSummary:
-        """Run to the end of the schedule."""
         with self.processes.together():
             return self._train()
 
@@ -363,7 +361,8 @@ class Trainer:
 
     def _write(self, name: str, row: MetricsRow | StepTiming) -> None:
         if self.processes.main:
-            append_row(self.out / name, row)
+            with (self.out / name).open("ab") as file:
+                file.write(row.line())
 
     def _log(self) -> None:
         sums = self.sums

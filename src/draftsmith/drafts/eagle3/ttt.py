@@ -35,10 +35,6 @@ def ttt_outputs(draft: Eagle3Draft, pack: Pack, taps_TKH: Tensor, embeds_TH: Ten
     # Once for all positions: the angles are fp64, of which GPUs have little.
     cos, sin = draft.rope(torch.arange(max(map(len, pack.documents)) + steps, device=device), dtype)
 
-    def keys_and_values(kv: Tensor) -> tuple[Tensor, Tensor]:
-        key, value = kv.unflatten(-1, (2, *shape_kv)).unbind(1)
-        return key, value
-
     weight = torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight])
     from_embed, from_feature = (half.contiguous() for half in weight.split(config.hidden_size, dim=1))
 
@@ -48,7 +44,7 @@ def ttt_outputs(draft: Eagle3Draft, pack: Pack, taps_TKH: Tensor, embeds_TH: Ten
 
     features_TH = draft.fuse(taps_TKH)
     kv = F.linear(layer.hidden_norm(features_TH), from_feature[query_size:]) + embed_qkv[following_T, query_size:]
-    key0, value0 = keys_and_values(kv)
+    key0, value0 = kv.unflatten(-1, (2, *shape_kv)).unbind(1)
     key0 = rotate(key0, (cos[positions_T], sin[positions_T]))
 
     feature = features_TH[chains_R]
@@ -62,7 +58,7 @@ def ttt_outputs(draft: Eagle3Draft, pack: Pack, taps_TKH: Tensor, embeds_TH: Ten
         normed = layer.hidden_norm(feature)
         if step:
             query, kv = (F.linear(normed, from_feature) + embed_qkv[beside]).tensor_split([query_size], dim=-1)
-            key, value = keys_and_values(kv)
+            key, value = kv.unflatten(-1, (2, *shape_kv)).unbind(1)
             own_keys.append(rotate(key, table))
             own_values.append(value)
         else:  # its keys and values are among step 0's
