@@ -118,9 +118,9 @@ def make_pack(completions: Sequence[Completion]) -> Pack:
     for completion in completions:
         ids = completion.ids
         for first, last in completion.spans:
-            segment = Segment(start, start + first - 1, start + min(last, len(ids)) - 2)
-            if len(segment) > 0 and first >= 1:
-                segments.append(segment)
+            chains = range(first - 1, min(last, len(ids)) - 2)  # none of a span beyond a cut
+            if chains and first >= 1:
+                segments.append(Segment(start, start + chains.start, start + chains.stop))
         names.append(completion.id)
         documents.append(ids)
         positions.append(torch.arange(len(ids)))
