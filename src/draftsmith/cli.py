@@ -89,7 +89,7 @@ def execute(arguments: list[str]) -> int:
     terminal.on_interrupt(signal.default_int_handler)  # from here on there are things to put in order
     if recipe is None:
         return command()
-    run = Run(recipe, command.out or Path("runs") / recipe.name, [Path(sys.argv[0]).name, *sys.argv[1:]])
+    run = Run(recipe, command.out or Path("runs") / recipe.name, ["draftsmith", *sys.argv[1:]])
     reads = arguments[0] in ("plan", "publish", "serve") or getattr(command, "dry_run", False)  # nobody need wait
     writing = run.lock if not reads and run.processes.main else contextlib.nullcontext()
     with contextlib.closing(run), writing:
