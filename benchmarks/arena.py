@@ -83,7 +83,7 @@ PEERS: dict[str, list[str]] = {
     "speculators": ["--peer", "speculators", "--optimizer", "muon", "--ttt-steps", "3", "--batch", "2"],
 }
 # The recipe reads its text four times in 600 steps; minutes are some 50 steps, not one reading. Best rate of three.
-BASE = {"train.learning_rate": 8e-3, "train.train_on_prompts": False, "train.weight_decay": 0.0}
+BASE = {"train.learning_rate": 8e-3, "train.on_prompts": False, "train.weight_decay": 0.0}
 OURS: dict[str, JsonObject] = {  # one switch each
     "draftsmith": {},
     "lr-4e-3": {"train.learning_rate": 4e-3},
@@ -100,7 +100,7 @@ OURS: dict[str, JsonObject] = {  # one switch each
     "taps-even": {"draft.taps": [7, 15, 23]},
     "taps-late": {"draft.taps": [9, 19, 29]},
     "no-fc-norm": {"draft.fc_norm": False},
-    "on-prompts": {"train.train_on_prompts": True},
+    "on-prompts": {"train.on_prompts": True},
     "weight-decay": {"train.weight_decay": 1.0},
 }
 USUAL = ("draftsmith", *PEERS)

@@ -336,15 +336,8 @@ def ablation_table(told: JsonObject) -> list[str]:
         last = means[name][max(means[name])]
         base = means[OURS][max(means[OURS])]
         taus = [f"{last[k]:.3f} ({last[k] - base[k]:+.3f})" for k in (GREEDY, "unlike T=0", "all T=1 greedy", SAMPLED)]
-        rows.append(
-            [
-                switches(changed[name]),
-                str(last["seeds"]),
-                f"{last['tokens'] / 1000:.0f} k",
-                f"{last['cpu_s']:.0f}",
-                *taus,
-            ]
-        )
+        cost = [f"{last['tokens'] / 1000:.0f} k", f"{last['cpu_s']:.0f}"]
+        rows.append([switches(changed[name]), str(last["seeds"]), *cost, *taus])
     return table(["changed", "seeds", "tokens", "CPU s", "T=0", "foreign, T=0", "T=1", "T=1, sampled drafts"], rows)
 
 

@@ -62,7 +62,7 @@ def test_loss_falls_and_acceptance_rises(data, tmp_path):
 
 
 def test_a_loss_on_prompts_trains_on_more_of_the_same_text_and_is_judged_on_completions(data, tmp_path):
-    usual, more = trainer(data, tmp_path / "a"), trainer(data, tmp_path / "b", **{"train.train_on_prompts": True})
+    usual, more = trainer(data, tmp_path / "a"), trainer(data, tmp_path / "b", **{"train.on_prompts": True})
     assert [c.ids for c in more.rows] == [c.ids for c in usual.rows]
     assert more.heldout == usual.heldout
     prompt = [

@@ -406,6 +406,14 @@ def test_an_unmeasured_draft_gets_no_card(make):
         make_card(run, NOTHING)
 
 
+def test_a_loss_on_prompts_is_told(make):
+    run = make()
+    assert "on prompts, too" not in make_card(run, NOTHING)
+    train = run.recipe.train.model_copy(update={"on_prompts": True})
+    run.recipe = run.recipe.model_copy(update={"train": train})
+    assert "documents of at most 2048 tokens, the loss on prompts, too" in make_card(run, NOTHING)
+
+
 def test_every_number_names_the_record_that_it_was_read_from(make):
     run = make()
     save(run, "vllm", results(settings=SETTINGS.model_copy(update={"engine": "vllm"})))

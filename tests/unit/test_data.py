@@ -277,11 +277,8 @@ def test_chains_are_where_serving_drafts():
     cut = make_pack([Completion(id="a", ids=list(range(7)), spans=[[4, 10]])])
     assert (len(cut.ids_T), cut.chains_R.tolist()) == (7, [3, 4])
     for beyond in ([6, 9], [7, 9], [9, 12]):  # a later turn, of which the cut leaves one token or none
-        assert make_pack([Completion(id="a", ids=list(range(7)), spans=[[2, 6], beyond])]).chains_R.tolist() == [
-            1,
-            2,
-            3,
-        ]
+        turns = make_pack([Completion(id="a", ids=list(range(7)), spans=[[2, 6], beyond])])
+        assert turns.chains_R.tolist() == [1, 2, 3]
 
 
 def test_the_loss_falls_on_prompts_but_for_what_every_text_begins_with():

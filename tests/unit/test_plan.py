@@ -211,7 +211,7 @@ def test_capturing_layers_of_an_unknown_target_are_one_line(tmp_path):
 def test_a_loss_on_prompts_costs_the_trainer_more_and_the_target_nothing():
     train = load_recipe(RECIPES / "gemma3-270m-cpu.yaml").train
     usual, more = (
-        planned("gemma3-270m-cpu", "cpu-epyc-2", train=train.model_copy(update={"train_on_prompts": on})).numbers
+        planned("gemma3-270m-cpu", "cpu-epyc-2", train=train.model_copy(update={"on_prompts": on})).numbers
         for on in (False, True)
     )
     assert more["train"] > 1.1 * usual["train"]

@@ -10,7 +10,7 @@ import torch
 
 from draftsmith.core import run_files
 from draftsmith.core.recipe import Recipe
-from draftsmith.core.recipe_file import dump_recipe
+from draftsmith.core.recipe_file import dump_recipe, load_recipe
 from draftsmith.core.records.base import Decodes, write_rows
 from draftsmith.core.records.data import Completion, CompletionsSummary, Coverage, PromptsSummary, Timing
 from draftsmith.core.records.evaluation import (
@@ -247,6 +247,16 @@ def test_the_mask_tells_prompt_loss_and_outside_tokens_apart(run: RunFiles) -> N
     assert '<span class="loss outside" title="7"> rare</span>' in page
     run.vocabulary.unlink()
     assert '<span class="loss" title="7"> rare</span>' in report(run)
+
+
+def test_a_loss_on_prompts_is_told(run: RunFiles) -> None:
+    told = "Prompts carry the loss, too"
+    assert told not in report(run)
+    recipe = load_recipe(run.recipe, {"train": {"on_prompts": True}})
+    run.recipe.write_text(dump_recipe(recipe))
+    page = report(run)
+    assert told in page
+    assert "3 epochs, on prompts, too, " in page
 
 
 def test_a_partial_evaluation_says_so_loudly(run: RunFiles) -> None:

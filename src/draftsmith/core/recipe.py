@@ -194,7 +194,7 @@ class TrainRecipe(Model):
     """Passes over the completions."""
     max_steps: Positive | None = None
     """Stop after this many optimiser steps; left out: all epochs."""
-    train_on_prompts: bool = False
+    on_prompts: bool = False
     """The loss falls on prompts, too, but for what all of them begin with: more to learn from a text that is trained on
     several times."""
     pack_tokens: Positive = 2048

@@ -135,6 +135,7 @@ def recipe_rows(run: Findings) -> list[tuple[str, str]]:
     r = run.recipe
     train, regenerate, draft = r.train, r.regenerate, r.draft
     passes = f"{train.epochs} epochs" + (f", at most {train.max_steps} steps" if train.max_steps else "")
+    passes += ", on prompts, too" if train.on_prompts else ""
     sampling = f"T={regenerate.temperature:g}, top-p {regenerate.top_p:g}, top-k {regenerate.top_k or 'off'}"
     sampling += f", {share(regenerate.greedy_share, 0)} greedy"
     taps = plain(list(draft.taps)) if draft.taps else "2, L//2, L-3"

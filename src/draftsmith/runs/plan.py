@@ -260,7 +260,7 @@ def _put_hours(out: Plan, s: Sizes, costs: Costs) -> float:
 
     captured = s.epoch if s.recipe.train.capture == "offline" else s.trained
     capture_s = captured * reading_s / s.replicas
-    share = 1.0 if s.recipe.train.train_on_prompts else min(1.0, s.turns * s.answer / s.document)
+    share = 1.0 if s.recipe.train.on_prompts else min(1.0, s.turns * s.answer / s.document)
     flops = s.draft.training_flops(s.recipe.train, s.steps, s.trained, s.trained * share)
     compute_s = flops / (machine.flops_s * TRAIN_SHARE * s.trainers)
     network_s = s.trained * s.token_bytes / machine.network_bytes_s if s.served else 0.0

@@ -162,7 +162,8 @@ def halve(
 ) -> list[Tried]:
     """Measure until the prompts or the time are used up; fastest first, dropped ones after it."""
     started = time.monotonic()
-    alive, dropped = list(candidates), list[Way]()
+    alive = list(candidates)
+    dropped: list[Way] = []
     ratios: dict[Way, list[float]] = {way: [] for way in alive}  # by prompts that it was measured on
 
     def tried(ways: Sequence[Way]) -> list[Tried]:

@@ -124,7 +124,7 @@ class Trainer:
         self.data = digest([c.id for c in rows[held_out:]], [len(c.ids) for c in rows[held_out:]])
         rows = [c.model_copy(update={"ids": c.ids[:longest]}) for c in rows]
         training = rows[held_out:]
-        return rows[:held_out], on_prompts(training) if self.settings.train_on_prompts else training
+        return rows[:held_out], on_prompts(training) if self.settings.on_prompts else training
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
