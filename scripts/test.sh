@@ -14,4 +14,7 @@ fi
 .venv/bin/ruff check -q .
 .venv/bin/mypy
 .venv/bin/lint-imports
-.venv/bin/python -m pytest tests/unit tests/parity tests/golden tests/gpu "$@"
+# Two processes of one thread each: nothing here is large enough for two threads, and those of two processes would fight.
+# A file stays in one process (tests/gpu is one), and the longest come first.
+export OMP_NUM_THREADS=1
+.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/golden tests/parity tests/unit tests/gpu "$@"
