@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NUCLEUS = 1024  # tokens sorted first to find where top-p ends
+NUCLEUS = 128  # tokens sorted first to find where top-p ends; most rows need no more
 
 
 @dataclass(frozen=True)
@@ -35,26 +35,28 @@ def probabilities(logits_RV: Tensor, sampling: Sampling) -> Tensor:
         probs = torch.zeros_like(probs).scatter_(-1, kept, kept_p)
         probs = probs / probs.sum(-1, keepdim=True)
     if sampling.top_p < 1.0:
-        probs = probs.masked_fill(~nucleus(probs, sampling.top_p), 0.0)
+        probs = probs * nucleus(probs, sampling.top_p)
     return probs / probs.sum(-1, keepdim=True)
 
 
 def nucleus(probs_RV: Tensor, top_p: float, first: int = NUCLEUS) -> Tensor:
     """[R, V] bool: the largest entries up to the one with which their sum crosses `top_p`; of equal ones the first.
 
-    The `first` largest are sorted, and the whole vocabulary for the rows that do not reach `top_p` with them.
+    The `first` largest are sorted, and many more for the rows that do not reach `top_p` with them.
     """
     vocab = probs_RV.shape[-1]
     largest = probs_RV.topk(min(first, vocab), dim=-1).values
     sums = largest.cumsum(-1, dtype=torch.float64)
     inside = sums - largest < top_p  # the token that crosses it stays in
     least = largest.gather(-1, inside.sum(-1, keepdim=True) - 1)
-    equal = probs_RV == least
-    kept_equal = (inside & (largest == least)).sum(-1, keepdim=True)
-    kept = (probs_RV > least) | (equal & (equal.cumsum(-1) <= kept_equal))
+    kept = probs_RV >= least
+    if bool((kept.sum(-1) > inside.sum(-1)).any()):  # rows that end among equal entries
+        equal = probs_RV == least
+        kept_equal = (inside & (largest == least)).sum(-1, keepdim=True)
+        kept = kept & (~equal | (equal.cumsum(-1) <= kept_equal))
     short = sums[:, -1] < top_p
     if first < vocab and bool(short.any()):
-        kept[short] = nucleus(probs_RV[short], top_p, vocab)
+        kept[short] = nucleus(probs_RV[short], top_p, 32 * first)
     return kept
 
 

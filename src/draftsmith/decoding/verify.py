@@ -35,7 +35,7 @@ def verify_sampling(tree: DraftTree, probabilities_of: Callable[[int], Tensor], 
     """`probabilities_of(node)`: the target's distribution [V] after that node, filters applied."""
     path = [0]
     while True:
-        p = probabilities_of(path[-1]).double()[None]
+        p = probabilities_of(path[-1])[None]
         children = tree.children[path[-1]]
         tokens = torch.tensor([[tree.tokens[child] for child in children]], dtype=torch.long, device=p.device)
         q = tree.drawn.get(children[-1]) if children else None
@@ -59,4 +59,4 @@ def choose(p_RV: Tensor, tokens_Rk: Tensor, q_RV: Tensor | None, generator: torc
         rest = (rest - rest.sum(1, keepdim=True) * q_RV).clamp_(min=0.0)
     rest = torch.where(rest.sum(1, keepdim=True) > 0, rest, p_RV)  # the children hold all of p, up to rounding
     u_R1 = uniforms(p_RV, generator)[:, None]
-    return torch.searchsorted(shares.cumsum(1), u_R1, right=True).squeeze(1), rest
+    return torch.searchsorted(shares.cumsum(1, dtype=u_R1.dtype), u_R1, right=True).squeeze(1), rest
