@@ -1,6 +1,7 @@
 """What a run directory holds is checked, not trusted; what was done is what is told."""
 
 import contextlib
+import re
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ from models import save_tiny_target, tiny_lm, tiny_recipe, write_prompts
 from safetensors.torch import load_file, save_file
 
 from draftsmith.commands import GROUPS
-from draftsmith.core.errors import DataError, RecipeError, TargetError
+from draftsmith.core.errors import DataError, DraftsmithError, RecipeError, TargetError
 from draftsmith.core.history import results_of
 from draftsmith.core.recipe import Recipe
 from draftsmith.core.records.evaluation import Results
@@ -91,6 +92,35 @@ def test_a_damaged_output_is_named_and_made_again(copied, name):
     for path, content in wanted.items():
         assert (directory / path).read_bytes() == content, path
     assert weights(directory) == wanted["export/draft/model.safetensors"]
+
+
+LATE = {
+    "draft.taps": ([99], "train", "draft.taps: 99 given; the target has layers 0..5"),
+    "draft.num_attention_heads": (3, "train", "draft.num_attention_heads: 3 is no multiple of num_key_value_heads 2"),
+    "vocab.size": (10**6, "vocab", "vocab.size: 1000000 is larger than the target's vocabulary of"),
+    "train.accumulate": (3, "train", "train.accumulate: 3 packs a step cannot be dealt out to 2 processes"),
+    "train.shard": (True, "train", "train.shard: not with Muon"),
+    "train.from_draft": ("/nowhere", "train", "/nowhere: no config.json"),
+    "evaluate.url": ("http://127.0.0.1:9", "evaluate", "evaluate.url: given, but the embedded engine decodes"),
+    "evaluate.sets": ([{"name": "own", "path": "/nowhere"}], "evaluate", "evaluate.sets: own: /nowhere is no file"),
+}
+
+
+@pytest.mark.parametrize("key", LATE)
+def test_what_a_late_stage_cannot_do_is_told_before_the_first(finished, tmp_path, monkeypatch, key):
+    (value, stage, words), (recipe, _) = LATE[key], finished
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    changes = {"train.optimizer": "muon", "train.accumulate": 2, key: value}
+    given = recipe.model_dump(exclude_unset=True)
+    for name, changed in changes.items():
+        part, _, rest = name.partition(".")
+        given.setdefault(part, {})[rest] = changed
+    run = Run(Recipe.model_validate(given), tmp_path / "run", ["test"])
+    [line] = [line for line in explain(run, GROUPS["its stages"]).splitlines() if line.startswith(f"{stage:<11} stop")]
+    assert words in line
+    with pytest.raises(DraftsmithError, match=re.escape(words)):
+        run_pipeline(run)
+    assert not list(tmp_path.iterdir()), "nothing ran"
 
 
 def test_files_that_were_only_copied_stand(copied):

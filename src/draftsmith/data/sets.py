@@ -99,15 +99,21 @@ SETS = {
 OWN = NamedSet("", None, licence="not stated")  # of any other name
 
 
-def read_set(chosen: EvaluationSet, training: Path, folder: Path, skip_bad: bool) -> EvaluationPrompts:
-    """The set without what training prompts begin with; read once and kept in `folder`. Raises `DataError`."""
-    known = SETS.get(chosen.name, OWN)
+def local_files(chosen: EvaluationSet) -> list[Path]:
+    """Those of a set that does not come from the hub. Raises `DataError` where its path has none."""
     files = data_files(chosen.path) if chosen.path else []
     if chosen.path and not files:
         raise DataError(
             f"evaluate.sets: {chosen.name}: {chosen.path} is no file, and no folder that has .json, .jsonl, .csv, "
             ".parquet or .arrow files in it; give such a path (of SPEED-Bench the folder of one configuration)"
         )
+    return files
+
+
+def read_set(chosen: EvaluationSet, training: Path, folder: Path, skip_bad: bool) -> EvaluationPrompts:
+    """The set without what training prompts begin with; read once and kept in `folder`. Raises `DataError`."""
+    known = SETS.get(chosen.name, OWN)
+    files = local_files(chosen)
     trained_on = [training] if training.exists() else []
     key = digest(chosen.model_dump(mode="json"), known.source, skip_bad, *files, *trained_on)
     kept = folder / f"{chosen.name}-{key}.json"

@@ -67,10 +67,14 @@ class DraftVocabulary:
         return vocabulary
 
 
-def choose(counts: Counter[int], size: int, target_size: int, always: set[int]) -> DraftVocabulary:
-    """The `size` most frequent tokens; `always` (special and end tokens) are in first; ties go to the lower id."""
+def require_size(size: int, target_size: int) -> None:
     if size > target_size:
         raise DataError(f"vocab.size: {size} is larger than the target's vocabulary of {target_size}")
+
+
+def choose(counts: Counter[int], size: int, target_size: int, always: set[int]) -> DraftVocabulary:
+    """The `size` most frequent tokens; `always` (special and end tokens) are in first; ties go to the lower id."""
+    require_size(size, target_size)
     if size < len(always):
         raise DataError(f"vocab.size: {size} is too small for the target's {len(always)} special tokens")
     kept = set(always)

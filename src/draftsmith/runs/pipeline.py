@@ -15,15 +15,14 @@ from pathlib import Path
 
 from draftsmith.core import files, run_files
 from draftsmith.core.allocator import return_freed_memory
-from draftsmith.core.errors import DataError, MemoryShortage, RecipeError, out_of_memory, shortage
+from draftsmith.core.errors import DataError, DraftsmithError, MemoryShortage, RecipeError, out_of_memory, shortage
 from draftsmith.core.history import changed, outputs_of
 from draftsmith.core.progress import say
 from draftsmith.core.recipe_file import dump_recipe
 from draftsmith.core.records.run import Manifest, StageRun, StageState
 from draftsmith.core.secrets import masked
 from draftsmith.runs.run import Run, commit
-from draftsmith.runs.stages import STAGES, Stage, starting_draft
-from draftsmith.training.tracking import require_tracker
+from draftsmith.runs.stages import STAGES, Stage
 
 FORMAT = 4  # raise when a stage's output changes meaning
 
@@ -172,12 +171,12 @@ def run_pipeline(run: Run, only: str | None = None, redo: str | None = None) -> 
     Under torchrun the first process does everything and the others join it in training.
     """
     chosen = [stage for stage in STAGES if only in (None, stage.name)]
-    if only in (None, "train"):
-        require_tracker(run.recipe.train.track)
     if redo is not None and redo not in [stage.name for stage in chosen]:
         raise RecipeError(
             f"--redo: {redo} given, but only {only} runs here; redo it with: draftsmith run RECIPE --redo {redo}"
         )
+    for stage in chosen:
+        stage.require_possible(run)
     if not run.processes.main:
         for stage in chosen:
             run.processes.wait()  # until the stage's directory is ready
@@ -187,7 +186,6 @@ def run_pipeline(run: Run, only: str | None = None, redo: str | None = None) -> 
                 run.release_target()
             run.processes.wait()
         return
-    starting_draft(run)  # one that cannot be read is told before hours of work
     with run.lock:
         if only is not None:
             _require_past(run, chosen[0])
@@ -215,12 +213,13 @@ def explain(run: Run, does: Mapping[str, str], only: str | None = None) -> str:
             continue
         what = "run "
         try:
+            stage.require_possible(run)
             if only is not None:
                 _require_past(run, stage)
             why = reason_to_run(run, stage, stage_key(run, stage) if before is None else None)
             if why is None and before is not None:
                 why = f"unless `{before}` makes the same files again"
-        except DataError as error:
+        except DraftsmithError as error:
             what, why = "stop", str(error)
         if why is not None and not stage.always:
             before = before or stage.name

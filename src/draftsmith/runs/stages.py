@@ -14,13 +14,16 @@ from draftsmith.core.progress import say
 from draftsmith.core.recipe import BOOKKEEPING
 from draftsmith.data.prompts import gather
 from draftsmith.data.regenerate import Regeneration
+from draftsmith.data.sets import local_files
 from draftsmith.data.sources import data_files
 from draftsmith.data.templates import ChatFormat
-from draftsmith.data.vocabulary import DraftVocabulary, build_vocabulary
+from draftsmith.data.vocabulary import DraftVocabulary, build_vocabulary, require_size
 from draftsmith.drafts.directories import files_of, inspect_draft
 from draftsmith.engines import ENGINES, SERVERS
 from draftsmith.evaluation.evaluate import Evaluation
+from draftsmith.runs.estimates import draft_of
 from draftsmith.runs.run import Run, commit
+from draftsmith.training.tracking import require_tracker
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Stage:
     """Tells of more than its inputs, so it is made anew each time, and of whatever is there."""
     memory: tuple[str, ...] = ()
     """Keys of the recipe that what it holds at once grows with."""
+    require_possible: Callable[["Run"], None] = lambda run: None
+    """Raises what speaks against it already where the stages before it, hours of work, have not run."""
 
 
 def _source_files(run: Run) -> list[Path]:
@@ -103,6 +108,24 @@ def starting_draft(run: Run) -> list[Path]:
     return files_of(start)
 
 
+def _require_vocabulary(run: Run) -> None:
+    if run.recipe.train.from_draft is None:
+        require_size(run.recipe.vocab.size, run.target_config.get_text_config().vocab_size)
+
+
+def _require_training(run: Run) -> None:
+    require_tracker(run.recipe.train.track)
+    starting_draft(run)
+    draft_of(run)
+    run.processes.require_possible(run.recipe.train)
+
+
+def _require_evaluation(run: Run) -> None:
+    run.engine_of("evaluate")
+    for chosen in run.recipe.evaluate.sets:
+        local_files(chosen)
+
+
 def _part(*names: str, **without: set[str]) -> Callable[[Run], Any]:
     """Key made of these parts of the recipe, some of them without some of their keys."""
 
@@ -143,6 +166,7 @@ STAGES = (
         _part("target", "vocab"),
         lambda run: [*run_files.shards(run.files.completions), *starting_draft(run)],
         _vocab,
+        require_possible=_require_vocabulary,
     ),
     Stage(
         "train",
@@ -155,6 +179,7 @@ STAGES = (
             run.recipe.train.model_dump(mode="json", exclude=BOOKKEEPING),
         ],
         memory=("train.pack_tokens", "train.max_document_tokens"),
+        require_possible=_require_training,
     ),
     Stage(
         "export",
@@ -174,6 +199,7 @@ STAGES = (
         # Sets are measured one by one, so another one continues it.
         lambda run: _evaluation_key(run, "sets"),
         memory=("evaluate.lossless_prompts", "regenerate.batch_size"),
+        require_possible=_require_evaluation,
     ),
     Stage(
         "report",

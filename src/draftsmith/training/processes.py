@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from draftsmith.core.errors import TrainingError
+from draftsmith.core.errors import DataError, TrainingError
+from draftsmith.core.recipe import TrainRecipe
 
 T = TypeVar("T")
 PATIENCE = datetime.timedelta(days=7)  # the others wait while rank 0 regenerates
@@ -45,6 +46,16 @@ class ProcessGroup:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.timeout_min, self._lost = timeout_min, False
+
+    def require_possible(self, settings: TrainRecipe) -> None:
+        """Raises `DataError` where so many processes cannot train like this."""
+        if settings.accumulate % self.size:
+            raise DataError(
+                f"train.accumulate: {settings.accumulate} packs a step cannot be dealt out to {self.size} "
+                f"processes; give a multiple of {self.size}"
+            )
+        if settings.shard and self.size > 1 and settings.optimizer == "muon":
+            raise DataError("train.shard: not with Muon; give train.optimizer adamw or train.shard false")
 
     @property
     def main(self) -> bool:

@@ -67,11 +67,7 @@ class Trainer:
         """peak_flops_s: of a device in the dtype of training; with it the share that is reached is told."""
         settings = recipe.train
         self.processes = processes = processes or ProcessGroup()
-        if settings.accumulate % processes.size:
-            raise DataError(
-                f"train.accumulate: {settings.accumulate} packs a step cannot be dealt out to {processes.size} "
-                f"processes; give a multiple of {processes.size}"
-            )
+        processes.require_possible(settings)
         self.recipe, self.settings, self.target, self.vocabulary, self.out = recipe, settings, target, vocabulary, out
         self.peak_flops_s = peak_flops_s
         out.mkdir(parents=True, exist_ok=True)
@@ -91,8 +87,6 @@ class Trainer:
         self.loss = self.method.loss(self.draft, settings)
         self.sharded = settings.shard and processes.size > 1
         if self.sharded:
-            if settings.optimizer == "muon":
-                raise DataError("train.shard: not with Muon; give train.optimizer adamw or train.shard false")
             processes.shard(self.loss, self.dtype)
         self.optimizers = make_optimizers(self.draft, settings, self.dtype)
         self.head_rows = target.head_rows(vocabulary.ids_D).contiguous()
