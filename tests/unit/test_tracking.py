@@ -155,8 +155,10 @@ def test_an_interrupted_training_does_not_wait_for_a_tracker_that_hangs(monkeypa
 
 
 def test_a_package_that_is_missing_is_told_before_anything_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
-    run = Run(recipe("trackio"), tmp_path / "run", ["test"])
+    found = tracking.importlib.util.find_spec
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None if name == "trackio" else found(name))
+    told = tiny_recipe(save_tiny_target(tmp_path / "model"), "p.jsonl", **{"train.track": "trackio"})
+    run = Run(told, tmp_path / "run", ["test"])
     with pytest.raises(RecipeError, match=r'train.track: trackio given.*pip install "draftsmith\[trackio\]"'):
         run_pipeline(run)
     assert not (tmp_path / "run" / "prompts").exists()
