@@ -3,6 +3,7 @@
     bash benchmarks/install_peers.sh .peers-venv
     python benchmarks/arena.py --peers .peers-venv --seconds 300 --seeds 1 2
     python benchmarks/arena.py --only draftsmith --seeds 1    # one cell; whatever is done already is kept
+    python benchmarks/arena.py --vllm '/opt/vllm/bin/vllm serve'    # judge by vLLM, too
 
 SmolLM2-135M-Instruct in fp32 writes the completions of recipes/smollm2-135m-cpu.yaml, once (--work/run, which may be a
 copy of a finished run: its prompts, completions and vocab are taken as they are). Every system trains an EAGLE-3 draft
@@ -22,7 +23,8 @@ All drafts are judged on the same text: what the target writes to prompts that n
 those (arena_prompts.jsonl: translation, summaries, retrieval), without text after the onset of a loop. A chain's tau is
 walked along that text, which is exactly what decoding accepts (tests/parity/test_profile.py); at T = 1 the text is a
 sample, and a draft is taken greedily (accepted where it is the token drawn) or sampled (accepted with min(1, q / p)).
-The tree 3/4/8 of the last draft is decoded by the embedded engine.
+The tree 3/4/8 of the last draft is decoded by the embedded engine. `--vllm PROGRAM` has vLLM decode the same prompts
+with the last draft of every cell, as it is on disk: chain 3, greedily, loops left out.
 
 Everything lies in --work, a file per cell, so an interrupted arena goes on. The result: benchmarks/results/arena.json.
 """
@@ -60,6 +62,8 @@ from draftsmith.decoding.stopping import Ends, loop_onset
 from draftsmith.drafts import METHODS
 from draftsmith.drafts.directories import ready_draft, write_draft
 from draftsmith.drafts.packing import make_pack, trainable
+from draftsmith.engines import SERVERS
+from draftsmith.engines.base import Setup
 from draftsmith.evaluation.acceptance import bootstrap_tau, count
 from draftsmith.evaluation.profile import rank_table, walks_of
 from draftsmith.hardware.accept_length import MeasuredProfile, SampledProfile
@@ -282,6 +286,20 @@ def judge(target: LocalTarget, draft: Path, texts: JsonObject, tree: bool) -> Js
     return told
 
 
+def judge_on_vllm(recipe: Recipe, draft: Path, texts: JsonObject, program: str) -> JsonObject:
+    """tau of the chain as vLLM decodes it; the engine's log lies beside the draft."""
+    serve = recipe.serve.model_copy(
+        update={"program": program, "context": 1024, "extra": "--enforce-eager --max-num-seqs 16"}
+    )
+    server = recipe.server.model_copy(update={"concurrency": 16})
+    setup = Setup(recipe.model_copy(update={"serve": serve, "server": server}), draft, draft.parent)
+    with SERVERS["vllm"].open(setup, CHAIN) as session:
+        asked = [ids for _, ids in texts["prompts"]]
+        answers = dict(session.generate(asked, Sampling(), WRITTEN))
+    rows = [count("", category, answers[i], CHAIN.steps) for i, (category, _) in enumerate(texts["prompts"])]
+    return bootstrap_tau([row.accepted for row in rows], [row.steps for row in rows]).model_dump(mode="json")
+
+
 # --- all of it ----------------------------------------------------------------------------------------------------
 
 
@@ -302,7 +320,10 @@ def result(work: Path, seconds: float, command: str) -> JsonObject:
         about = {"system": name, "seed": int(seed), "version": trained["version"], "steps": trained["steps"]}
         about["above_target_bytes"] = trained["above_target_bytes"]
         about["changed"] = OURS.get(name, {})
-        rows.append({**about, **point, "tau": files.read_json(path)})
+        tau, served = files.read_json(path), path.parent / f"vllm-{path.stem.removeprefix('judged-')}.json"
+        if served.exists():
+            tau["vllm"] = files.read_json(served)
+        rows.append({**about, **point, "tau": tau})
     made = {"commit": commit(), "command": command, "hardware": hardware().model_dump(mode="json")}
     texts, run = files.read_json(work / "texts.json"), RunFiles(work / "run")
     data = {
@@ -325,6 +346,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300.0, help="CPU seconds of training for everyone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--only", nargs="+", choices=[*PEERS, *OURS], default=list(USUAL), metavar="SYSTEM")
+    parser.add_argument("--vllm", metavar="PROGRAM", help="what starts vLLM; it judges the last drafts, too")
     parser.add_argument("--work", type=Path, default=Path("runs/arena"))
     parser.add_argument("--ours", type=Path, metavar="CELL", help="train one cell of ours in this process")
     options = parser.parse_args()
@@ -362,6 +384,10 @@ def main() -> None:
             told = files.read_json(path)["all"]
             ways = ", ".join(f"{way} {tau:.3f}" for way, tau in told.items())
             print(f"{name}-{seed} at {share:g}: {ways}", flush=True)
+            served = cell / f"vllm-{share}.json"
+            if options.vllm and share == SHARES[-1] and not served.exists():
+                files.write_json(served, judge_on_vllm(recipe, cell / "drafts" / str(share), texts, options.vllm))
+                print(f"{name}-{seed} on vLLM: {files.read_json(served)['tau']:.3f}", flush=True)
     files.write_json(OUT, result(work, options.seconds, " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])))
 
 

@@ -5,10 +5,11 @@ python benchmarks/results.py render                          # -> docs/results.m
 """
 
 import re
-import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from arena_tables import RESULTS, ablations, arena, arena_plot, arena_table, arena_times, table
 
 from draftsmith.cli import quiet_libraries
 from draftsmith.core import run_files
@@ -22,12 +23,10 @@ from draftsmith.core.run_files import RunFiles
 from draftsmith.engines import ENGINES
 from draftsmith.evaluation.acceptance import INTERVAL_PROMPTS
 from draftsmith.evaluation.lossless import lossless_verdict
-from draftsmith.evaluation.plots import Points, line_plot
 from draftsmith.runs.estimates import costs_of, plan_of
 from draftsmith.runs.run import Run
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 FIRST = "smollm2-135m-cpu"  # what README shows
 PROBE = "benchmarks/results/probe-epyc-2-avx2.json"
 CASES = (  # README's three ways to begin
@@ -35,8 +34,6 @@ CASES = (  # README's three ways to begin
     ("Qwen3-8B on one 80 GB GPU", "qwen3-8b-eagle3", "h100-1"),
     ("a served 230 B MoE", "minimax-m2.7-eagle3", "h200-nvlink-8"),
 )
-OURS, GREEDY, SAMPLED = "draftsmith", "all T=0", "all T=1 sampled"
-ARENA = (OURS, "speculators", "specforge", "specforge-tuned", "specforge-3e-3")
 TITLES = {
     "smollm2-135m-cpu": "SmolLM2-135M-Instruct, one draft on three engines",
     "gemma3-270m-cpu": "Gemma-3-270m, the longer CPU recipe",
@@ -87,10 +84,6 @@ def measured(told: JsonObject) -> Iterator[tuple[str, Results]]:
 def honest(value: Tau) -> str:
     """Files of earlier commits hold intervals over fewer prompts than carry one."""
     return str(value if value.prompts >= INTERVAL_PROMPTS else value.model_copy(update={"low": None}))
-
-
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def acceptance_table(results: list[tuple[str, Results]]) -> list[str]:
@@ -235,161 +228,6 @@ def decoding() -> list[str]:
         f"{provenance(Provenance(**told['created_with']))}",
         "",
     ]
-
-
-def arena_rows(told: JsonObject) -> dict[str, dict[float, JsonObject]]:
-    """By system and share of the budget, the mean over seeds of every number."""
-    by_place: dict[str, dict[float, list[JsonObject]]] = {}
-    for row in told["rows"]:
-        tau = row["tau"]
-        numbers = {key: row[key] for key in ("tokens", "cpu_s", "wall_s", "steps", "above_target_bytes")}
-        numbers |= {f"{group} {way}": value for group in ("all", "like", "unlike") for way, value in tau[group].items()}
-        numbers |= {"tree": tau["tree"]["tau"]} if "tree" in tau else {}
-        by_place.setdefault(row["system"], {}).setdefault(row["share"], []).append(numbers)
-    return {
-        system: {
-            share: {key: statistics.mean(one[key] for one in same) for key in same[0]} | {"seeds": len(same)}
-            for share, same in sorted(shares.items())
-        }
-        for system, shares in by_place.items()
-    }
-
-
-def arena_curve(points: dict[float, JsonObject], key: str) -> Points:
-    """(CPU seconds, tau), from nothing learned on."""
-    return [0.0, *(p["cpu_s"] for p in points.values())], [1.0, *(p[key] for p in points.values())]
-
-
-def time_to(curve: Points, tau: float) -> float | None:
-    """CPU seconds at which a curve first reaches tau, along straight lines between its points."""
-    seconds, taus = curve
-    for i in range(1, len(taus)):
-        if taus[i] >= tau:
-            return seconds[i - 1] + (seconds[i] - seconds[i - 1]) * (tau - taus[i - 1]) / (taus[i] - taus[i - 1])
-    return None
-
-
-def arena_systems() -> dict[str, dict[float, JsonObject]]:
-    told = arena_rows(read_json(RESULTS / "arena.json"))
-    return {name: told[name] for name in ARENA if name in told}
-
-
-def arena_table() -> str:
-    rows = []
-    for name, points in arena_systems().items():
-        last = points[max(points)]
-        taus = [f"{last[key]:.2f}" for key in (GREEDY, "tree", "unlike T=0", "all T=1 greedy", SAMPLED)]
-        spent = [f"{last['cpu_s']:.0f}", f"{last['tokens'] / 1000:.0f} k", f"{last['tokens'] / last['cpu_s']:.0f}"]
-        rows.append([name, str(last["seeds"]), *taus, *spent, f"{last['above_target_bytes'] / 1e9:.2f} GB"])
-    taus = ["3/1/4", "3/4/8", "3/1/4, foreign prompts", "3/1/4, T=1", "T=1, sampled drafts"]
-    spent = ["CPU s", "tokens trained on", "tokens per CPU s", "memory above the target"]
-    return "\n".join(table(["system", "seeds", *taus, *spent], rows))
-
-
-def arena_times() -> str:
-    """CPU seconds until the best tau of any peer is reached, beside what that peer took."""
-    systems, told = arena_systems(), []
-    for what, key in (("T=0", GREEDY), ("T=1 with sampled drafts", SAMPLED)):
-        peers = [(p[key], p["cpu_s"], name) for name in systems if name != OURS for p in systems[name].values()]
-        tau, spent, name = max(peers)
-        ours = time_to(arena_curve(systems[OURS], key), tau)
-        reached = f"in {ours:.0f}" if ours else "not within them"
-        told.append(f"{what}: {name}'s {tau:.2f} of {spent:.0f} CPU seconds is reached {reached}")
-    return "; ".join(told) + "."
-
-
-def arena() -> list[str]:
-    told = read_json(RESULTS / "arena.json")
-    rows = [
-        [
-            *(r["system"], r["version"], str(r["seed"]), f"{r['share']:g}", f"{r['cpu_s']:.0f}", f"{r['tokens']:,}"),
-            *(f"{value:.2f}" for way in ("all", "unlike") for value in r["tau"][way].values()),
-            f"{r['tau']['tree']['tau']:.2f}" if "tree" in r["tau"] else "-",
-            " / ".join(f"{share:.2f}" for share in r["tau"]["depths"][:3]),
-        ]
-        for r in told["rows"]
-        if r["system"] in ARENA
-    ]
-    ways = [f"{group}{way}" for group in ("", "foreign ") for way in ("T=0", "T=1", "T=1 sampled")]
-    head = ["system", "version", "seed", "share", "CPU s", "tokens", *ways, "3/4/8, T=0", "right by depth, T=0"]
-    data, cpu = told["data"], told["hardware"]["cpu"]
-    return [
-        "## Accept length by time, beside the peers",
-        "",
-        f"SmolLM2-135M-Instruct, fp32, {cpu}, 2 cores, judged and put together by commit {told['commit']}: "
-        f"`benchmarks/arena.py`, {told['seconds']:g} CPU seconds of training for everyone, "
-        f"{data['completion_tokens']:,} completion tokens, {data['prompts']} prompts. "
-        "What was bypassed of the peers, and how text is judged, is told there. "
-        f"{arena_times()}",
-        "",
-        *table(head, rows),
-        "",
-    ]
-
-
-def ablation_table(told: JsonObject) -> list[str]:
-    """Every switch that ran on one text, beside the recipe as it is."""
-    means = arena_rows(told)
-    changed = {r["system"]: r["changed"] for r in told["rows"] if r["changed"] or r["system"] == OURS}
-    rows = []
-    for name in sorted(changed, key=lambda name: (name != OURS, name)):
-        last = means[name][max(means[name])]
-        base = means[OURS][max(means[OURS])]
-        taus = [f"{last[k]:.3f} ({last[k] - base[k]:+.3f})" for k in (GREEDY, "unlike T=0", "all T=1 greedy", SAMPLED)]
-        cost = [f"{last['tokens'] / 1000:.0f} k", f"{last['cpu_s']:.0f}"]
-        rows.append([switches(changed[name]), str(last["seeds"]), *cost, *taus])
-    return table(["changed", "seeds", "tokens", "CPU s", "T=0", "foreign, T=0", "T=1", "T=1, sampled drafts"], rows)
-
-
-def ablations() -> str:
-    now, before = (read_json(RESULTS / f"{name}.json") for name in ("arena", "arena-newton-schulz"))
-    lines = [
-        "# Ablations",
-        "",
-        "Made by `python benchmarks/results.py render` from `benchmarks/results/arena*.json`: one switch each of "
-        "`recipes/smollm2-135m-cpu.yaml` with `train.learning_rate 0.008`, no loss on prompts and no weight decay, "
-        f"{now['seconds']:g} CPU seconds of training (`python benchmarks/arena.py --only NAME`), tau of the chain "
-        "3/1/4, in brackets the difference to the first row. What did not help stays here; what was not run is not "
-        "here. Seeds differ by about as much as the rows of `docs/results.md` show.",
-        "",
-        *ablation_table(now),
-        "",
-        f"The same by commit {before['commit'].removesuffix('+dirty')} on another text, when five steps of "
-        "Newton-Schulz made Muon's update:",
-        "",
-        *ablation_table(before),
-        "",
-        *whole_recipe(),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def whole_recipe() -> list[str]:
-    """What the short runs above cannot tell."""
-    told = read_json(RESULTS / "smollm2-135m-hour.json")
-    marks = sorted({int(step) for row in told["rows"] for step in row["held_out_tau"]})
-    rows = [
-        [switches(row["changed"]), row["commit"], *(f"{row['held_out_tau'][str(step)]:.3f}" for step in marks)]
-        for row in told["rows"]
-    ]
-    return [
-        "A longer run wants a smaller rate than fifty steps do, and reads its text four times: tau on held-out "
-        f"completions after so many steps of `{told['command']}` ({told['hardware']}, the arena's completions, one "
-        "seed):",
-        "",
-        *table(["changed", "commit", *map(str, marks)], rows),
-    ]
-
-
-def switches(changed: JsonObject) -> str:
-    return ", ".join(f"`{key} {value}`" for key, value in changed.items()) or "nothing"
-
-
-def arena_plot() -> str:
-    """The curves of README, on a ground of their own: a page that is dark would swallow the text."""
-    series = {name: arena_curve(points, GREEDY) for name, points in arena_systems().items()}
-    plot = str(line_plot("Accept length by CPU seconds of training", ("CPU seconds", "tau, chain 3/1/4, T=0"), series))
-    return plot.replace(">", "><style>svg{background:#fff}</style>", 1) + "\n"
 
 
 def on_gpus() -> list[str]:

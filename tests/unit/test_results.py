@@ -1,6 +1,6 @@
 """docs/results.md and README's tables are what the recorded files and `plan` say."""
 
-import importlib.util
+import importlib
 from pathlib import Path
 
 import pytest
@@ -17,12 +17,10 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def results():
+def results(monkeypatch):
     """benchmarks/results.py"""
-    spec = importlib.util.spec_from_file_location("results", ROOT / "benchmarks" / "results.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("results")
 
 
 def finished(run: RunFiles) -> None:

@@ -1,0 +1,187 @@
+"""What benchmarks/arena.py measured, as tables and a plot; results.py puts them into the documents."""
+
+import statistics
+from pathlib import Path
+
+from draftsmith.core.files import JsonObject, read_json
+from draftsmith.evaluation.plots import Points, line_plot
+
+RESULTS = Path(__file__).parent / "results"
+OURS, GREEDY, SAMPLED = "draftsmith", "all T=0", "all T=1 sampled"
+ARENA = (OURS, "speculators", "specforge", "specforge-tuned", "specforge-3e-3")
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def arena_rows(told: JsonObject) -> dict[str, dict[float, JsonObject]]:
+    """By system and share of the budget, the mean over seeds of every number."""
+    by_place: dict[str, dict[float, list[JsonObject]]] = {}
+    for row in told["rows"]:
+        tau = row["tau"]
+        numbers = {key: row[key] for key in ("tokens", "cpu_s", "wall_s", "steps", "above_target_bytes")}
+        numbers |= {f"{group} {way}": value for group in ("all", "like", "unlike") for way, value in tau[group].items()}
+        numbers |= {engine: tau[engine]["tau"] for engine in ("tree", "vllm") if engine in tau}
+        by_place.setdefault(row["system"], {}).setdefault(row["share"], []).append(numbers)
+    return {
+        system: {
+            share: {
+                key: statistics.mean(one[key] for one in same) for key in same[0] if all(key in one for one in same)
+            }
+            | {"seeds": len(same)}
+            for share, same in sorted(shares.items())
+        }
+        for system, shares in by_place.items()
+    }
+
+
+def arena_curve(points: dict[float, JsonObject], key: str) -> Points:
+    """(CPU seconds, tau), from nothing learned on."""
+    return [0.0, *(p["cpu_s"] for p in points.values())], [1.0, *(p[key] for p in points.values())]
+
+
+def time_to(curve: Points, tau: float) -> float | None:
+    """CPU seconds at which a curve first reaches tau, along straight lines between its points."""
+    seconds, taus = curve
+    for i in range(1, len(taus)):
+        if taus[i] >= tau:
+            return seconds[i - 1] + (seconds[i] - seconds[i - 1]) * (tau - taus[i - 1]) / (taus[i] - taus[i - 1])
+    return None
+
+
+def arena_systems() -> dict[str, dict[float, JsonObject]]:
+    told = arena_rows(read_json(RESULTS / "arena.json"))
+    return {name: told[name] for name in ARENA if name in told}
+
+
+def arena_table() -> str:
+    rows = []
+    for name, points in arena_systems().items():
+        last = points[max(points)]
+        taus = [
+            f"{last[key]:.2f}" if key in last else "-"
+            for key in (GREEDY, "vllm", "tree", "unlike T=0", "all T=1 greedy", SAMPLED)
+        ]
+        spent = [f"{last['cpu_s']:.0f}", f"{last['tokens'] / 1000:.0f} k", f"{last['tokens'] / last['cpu_s']:.0f}"]
+        rows.append([name, str(last["seeds"]), *taus, *spent, f"{last['above_target_bytes'] / 1e9:.2f} GB"])
+    taus = ["3/1/4", "by vLLM", "3/4/8", "3/1/4, foreign prompts", "3/1/4, T=1", "T=1, sampled drafts"]
+    spent = ["CPU s", "tokens trained on", "tokens per CPU s", "memory above the target"]
+    return "\n".join(table(["system", "seeds", *taus, *spent], rows))
+
+
+def arena_times() -> str:
+    """CPU seconds until the best tau of any peer is reached, beside what that peer took."""
+    systems, told = arena_systems(), []
+    for what, key in (("T=0", GREEDY), ("T=1 with sampled drafts", SAMPLED)):
+        peers = [(p[key], p["cpu_s"], name) for name in systems if name != OURS for p in systems[name].values()]
+        tau, spent, name = max(peers)
+        ours = time_to(arena_curve(systems[OURS], key), tau)
+        reached = f"in {ours:.0f}" if ours else "not within them"
+        told.append(f"{what}: {name}'s {tau:.2f} of {spent:.0f} CPU seconds is reached {reached}")
+    return "; ".join(told) + "."
+
+
+def arena() -> list[str]:
+    told = read_json(RESULTS / "arena.json")
+    rows = [
+        [
+            *(r["system"], r["version"], str(r["seed"]), f"{r['share']:g}", f"{r['cpu_s']:.0f}", f"{r['tokens']:,}"),
+            *(f"{value:.2f}" for way in ("all", "unlike") for value in r["tau"][way].values()),
+            *(f"{r['tau'][engine]['tau']:.2f}" if engine in r["tau"] else "-" for engine in ("tree", "vllm")),
+            " / ".join(f"{share:.2f}" for share in r["tau"]["depths"][:3]),
+        ]
+        for r in told["rows"]
+        if r["system"] in ARENA
+    ]
+    ways = [f"{group}{way}" for group in ("", "foreign ") for way in ("T=0", "T=1", "T=1 sampled")]
+    head = [
+        "system",
+        "version",
+        "seed",
+        "share",
+        "CPU s",
+        "tokens",
+        *ways,
+        "3/4/8, T=0",
+        "vLLM, T=0",
+        "right by depth, T=0",
+    ]
+    data, cpu = told["data"], told["hardware"]["cpu"]
+    return [
+        "## Accept length by time, beside the peers",
+        "",
+        f"SmolLM2-135M-Instruct, fp32, {cpu}, 2 cores, judged and put together by commit {told['commit']}: "
+        f"`benchmarks/arena.py`, {told['seconds']:g} CPU seconds of training for everyone, "
+        f"{data['completion_tokens']:,} completion tokens, {data['prompts']} prompts. "
+        "What was bypassed of the peers, and how text is judged, is told there. "
+        f"{arena_times()}",
+        "",
+        *table(head, rows),
+        "",
+    ]
+
+
+def ablation_table(told: JsonObject) -> list[str]:
+    """Every switch that ran on one text, beside the recipe as it is."""
+    means = arena_rows(told)
+    changed = {r["system"]: r["changed"] for r in told["rows"] if r["changed"] or r["system"] == OURS}
+    rows = []
+    for name in sorted(changed, key=lambda name: (name != OURS, name)):
+        last = means[name][max(means[name])]
+        base = means[OURS][max(means[OURS])]
+        taus = [f"{last[k]:.3f} ({last[k] - base[k]:+.3f})" for k in (GREEDY, "unlike T=0", "all T=1 greedy", SAMPLED)]
+        cost = [f"{last['tokens'] / 1000:.0f} k", f"{last['cpu_s']:.0f}"]
+        rows.append([switches(changed[name]), str(last["seeds"]), *cost, *taus])
+    return table(["changed", "seeds", "tokens", "CPU s", "T=0", "foreign, T=0", "T=1", "T=1, sampled drafts"], rows)
+
+
+def ablations() -> str:
+    now, before = (read_json(RESULTS / f"{name}.json") for name in ("arena", "arena-newton-schulz"))
+    lines = [
+        "# Ablations",
+        "",
+        "Made by `python benchmarks/results.py render` from `benchmarks/results/arena*.json`: one switch each of "
+        "`recipes/smollm2-135m-cpu.yaml` with `train.learning_rate 0.008`, no loss on prompts and no weight decay, "
+        f"{now['seconds']:g} CPU seconds of training (`python benchmarks/arena.py --only NAME`), tau of the chain "
+        "3/1/4, in brackets the difference to the first row. What did not help stays here; what was not run is not "
+        "here. Seeds differ by about as much as the rows of `docs/results.md` show.",
+        "",
+        *ablation_table(now),
+        "",
+        f"The same by commit {before['commit'].removesuffix('+dirty')} on another text, when five steps of "
+        "Newton-Schulz made Muon's update:",
+        "",
+        *ablation_table(before),
+        "",
+        *whole_recipe(),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def whole_recipe() -> list[str]:
+    """What the short runs above cannot tell."""
+    told = read_json(RESULTS / "smollm2-135m-hour.json")
+    marks = sorted({int(step) for row in told["rows"] for step in row["held_out_tau"]})
+    rows = [
+        [switches(row["changed"]), row["commit"], *(f"{row['held_out_tau'][str(step)]:.3f}" for step in marks)]
+        for row in told["rows"]
+    ]
+    return [
+        "A longer run wants a smaller rate than fifty steps do, and reads its text four times: tau on held-out "
+        f"completions after so many steps of `{told['command']}` ({told['hardware']}, the arena's completions, one "
+        "seed):",
+        "",
+        *table(["changed", "commit", *map(str, marks)], rows),
+    ]
+
+
+def switches(changed: JsonObject) -> str:
+    return ", ".join(f"`{key} {value}`" for key, value in changed.items()) or "nothing"
+
+
+def arena_plot() -> str:
+    """The curves of README, on a ground of their own: a page that is dark would swallow the text."""
+    series = {name: arena_curve(points, GREEDY) for name, points in arena_systems().items()}
+    plot = str(line_plot("Accept length by CPU seconds of training", ("CPU seconds", "tau, chain 3/1/4, T=0"), series))
+    return plot.replace(">", "><style>svg{background:#fff}</style>", 1) + "\n"
