@@ -41,6 +41,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from arena_switches import SWITCHES
 from safetensors.torch import save_file
 from train_throughput import status_bytes
 
@@ -163,8 +164,9 @@ def write_texts(recipe: Recipe, run: RunFiles, target: LocalTarget, path: Path) 
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-def train_ours(work: Path, cell: Path, changed: JsonObject, seed: int, seconds: float) -> None:
+def train_ours(work: Path, cell: Path, name: str, seed: int, seconds: float) -> None:
     """The train stage's own trainer, on the completions of the run; the seed is that of training alone."""
+    changed, (_, prepare) = BASE | OURS.get(name, {}), SWITCHES.get(name, ("", None))
     run = RunFiles(work / "run")
     target = LocalTarget(TARGET, dtype="fp32")
     for parameter in target.lm.parameters():
@@ -187,6 +189,8 @@ def train_ours(work: Path, cell: Path, changed: JsonObject, seed: int, seconds: 
     steps = every * shares
     kept = {"checkpoint_every": every, "keep_checkpoints": shares}
     training = trainer(cell / "train", max_steps=steps, evaluate_every=steps, **kept)
+    if prepare:
+        prepare(training)
     training.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     timings = list(StepTiming.read_rows(cell / "train" / run_files.STEP_TIMING))
@@ -319,7 +323,7 @@ def result(work: Path, seconds: float, command: str) -> JsonObject:
         point = next(d for d in trained["drafts"] if d["share"] == share)
         about = {"system": name, "seed": int(seed), "version": trained["version"], "steps": trained["steps"]}
         about["above_target_bytes"] = trained["above_target_bytes"]
-        about["changed"] = OURS.get(name, {})
+        about["changed"] = {SWITCHES[name][0]: ""} if name in SWITCHES else OURS.get(name, {})
         tau, served = files.read_json(path), path.parent / f"vllm-{path.stem.removeprefix('judged-')}.json"
         if served.exists():
             tau["vllm"] = files.read_json(served)
@@ -345,7 +349,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=Path(".peers-venv"), help="virtual environment of the peers")
     parser.add_argument("--seconds", type=float, default=300.0, help="CPU seconds of training for everyone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--only", nargs="+", choices=[*PEERS, *OURS], default=list(USUAL), metavar="SYSTEM")
+    parser.add_argument("--only", nargs="+", choices=[*PEERS, *OURS, *SWITCHES], default=list(USUAL), metavar="SYSTEM")
     parser.add_argument("--vllm", metavar="PROGRAM", help="what starts vLLM; it judges the last drafts, too")
     parser.add_argument("--work", type=Path, default=Path("runs/arena"))
     parser.add_argument("--ours", type=Path, metavar="CELL", help="train one cell of ours in this process")
@@ -354,7 +358,7 @@ def main() -> None:
     work = options.work
     if options.ours:
         [name], [seed] = options.only, options.seeds
-        train_ours(work, options.ours, BASE | OURS[name], seed, options.seconds)
+        train_ours(work, options.ours, name, seed, options.seconds)
         return
     run, recipe = RunFiles(work / "run"), recipe_of(1, {})
     if not run.vocabulary.exists():

@@ -177,7 +177,7 @@ def whole_recipe() -> list[str]:
 
 
 def switches(changed: JsonObject) -> str:
-    return ", ".join(f"`{key} {value}`" for key, value in changed.items()) or "nothing"
+    return ", ".join(f"`{key} {value}`" if value != "" else key for key, value in changed.items()) or "nothing"
 
 
 def arena_plot() -> str:

@@ -1,0 +1,96 @@
+"""Switches of arena.py that no recipe has, as none of them gained anything: each changes a trainer before it trains.
+
+Shapes: T tokens, K taps, H hidden.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from draftsmith.drafts.packing import Pack
+from draftsmith.targets.base import Capture
+from draftsmith.training.capture import CaptureSource
+from draftsmith.training.trainer import Trainer
+
+DECAY = 0.9  # of the running mean of weights, a step; a run here has some fifty
+NOISE = 0.1  # of a tap's root mean square
+RIDGE = 0.05  # of the mean square of what is regressed on
+DOCUMENTS = 60  # regressed on
+
+
+def layer_of_target(trainer: Trainer) -> None:
+    """The draft's layer is the target's last one, which sees the last tap in the place of its own input; what it adds
+    is scaled as that tap is, since the draft's residual starts at the scale of 1."""
+    draft, target = trainer.draft, trainer.target
+    own, layer, size = draft.midlayer, target.layers[-1], draft.config.hidden_size
+    states = target.capture([trainer.rows[0].ids], (target.identity.num_layers - 1,)).taps_TKH[5:]
+    scale = states.square().mean().sqrt()  # without the first tokens, whose states are huge
+    with torch.no_grad():
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(own.self_attn, name).weight[:, size:].copy_(getattr(layer.self_attn, name).weight)
+        own.self_attn.o_proj.weight.copy_(layer.self_attn.o_proj.weight / scale)
+        own.hidden_norm.weight.copy_(layer.input_layernorm.weight)
+        own.post_attention_layernorm.weight.copy_(layer.post_attention_layernorm.weight)
+        for name in ("gate_proj", "up_proj"):
+            getattr(own.mlp, name).weight.copy_(getattr(layer.mlp, name).weight)
+        own.mlp.down_proj.weight.copy_(layer.mlp.down_proj.weight / scale)
+        draft.fc.weight.zero_()[:, -size:].copy_(torch.eye(size))
+
+
+def regressed(trainer: Trainer) -> None:
+    """fc is what least squares make of the taps for the target's next final state, at the scale of 1."""
+    draft, target = trainer.draft, trainer.target
+    before, after = [], []
+    for row in trainer.rows[:DOCUMENTS]:
+        states = target.capture([row.ids], draft.config.taps)
+        normed = [norm(states.taps_TKH[:, k]) for k, norm in enumerate(draft.fc_norm)]
+        before.append(torch.cat(normed, dim=1)[:-1])
+        after.append((states.last_TH / target.norm_gain())[1:])
+    x, y = torch.cat(before).double(), torch.cat(after).double()
+    moments = x.T @ x
+    moments += RIDGE * moments.diagonal().mean() * torch.eye(len(moments))
+    weight = torch.linalg.solve(moments, x.T @ y)
+    with torch.no_grad():
+        draft.fc.weight.copy_((weight / (x @ weight).square().mean().sqrt()).T)
+
+
+def averaged(trainer: Trainer) -> None:
+    """Checkpoints hold a running mean of the weights."""
+    draft, step, checkpoint = trainer.draft, trainer._optimiser_step, trainer._checkpoint
+    means: dict[str, Tensor] = {}
+
+    def stepped(packs: list[Pack], capture: CaptureSource) -> None:
+        step(packs, capture)
+        for name, weight in draft.state_dict().items():
+            means[name] = means[name].lerp_(weight, 1 - DECAY) if name in means else weight.clone()
+
+    def saved() -> None:
+        own = {name: weight.clone() for name, weight in draft.state_dict().items()}
+        draft.load_state_dict(means)
+        checkpoint()
+        draft.load_state_dict(own)
+
+    trainer._optimiser_step, trainer._checkpoint = stepped, saved
+
+
+def noisy(trainer: Trainer) -> None:
+    """Normal noise on the taps, as EAGLE has uniform noise on its features (arXiv 2401.15077, section 4)."""
+    target, generator = trainer.target, torch.Generator().manual_seed(trainer.recipe.seed)
+    capture = target.capture
+
+    def captured(documents: list[list[int]], taps: tuple[int, ...]) -> Capture:
+        states = capture(documents, taps)
+        deviation = NOISE * states.taps_TKH.square().mean(-1, keepdim=True).sqrt()
+        drawn = torch.randn(states.taps_TKH.shape, generator=generator)
+        return Capture(states.taps_TKH + deviation * drawn, states.last_TH)
+
+    target.capture = captured
+
+
+SWITCHES: dict[str, tuple[str, Callable[[Trainer], None]]] = {
+    "init-last-layer": ("initialisation by the target's last layer", layer_of_target),
+    "init-least-squares": ("fc initialised by least squares", regressed),
+    "averaged": (f"weights averaged, decay {DECAY:g} a step", averaged),
+    "noise": (f"noise on the taps, {NOISE:g} of their size", noisy),
+}
