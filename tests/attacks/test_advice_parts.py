@@ -149,7 +149,9 @@ def test_a_tap_beyond_the_targets_layers_is_one_of_them(target):
     config = tiny_draft(target)[0].config
 
     def fit(*taps):
-        require_fit(Path("draft"), config.model_copy(update={"taps": taps}), target.identity)
+        known = target.identity
+        shape = known.model, known.hidden_size, known.vocab_size, known.num_layers
+        require_fit(Path("draft"), config.model_copy(update={"taps": taps}), *shape)
 
     fit(*[int(layer) for layer in read(r"^draft: reads layer 6, but .* has layers (\d)\.\.(\d)$", told(fit, 6))])
 

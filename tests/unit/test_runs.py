@@ -1,12 +1,15 @@
 """What a run directory holds is checked, not trusted; what was done is what is told."""
 
 import contextlib
+import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from models import save_tiny_target, tiny_lm, tiny_recipe, write_prompts
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from draftsmith.commands import GROUPS
@@ -20,6 +23,7 @@ from draftsmith.data.regenerate import read_completions
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.drafts.directories import load_draft
 from draftsmith.publishing.card import make_card
+from draftsmith.runs import api
 from draftsmith.runs.estimates import card_prediction
 from draftsmith.runs.pipeline import explain, reason_to_run, run_pipeline, stage_key
 from draftsmith.runs.run import Run
@@ -94,33 +98,128 @@ def test_a_damaged_output_is_named_and_made_again(copied, name):
     assert weights(directory) == wanted["export/draft/model.safetensors"]
 
 
-LATE = {
-    "draft.taps": ([99], "train", "draft.taps: 99 given; the target has layers 0..5"),
-    "draft.num_attention_heads": (3, "train", "draft.num_attention_heads: 3 is no multiple of num_key_value_heads 2"),
-    "vocab.size": (10**6, "vocab", "vocab.size: 1000000 is larger than the target's vocabulary of"),
-    "train.accumulate": (3, "train", "train.accumulate: 3 packs a step cannot be dealt out to 2 processes"),
-    "train.shard": (True, "train", "train.shard: not with Muon"),
-    "train.from_draft": ("/nowhere", "train", "/nowhere: no config.json"),
-    "evaluate.url": ("http://127.0.0.1:9", "evaluate", "evaluate.url: given, but the embedded engine decodes"),
-    "evaluate.sets": ([{"name": "own", "path": "/nowhere"}], "evaluate", "evaluate.sets: own: /nowhere is no file"),
-}
+SERVED = {"target.engine": "vllm", "server.urls": ["http://127.0.0.1:9"]}
+BY_VLLM = {"evaluate.engine": "vllm", "evaluate.shapes": ["3/1/4"]}
+SGLANG = {"evaluate.engine": "sglang", "serve.engine": "sglang"}
+AT_A_SERVER = BY_VLLM | {"evaluate.url": "http://127.0.0.1:9"}
+LATE = [
+    ("regenerate", {"target.engine": "vllm"}, "server.urls: none given; target.engine vllm needs"),
+    ("regenerate", {"device": "cuda"}, "device: cuda asked for"),
+    ("regenerate", SERVED | {"regenerate.engine": "embedded"}, "regenerate.engine: embedded needs the target in this"),
+    ("vocab", {"vocab.size": 10**6}, "vocab.size: 1000000 is larger than the target's vocabulary of"),
+    ("vocab", {"vocab.size": 1}, "vocab.size: 1 is too small for the target's"),
+    ("train", {"draft.taps": [99]}, "draft.taps: 99 given; the target has layers 0..5"),
+    ("train", {"draft.num_attention_heads": 3}, "draft.num_attention_heads: 3 is no multiple of num_key_value_heads 2"),
+    ("train", {"train.accumulate": 3}, "train.accumulate: 3 packs a step cannot be dealt out to 2 processes"),
+    ("train", {"train.shard": True, "train.optimizer": "muon"}, "train.shard: not with Muon"),
+    ("train", {"train.from_draft": "/nowhere"}, "/nowhere: no config.json"),
+    ("train", {"train.from_draft": "DRAFT", "draft.head_dim": 6}, "draft.head_dim: 6 given, but DRAFT has 8"),
+    ("train", SERVED | {"target.engine": "sglang"}, "server.last_urls: none given, but SGLang returns the taps or"),
+    (
+        "train",
+        SERVED | {"server.last_urls": ["http://127.0.0.1:8"]},
+        "server.last_urls: given, but vLLM keeps",
+    ),
+    ("evaluate", {"evaluate.url": "http://127.0.0.1:9"}, "evaluate.url: given, but the embedded engine decodes"),
+    ("evaluate", {"evaluate.plain_url": "http://127.0.0.1:9"}, "evaluate.plain_url: given, but the embedded engine"),
+    ("evaluate", {"evaluate.sets": [{"name": "own", "path": "/nowhere"}]}, "evaluate.sets: own: /nowhere is no file"),
+    ("evaluate", BY_VLLM | {"evaluate.shapes": ["3/4/8"]}, "evaluate.shapes: 3/4/8 given, none that vLLM can draft"),
+    (
+        "evaluate",
+        BY_VLLM | {"serve.engine": "sglang", "serve.extra": "--x"},
+        "serve.program and serve.extra: given",
+    ),
+    ("evaluate", BY_VLLM | {"serve.extra": "--api-key $NOPE"}, "serve.extra: $NOPE is not set in the environment"),
+    ("evaluate", SGLANG | {"draft.taps": [0, 3, 4]}, "draft.taps: SGLang cannot capture all of them"),
+    ("evaluate", AT_A_SERVER | {"evaluate.shapes": ["3/1/4", "2/1/3"]}, "evaluate.shapes: 3/1/4, 2/1/3 given, but"),
+    (
+        "evaluate",
+        AT_A_SERVER,
+        "serve.draft_sampling: auto given, but the server of evaluate.url takes drafts in",
+    ),
+]
 
 
-@pytest.mark.parametrize("key", LATE)
-def test_what_a_late_stage_cannot_do_is_told_before_the_first(finished, tmp_path, monkeypatch, key):
-    (value, stage, words), (recipe, _) = LATE[key], finished
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    changes = {"train.optimizer": "muon", "train.accumulate": 2, key: value}
+def changed_recipe(recipe, changes):
     given = recipe.model_dump(exclude_unset=True)
-    for name, changed in changes.items():
-        part, _, rest = name.partition(".")
-        given.setdefault(part, {})[rest] = changed
-    run = Run(Recipe.model_validate(given), tmp_path / "run", ["test"])
+    for name, value in changes.items():
+        *parts, last = name.split(".")
+        place = given
+        for part in parts:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return Recipe.model_validate(given)
+
+
+@pytest.mark.parametrize(("stage", "changes", "words"), LATE)
+def test_what_a_late_stage_cannot_do_is_told_before_the_first(finished, tmp_path, monkeypatch, stage, changes, words):
+    recipe, directory = finished
+    draft = str(directory / "export" / "draft")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    changes = {"train.accumulate": 2} | {key: draft if value == "DRAFT" else value for key, value in changes.items()}
+    run = Run(changed_recipe(recipe, changes), tmp_path / "run", ["test"])
+    words = words.replace("DRAFT", draft)
     [line] = [line for line in explain(run, GROUPS["its stages"]).splitlines() if line.startswith(f"{stage:<11} stop")]
     assert words in line
     with pytest.raises(DraftsmithError, match=re.escape(words)):
         run_pipeline(run)
-    assert not list(tmp_path.iterdir()), "nothing ran"
+    with pytest.raises(DraftsmithError, match=re.escape(words)):
+        api.run(run.recipe, tmp_path / "run")
+    assert not list(tmp_path.glob("run/*/*")), "nothing ran"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("draft.head_dim", 7),
+        ("draft.taps", []),
+        ("draft.rope_theta", 0.0),
+        ("train.betas", [0.9, 1.0]),
+        ("evaluate.shapes", []),
+        ("evaluate.temperatures", []),
+        ("evaluate.batches", []),
+        ("server.urls", ["http://127.0.0.1:9"]),
+        ("server.last_urls", ["http://127.0.0.1:9"]),
+    ],
+)
+def test_what_no_run_can_do_is_no_recipe(finished, key, value):
+    with pytest.raises(ValidationError):
+        changed_recipe(finished[0], {key: value})
+
+
+def test_a_training_that_goes_on_reads_what_the_earlier_draft_reads(finished, tmp_path):
+    """A capturing server is told the layers by the run, and left out taps are not the default ones then."""
+    recipe, directory = finished
+    (tmp_path / "model").mkdir()
+    config = json.loads((Path(recipe.target.model) / "config.json").read_text()) | {"num_hidden_layers": 8}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    changes = {"target.model": str(tmp_path / "model"), "draft": {}}
+    goes_on = changes | {"train.from_draft": str(directory / "export" / "draft")}
+    own, later = (Run(changed_recipe(recipe, given), tmp_path / "run", ["test"]) for given in (changes, goes_on))
+    assert own.captured_layers == (2, 4, 5, 8)
+    assert later.captured_layers == (1, 3, 4, 8)
+    assert later.draft_config.intermediate_size == 40
+
+
+def test_another_engine_or_device_measures_anew(finished, tmp_path):
+    recipe, directory = finished
+    stage = next(stage for stage in STAGES if stage.name == "evaluate")
+    served = {"server.urls": ["http://127.0.0.1:9"], "serve.draft_sampling": "greedy"}
+    others = [{}, {"device": "cuda:0"}, served | {"target.engine": "vllm"}, served | {"target.engine": "sglang"}]
+    others.append(others[2] | {"serve.peer_to_peer": False})
+    runs = [Run(changed_recipe(recipe, changes), directory, ["test"]) for changes in others]
+    assert len({stage_key(run, stage) for run in runs}) == len(runs)
+    assert len({str(stage.resume_key(run)) for run in runs}) == len(runs)
+
+
+def test_a_dry_run_knows_what_is_asked_for_anew(finished):
+    recipe, directory = finished
+    told = explain(Run(recipe, directory, ["test"]), GROUPS["its stages"], redo="train").splitlines()
+    state = {line.split()[0]: line for line in told if line[:1].isalpha()}
+    assert "skip" in state["vocab"]
+    assert "train       run" in state["train"]
+    assert "asked for anew" in state["train"]
+    assert "unless `train` makes the same files again" in state["export"]
 
 
 def test_files_that_were_only_copied_stand(copied):

@@ -61,7 +61,7 @@ def test_a_server_that_never_draws_is_noticed(model, target, prompts, tmp_path, 
 def evaluated(model, engine, urls, prompts_file, out, **changes):
     """What `evaluate` makes of a server that drafts and one of the target alone."""
     recipe = recipe_for(model, urls, engine)
-    asked = {"url": urls[0], "plain_url": urls[1], **changes}
+    asked = {"url": urls[0], "plain_url": urls[1], "shapes": (Shape.chain(3),), **changes}
     recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=asked)})
     evaluation = Evaluation(SERVERS[engine], Setup(recipe, out / "no-draft", out), prompts_file, out)
     written = evaluation.run(Run(recipe, out, ["test"]).created_with)

@@ -55,7 +55,9 @@ def fake(monkeypatch, tmp_path: Path, trouble: str = "") -> Path:
 
 
 def recipe(name: str | None):
-    return tiny_recipe("m", "p", **{"train.track": name, "server.urls": ["http://10.0.0.1:8000"]})
+    return tiny_recipe(
+        "m", "p", **{"train.track": name, "target.engine": "vllm", "server.urls": ["http://10.0.0.1:8000"]}
+    )
 
 
 def written(out: Path, row: MetricsRow) -> None:

@@ -25,12 +25,15 @@ class Stages(RecipeCommand):
     """After export: start this engine and compare it with the embedded one, token by token and depth by depth."""
 
     def __call__(self, run: Run) -> int:
+        from draftsmith.runs.check import require_check
         from draftsmith.runs.pipeline import explain, run_pipeline
 
         only = None if self.stage == "run" else self.stage
         if self.dry_run:
-            print(explain(run, GROUPS["its stages"], only))
+            print(explain(run, GROUPS["its stages"], only, self.redo))
             return 0
+        if self.check:
+            require_check(run, self.check, self.stage)
         run_pipeline(run, only, self.redo)
         if self.check:
             from draftsmith.runs.check import check

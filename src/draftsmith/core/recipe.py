@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from draftsmith.core import secrets
-from draftsmith.core.recipe_model import Count, Model, Positive, Share, path_part
+from draftsmith.core.recipe_model import Beta, Count, Model, Positive, Share, path_part
 from draftsmith.core.shape import DraftSampling, Shape
 from draftsmith.core.sources import EvaluationSet, Source
 
@@ -154,7 +154,7 @@ class Eagle3Recipe(Model):
 
     method: Literal["eagle3"] = "eagle3"
     """How it drafts."""
-    taps: tuple[int, ...] | None = None
+    taps: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
     """Layers whose input is fused, ascending; left out: [2, L//2, L-3]."""
     intermediate_size: Positive | None = None
     """Width of the SwiGLU; left out: the target's."""
@@ -162,9 +162,9 @@ class Eagle3Recipe(Model):
     """Query heads; left out: the target's."""
     num_key_value_heads: Positive | None = None
     """Key and value heads; left out: the target's."""
-    head_dim: Positive | None = None
-    """Width of a head; left out: the target's."""
-    rope_theta: float | None = None
+    head_dim: Annotated[int, Field(gt=0, multiple_of=2)] | None = None
+    """Width of a head, even as RoPE turns pairs; left out: the target's."""
+    rope_theta: Annotated[float, Field(gt=0.0)] | None = None
     """RoPE base; left out: the target's (its full-attention layers')."""
     norm_before_fc: bool = False
     """EAGLE-3.1: one RMSNorm over the concatenated taps before fc."""
@@ -233,7 +233,7 @@ class TrainRecipe(Model):
     """The cosine ends at this share of the peak."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """AdamW's decoupled decay."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's moments."""
     clip_norm: Annotated[float, Field(gt=0.0)] = 0.5
     """Gradient norm is clipped to this."""
@@ -279,6 +279,8 @@ BOOKKEEPING = {
 }
 
 
+# Keys of `serve` that change what a started server measures.
+MEASURED_WITH = {"draft_sampling", "extra", "tensor_parallel", "context", "draft_quantization", "peer_to_peer", "pcie"}
 DEFAULT_SHAPE = Shape.chain(3)
 
 
@@ -292,14 +294,14 @@ class EvaluateRecipe(Model):
     """Server that runs the target with the draft; left out: one is started as `serve` says."""
     plain_url: ServerUrl | None = None
     """Server of the target alone, for speed and losslessness; left out: one is started, unless `url` is given."""
-    batches: tuple[Positive, ...] = (1,)
+    batches: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1,)
     """Requests in flight while a real engine's speed is measured."""
-    shapes: tuple[Shape, ...] = (
+    shapes: Annotated[tuple[Shape, ...], Field(min_length=1)] = (
         DEFAULT_SHAPE,
         Shape(3, 4, 8),
     )
-    """Drafting shapes to measure: steps/topk/draft_tokens; top-k 1 is a chain."""
-    temperatures: tuple[Annotated[float, Field(ge=0.0)], ...] = (0.0, 1.0)
+    """Drafting shapes to measure: steps/topk/draft_tokens; top-k 1 is a chain. With `url` the one of that server."""
+    temperatures: Annotated[tuple[Annotated[float, Field(ge=0.0)], ...], Field(min_length=1)] = (0.0, 1.0)
     """0.0 is greedy."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Nucleus filter at temperatures above 0."""
@@ -400,6 +402,15 @@ class Recipe(Model):
     evaluate: EvaluateRecipe = EvaluateRecipe()
     serve: ServeRecipe = ServeRecipe()
     card: CardRecipe = CardRecipe()
+
+    @model_validator(mode="after")
+    def _servers_are_asked(self) -> "Recipe":
+        if self.target.engine == "transformers" and (self.server.urls or self.server.last_urls):
+            raise ValueError(
+                "server.urls: given, but target.engine transformers runs the target in this process and asks nobody; "
+                "give target.engine vllm or sglang, or leave them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _can_be_kept(self) -> "Recipe":

@@ -67,16 +67,17 @@ class DraftVocabulary:
         return vocabulary
 
 
-def require_size(size: int, target_size: int) -> None:
+def require_size(size: int, target_size: int, special: int) -> None:
+    """`special`: how many tokens are always in."""
     if size > target_size:
         raise DataError(f"vocab.size: {size} is larger than the target's vocabulary of {target_size}")
+    if size < special:
+        raise DataError(f"vocab.size: {size} is too small for the target's {special} special tokens")
 
 
 def choose(counts: Counter[int], size: int, target_size: int, always: set[int]) -> DraftVocabulary:
     """The `size` most frequent tokens; `always` (special and end tokens) are in first; ties go to the lower id."""
-    require_size(size, target_size)
-    if size < len(always):
-        raise DataError(f"vocab.size: {size} is too small for the target's {len(always)} special tokens")
+    require_size(size, target_size, len(always))
     kept = set(always)
     by_count = sorted(counts, key=lambda token: (-counts[token], token))
     for token in (*by_count, *range(target_size)):  # what the data never shows fills up from the lowest id

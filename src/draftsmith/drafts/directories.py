@@ -10,7 +10,6 @@ from torch import Tensor
 from draftsmith.core import files
 from draftsmith.core.errors import CheckpointError
 from draftsmith.core.files import JsonObject, save_tensors, write_json
-from draftsmith.core.records.run import TargetIdentity
 from draftsmith.core.run_files import WEIGHTS
 from draftsmith.core.taps import Taps
 from draftsmith.decoding.speculate import Drafter
@@ -114,17 +113,15 @@ class ReadyDraft:
         return METHODS[self.draft.method].drafter(self.draft, self.ids_D, self.embedding_VH)
 
 
-def require_fit(directory: Path, config: DraftConfig, identity: TargetIdentity) -> None:
+def require_fit(directory: Path, config: DraftConfig, model: str, hidden: int, vocab: int, layers: int) -> None:
     """A `CheckpointError` where a draft was made for a target of another shape, or of more layers."""
-    if config.tap_size != identity.hidden_size or config.vocab_size != identity.vocab_size:
+    if config.tap_size != hidden or config.vocab_size != vocab:
         raise CheckpointError(
-            f"{directory}: made for hidden size {config.tap_size} and {config.vocab_size} tokens, but "
-            f"{identity.model} has {identity.hidden_size} and {identity.vocab_size}"
+            f"{directory}: made for hidden size {config.tap_size} and {config.vocab_size} tokens, but {model} has "
+            f"{hidden} and {vocab}"
         )
-    if max(config.taps) >= identity.num_layers:
-        raise CheckpointError(
-            f"{directory}: reads layer {max(config.taps)}, but {identity.model} has layers 0..{identity.num_layers - 1}"
-        )
+    if max(config.taps) >= layers:
+        raise CheckpointError(f"{directory}: reads layer {max(config.taps)}, but {model} has layers 0..{layers - 1}")
 
 
 def ready_draft(target: LocalTarget, directory: Path, reading: Reading | None = None) -> ReadyDraft:
@@ -132,7 +129,7 @@ def ready_draft(target: LocalTarget, directory: Path, reading: Reading | None = 
     identity = target.identity
     draft, ids_D = load_draft(directory, DTYPES[identity.dtype], identity.num_layers, reading)
     config = draft.config
-    require_fit(directory, config, identity)
+    require_fit(directory, config, identity.model, identity.hidden_size, identity.vocab_size, identity.num_layers)
     own = read_tensors(directory, {EMBEDDING}).get(EMBEDDING)
     embedding = target.embedding_rows() if own is None else own
     if embedding.shape[1] != config.hidden_size:

@@ -60,6 +60,9 @@ class Engine(ABC):
         """A session: a target that decodes, with the draft where a shape is given. `url`: a server that was started
         already."""
 
+    def drafts(self, shape: Shape) -> bool:
+        return shape.topk == 1 or self.drafts_trees
+
     def greedy_because(self, shape: Shape, draft: Path) -> str | None:
         """Why it cannot sample this draft at this shape; None where it can."""
         return None
@@ -74,7 +77,7 @@ class Engine(ABC):
                 "engine verifies its drafts; give --evaluate.engine vllm or sglang"
             )
         who = "transformers' own forward" if library else self.title
-        kept = [shape for shape in shapes if shape.topk == 1 or (self.drafts_trees and not library)]
+        kept = [shape for shape in shapes if self.drafts(shape) and (shape.topk == 1 or not library)]
         if left_out := [str(shape) for shape in shapes if shape not in kept]:
             say(f"evaluate: {', '.join(left_out)} left out; {who} drafts chains only")
         if not kept:

@@ -52,7 +52,6 @@ def launch(
     """`model`: path or hub name; `draft`: its directory; `layers`: taps and the last layer, for capture."""
     settings = recipe.serve
     arguments, environment = engine.arguments(recipe, model, draft, purpose, layers)
-    program = shlex.split(settings.program) if settings.program else engine.program
     host = settings.host.strip("[]")
     arguments += ["--host", host, "--port", str(settings.port)]
     arguments += ["--dtype", DTYPES[recipe.target.dtype]]
@@ -67,7 +66,7 @@ def launch(
     scheme = "https" if re.search(r"--ssl[-_]certfile\b", settings.extra) else "http"
     reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # by this machine
     place = f"[{reached}]" if ":" in reached else reached
-    return Launch((*program, *arguments), environment, f"{scheme}://{place}:{settings.port}")
+    return Launch((*engine.program_of(recipe), *arguments), environment, f"{scheme}://{place}:{settings.port}")
 
 
 @contextlib.contextmanager

@@ -2,12 +2,14 @@
 
 import contextlib
 import re
+import shlex
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from draftsmith.core import secrets
 from draftsmith.core.errors import ServeError, TargetError
 from draftsmith.core.files import JsonObject, read_object
 from draftsmith.core.progress import say
@@ -30,6 +32,8 @@ class ServerEngine(Engine):
     """What starts it, where serve.program names nothing else."""
     chosen_on_gpus: ClassVar[bool] = False
     """Whether `auto` has it decode where there are GPUs and its program."""
+    last_beside_taps: ClassVar[bool]
+    """Whether a capturing server keeps the last layer, too; else `server.last_urls` have to."""
     models: ClassVar[Path | None] = None
     """Model classes of ours that run inside it, where its own are wrong; put on its PYTHONPATH."""
     models_note: ClassVar[str] = ""
@@ -38,12 +42,9 @@ class ServerEngine(Engine):
     @contextlib.contextmanager
     def open(self, setup: Setup, shape: Shape | None, url: str | None = None) -> Iterator[ServedTarget]:
         """On GPUs each server takes all the memory there is, so sessions are opened one at a time."""
-        recipe, serve = setup.recipe, setup.recipe.serve
-        if url is None and serve.engine != self.name and (serve.program or serve.extra):
-            raise ServeError(
-                f"serve.program and serve.extra: given for serve.engine {serve.engine}, but {self.name} is to be "
-                f"started; give --serve.engine {self.name} and its own"
-            )
+        recipe = setup.recipe
+        if url is None:
+            self.require_settings(recipe)
         with contextlib.ExitStack() as stack:
             urls = (url,) if url else self._start(stack, setup, shape)
             most = max(recipe.server.concurrency, *recipe.evaluate.batches)
@@ -111,7 +112,33 @@ class ServerEngine(Engine):
         where it does not); None where all of them are right."""
         return None
 
+    def require_capture(self, recipe: Recipe) -> None:
+        """Raises `TargetError` where nobody is named who would give the last layer's states to training."""
+        if self.last_beside_taps and recipe.server.last_urls:
+            raise TargetError(
+                f"server.last_urls: given, but {self.title} keeps the last layer beside the taps; leave it out"
+            )
+        if not self.last_beside_taps and not recipe.server.last_urls:
+            raise TargetError(
+                f"server.last_urls: none given, but {self.title} returns the taps or the last layer, never both; start "
+                "servers by `draftsmith serve RECIPE --purpose last`, too, and name them"
+            )
+
     # --- how it is started --------------------------------------------------------------------------------------
+
+    def require_settings(self, recipe: Recipe) -> None:
+        """Raises `ServeError` where `serve` means another engine, or a secret of its flags is not there."""
+        serve = recipe.serve
+        if serve.engine != self.name and (serve.program or serve.extra):
+            raise ServeError(
+                f"serve.program and serve.extra: given for serve.engine {serve.engine}, but {self.name} is to be "
+                f"started; give --serve.engine {self.name} and its own"
+            )
+        if unset := secrets.filled_in(shlex.split(serve.extra))[1]:
+            raise ServeError(f"serve.extra: ${unset[0]} is not set in the environment; export it")
+
+    def program_of(self, recipe: Recipe) -> tuple[str, ...]:
+        return tuple(shlex.split(recipe.serve.program)) or self.program
 
     @abstractmethod
     def arguments(

@@ -24,6 +24,7 @@ class SGLang(ServerEngine):
     title = "SGLang"
     program = (sys.executable, "-m", "sglang.launch_server")
     drafts_trees = True
+    last_beside_taps = False
     always_draws = False  # it lacks its sampling kernel on CPUs
     models = Path(__file__).parent / "sglang_models"
     models_note = (

@@ -18,6 +18,7 @@ class VLLM(ServerEngine):
     title = "vLLM"
     program = ("vllm", "serve")
     chosen_on_gpus = True
+    last_beside_taps = True
     drafts_trees = False
     tells_of_stopped = False
     tells_with = "--per-request-spec-decode-metrics detailed"

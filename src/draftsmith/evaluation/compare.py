@@ -7,6 +7,7 @@ from pathlib import Path
 
 from draftsmith.core import files
 from draftsmith.core.progress import say
+from draftsmith.core.recipe import MEASURED_WITH
 from draftsmith.core.records.data import EvaluationPrompts
 from draftsmith.core.records.evaluation import Acceptance, ComparedDraft, PairedDifference, PlainReference, Profile, Tau
 from draftsmith.core.tables import table
@@ -38,6 +39,9 @@ def measure(
         prompts,
         recipe.evaluate.model_dump(mode="json", exclude={"sets"}),
         recipe.target.model_dump(mode="json"),
+        engine.name,
+        recipe.serve.model_dump(mode="json", include=MEASURED_WITH),
+        recipe.regenerate.max_prompt_tokens,
         recipe.seed,
         setup.reading,
     )

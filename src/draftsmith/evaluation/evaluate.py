@@ -67,9 +67,9 @@ class Evaluation:
         self.recipe, self.settings = setup.recipe, setup.recipe.evaluate
         self.available = list(Prompt.read_rows(prompts_file))
         self.shapes = engine.draftable(self.settings.shapes, setup)
-        if self.settings.url is not None:
-            self.shapes = self.shapes[:1]
         self.batches = (1,) if engine.in_process else self.settings.batches
+        if left_out := [batch for batch in self.settings.batches if batch not in self.batches]:
+            say(f"evaluate.batches: {left_out} left out; this process decodes one text at a time")
 
     def once(self, name: str, kind: type[R], measure: Callable[[], R | None]) -> R | None:
         return measured_once(self.out, name, kind, measure)

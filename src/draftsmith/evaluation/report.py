@@ -140,11 +140,14 @@ def recipe_rows(run: Findings) -> list[tuple[str, str]]:
     sampling += f", {share(regenerate.greedy_share, 0)} greedy"
     taps = plain(list(draft.taps)) if draft.taps else "2, L//2, L-3"
     norm = "before fc" if draft.norm_before_fc else "per tap" if draft.fc_norm else "none before fc"
+    shape = f"taps {taps}, norm {norm}, {r.vocab.size:,} tokens"
+    if train.from_draft is not None:  # has its own
+        shape = f"goes on from {train.from_draft}"
     return [
         ("target", f"{r.target.model}, {r.target.dtype}, on {r.target.engine}"),
         ("prompts", plain([f"{s.name}{f' (at most {s.limit:,})' if s.limit else ''}" for s in r.prompts.sources])),
         ("answers", f"{sampling}; at most {regenerate.max_new_tokens} tokens"),
-        ("draft", f"{run.method}, taps {taps}, norm {norm}, {r.vocab.size:,} tokens"),
+        ("draft", f"{run.method}, {shape}"),
         ("training", f"{passes}, {train.ttt_steps} TTT steps, {train.objective}, {train.optimizer}, {train.dtype}"),
         ("step", f"{train.pack_tokens * train.accumulate:,} tokens, peak learning rate {train.learning_rate:g}"),
         ("evaluation", f"shapes {plain(r.evaluate.shapes)}; T {plain(r.evaluate.temperatures)}"),

@@ -27,6 +27,8 @@ def _run(recipe: Recipe | Path | str, out: Path | None, last: str) -> Run:
     finished = Run(chosen, out or Path("runs") / chosen.name, ["python"])
     names = [stage.name for stage in STAGES]
     with closing(finished), finished.lock:
+        for stage in STAGES[: names.index(last) + 1]:
+            stage.require_possible(finished)
         for name in names[: names.index(last) + 1]:
             run_pipeline(finished, name)
     return finished

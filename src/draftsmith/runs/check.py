@@ -5,13 +5,14 @@ decodes a few prompts with it, and so does the embedded engine with the checkpoi
 acceptance at every depth have to agree; where drafts are sampled, the acceptance at the highest temperature, too.
 """
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from draftsmith.core.errors import TargetError
+from draftsmith.core.errors import RecipeError, ServeError, TargetError
 from draftsmith.core.progress import say
 from draftsmith.core.recipe import EngineName
 from draftsmith.core.records.evaluation import Acceptance, PromptCounts
@@ -20,7 +21,7 @@ from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.drafts.directories import ReadyDraft
-from draftsmith.engines import ENGINES
+from draftsmith.engines import ENGINES, SERVERS
 from draftsmith.engines.base import Setup
 from draftsmith.evaluation.acceptance import count, summarise, total
 from draftsmith.evaluation.asking import Question, complete
@@ -34,6 +35,21 @@ PROMPTS, TOKENS = 6, 48
 NOISE = 3.0  # standard errors of the paired difference between the two engines
 # of tau and of a depth's share: rounding moves a few steps, and SGLang counts those that the end cuts short
 LEAST_NOISE = 0.1
+
+
+def require_check(run: Run, engine: EngineName, stage: str) -> None:
+    """Raises what speaks against a check before anything runs."""
+    if stage not in ("run", "export"):
+        raise RecipeError(f"--check: given to {stage}; it follows an export: draftsmith export RECIPE --check {engine}")
+    if run.recipe.target.engine != "transformers":
+        raise TargetError(
+            "--check: compares with the embedded engine, which needs the target in this process; where it fits, give "
+            "--target.engine transformers, else use: draftsmith evaluate RECIPE"
+        )
+    server, program = SERVERS[engine], SERVERS[engine].program_of(run.recipe)
+    server.require_settings(run.recipe)
+    if shutil.which(program[0]) is None:
+        raise ServeError(f"serve.program: {program[0]!r} is not on this machine; install the engine or name it")
 
 
 def check(run: Run, engine: EngineName, directory: Path | None = None) -> bool:
@@ -62,11 +78,6 @@ def agreements_with(
     """Start the engine with the directory and compare it with the embedded engine and the checkpoint's own weights:
     (what the two made of it, what is wrong) at every temperature."""
     recipe, engine = run.recipe, ENGINES[name]
-    if recipe.target.engine != "transformers":
-        raise TargetError(
-            "export --check: compares with the embedded engine, which needs the target in this process; where it "
-            "fits, give --target.engine transformers, else use: draftsmith evaluate RECIPE"
-        )
     shape = next((s for s in recipe.evaluate.shapes if s.topk == 1 or engine.drafts_trees), recipe.serve.shape)
     changed = {"prompts": PROMPTS, "max_new_tokens": TOKENS, "shapes": (shape,)}
     short = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=changed)})

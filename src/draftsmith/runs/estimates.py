@@ -24,17 +24,10 @@ from draftsmith.runs.probing import as_machine
 from draftsmith.runs.run import Run
 
 
-def draft_of(run: Run) -> DraftConfig:
-    """The draft that the recipe describes."""
-    text, method = run.target_config.get_text_config(), METHODS[run.recipe.draft.method]
-    rows = min(run.recipe.vocab.size, text.vocab_size)
-    return method.config(run.recipe.draft, text, text.num_hidden_layers, rows)
-
-
 def roofline(run: Run, machine: Machine, correlation: float = 0.0, draft: DraftConfig | None = None) -> RooflineCosts:
     """`draft`: another one than the recipe's."""
     target = TargetSize.of(run.target_config, run.recipe.target.dtype)
-    return RooflineCosts(machine, target, draft or draft_of(run), correlation)
+    return RooflineCosts(machine, target, draft or run.draft_config, correlation)
 
 
 def probed(run: Run) -> Path | None:
@@ -116,7 +109,7 @@ def plan_of(
     if note := METHODS[run.recipe.draft.method].config_note(run.recipe.draft, run.target_config.get_text_config()):
         say(note)
     target = TargetSize.of(run.target_config, run.recipe.target.dtype)
-    return plan(Sizes(run.recipe, machine, target, draft_of(run), trainer_gpus, completion_tokens), costs)
+    return plan(Sizes(run.recipe, machine, target, run.draft_config, trainer_gpus, completion_tokens), costs)
 
 
 def speeds_of(run: Run, draft: ComparedDraft) -> dict[str, float]:

@@ -204,7 +204,7 @@ def run_pipeline(run: Run, only: str | None = None, redo: str | None = None) -> 
             run.processes.wait()
 
 
-def explain(run: Run, does: Mapping[str, str], only: str | None = None) -> str:
+def explain(run: Run, does: Mapping[str, str], only: str | None = None, redo: str | None = None) -> str:
     """What `--dry-run` prints: the resolved recipe and what every stage `does` (by its name), or why it would not."""
     lines = [dump_recipe(run.recipe), f"run directory: {run.files.root}"]
     before: str | None = None  # a stage that runs first
@@ -217,6 +217,8 @@ def explain(run: Run, does: Mapping[str, str], only: str | None = None) -> str:
             if only is not None:
                 _require_past(run, stage)
             why = reason_to_run(run, stage, stage_key(run, stage) if before is None else None)
+            if stage.name == redo:
+                why = "asked for anew"
             if why is None and before is not None:
                 why = f"unless `{before}` makes the same files again"
         except DraftsmithError as error:

@@ -4,7 +4,6 @@ import contextlib
 import gc
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -28,9 +27,10 @@ from draftsmith.core.records.run import Hardware, Provenance, StageState
 from draftsmith.core.run_files import RunFiles
 from draftsmith.core.secrets import masked
 from draftsmith.core.shape import DraftSampling, Shape
-from draftsmith.core.taps import default_taps
 from draftsmith.data.sets import read_set
+from draftsmith.drafts import METHODS
 from draftsmith.drafts.directories import exported_taps
+from draftsmith.drafts.method import DraftConfig
 from draftsmith.engines import ENGINES, SERVERS
 from draftsmith.engines.base import Setup
 from draftsmith.engines.process import Launch, launch
@@ -43,6 +43,7 @@ from draftsmith.targets.identity import require_same_logprobs, template_hash, to
 from draftsmith.targets.local import LocalTarget
 from draftsmith.targets.parts import card_room, load_tokenizer, resolve_device, resolve_model
 from draftsmith.training.processes import ProcessGroup
+from draftsmith.training.start import earlier_draft
 
 SURE = 1.02  # the least measured gain that is recommended: less is within a measurement's noise
 PACKAGES = ("draftsmith", "torch", "transformers", "safetensors", "pydantic", "numpy")
@@ -96,7 +97,7 @@ class Run:
                 served.identity_logprobs.extend(known.logprobs)
             return served
         self.require_same_target()
-        self._require_room(device)
+        self.require_room()
         local = LocalTarget(
             settings.model,
             settings.revision,
@@ -137,9 +138,9 @@ class Run:
                     "--redo regenerate"
                 )
 
-    def _require_room(self, device: str) -> None:
-        """A target that the card cannot hold is told before minutes of reading."""
-        settings, card = self.recipe.target, resolve_device(device)
+    def require_room(self) -> None:
+        """Raises `TargetError` where this process's card cannot hold the target."""
+        settings, card = self.recipe.target, resolve_device(self.processes.device(self.recipe.device))
         if (room := card_room(card)) is None:
             return
         needed = TargetSize.of(self.target_config, settings.dtype).bytes
@@ -184,8 +185,10 @@ class Run:
         asked: DecoderName = getattr(self.recipe, stage).engine
         own, serve = self.recipe.target.engine, self.recipe.serve
         here = asked == "embedded" or (asked == "auto" and own == "transformers")
-        if stage == "evaluate" and self.recipe.evaluate.url is not None and here:
-            raise TargetError("evaluate.url: given, but the embedded engine decodes; give --evaluate.engine too")
+        if stage == "evaluate" and here:
+            given = [key for key in ("url", "plain_url") if getattr(self.recipe.evaluate, key) is not None]
+            for key in given:
+                raise TargetError(f"evaluate.{key}: given, but the embedded engine decodes; give --evaluate.engine too")
         if asked == "embedded" and own != "transformers":
             raise TargetError(
                 f"{stage}.engine: embedded needs the target in this process; where it fits, give --target.engine "
@@ -196,8 +199,7 @@ class Run:
         if own != "transformers":
             return own
         server = SERVERS[serve.engine]
-        program = shlex.split(serve.program) or server.program
-        able = server.chosen_on_gpus and shutil.which(program[0]) is not None
+        able = server.chosen_on_gpus and shutil.which(server.program_of(self.recipe)[0]) is not None
         return serve.engine if self.cards and able else "embedded"
 
     @cached_property
@@ -252,11 +254,19 @@ class Run:
         draft = self.draft_for(engine) if engine in SERVERS else self.files.draft
         return Setup(self.recipe, draft, logs, self.target if ENGINES[engine].in_process else None)
 
+    @cached_property
+    def draft_config(self) -> DraftConfig:
+        """Of the draft that this run trains: as the recipe describes it, or of the one that it goes on from."""
+        text, recipe = self.target_config.get_text_config(), self.recipe
+        layers, rows = text.num_hidden_layers, min(recipe.vocab.size, text.vocab_size)
+        usual = METHODS[recipe.draft.method].config(recipe.draft, text, layers, rows)
+        start = recipe.train.from_draft
+        return earlier_draft(start, recipe, usual, layers)[0].config if start else usual
+
     @property
     def captured_layers(self) -> tuple[int, ...]:
         """What a capturing server has to keep: the taps, and the last layer's output for the teacher."""
-        layers = self.target_config.get_text_config().num_hidden_layers
-        return (*(self.recipe.draft.taps or default_taps(layers)), layers)
+        return (*self.draft_config.taps, self.target_config.get_text_config().num_hidden_layers)
 
     @cached_property
     def created_with(self) -> Provenance:

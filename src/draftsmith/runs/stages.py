@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.core import files, run_files
-from draftsmith.core.errors import CheckpointError, RecipeError
+from draftsmith.core.errors import CheckpointError, DataError, RecipeError, ServeError, TargetError
 from draftsmith.core.files import JsonObject
 from draftsmith.core.history import target_part
 from draftsmith.core.progress import say
-from draftsmith.core.recipe import BOOKKEEPING
+from draftsmith.core.recipe import BOOKKEEPING, MEASURED_WITH
 from draftsmith.data.prompts import gather
 from draftsmith.data.regenerate import Regeneration
 from draftsmith.data.sets import local_files
@@ -21,8 +21,8 @@ from draftsmith.data.vocabulary import DraftVocabulary, build_vocabulary, requir
 from draftsmith.drafts.directories import files_of, inspect_draft
 from draftsmith.engines import ENGINES, SERVERS
 from draftsmith.evaluation.evaluate import Evaluation
-from draftsmith.runs.estimates import draft_of
 from draftsmith.runs.run import Run, commit
+from draftsmith.targets.parts import resolve_device
 from draftsmith.training.tracking import require_tracker
 
 
@@ -110,20 +110,57 @@ def starting_draft(run: Run) -> list[Path]:
 
 def _require_vocabulary(run: Run) -> None:
     if run.recipe.train.from_draft is None:
-        require_size(run.recipe.vocab.size, run.target_config.get_text_config().vocab_size)
+        special = len(set(run.tokenizer.all_special_ids))
+        require_size(run.recipe.vocab.size, run.target_config.get_text_config().vocab_size, special)
+
+
+def _require_regeneration(run: Run) -> None:
+    recipe = run.recipe
+    run.engine_of("regenerate")
+    resolve_device(run.processes.device(recipe.device))
+    if recipe.target.engine != "transformers" and not recipe.server.urls:
+        raise TargetError(f"server.urls: none given; target.engine {recipe.target.engine} needs at least one URL")
+    ChatFormat(run.tokenizer, recipe.target.template, recipe.target.template_options)
 
 
 def _require_training(run: Run) -> None:
-    require_tracker(run.recipe.train.track)
+    recipe = run.recipe
+    require_tracker(recipe.train.track)
     starting_draft(run)
-    draft_of(run)
-    run.processes.require_possible(run.recipe.train)
+    _ = run.draft_config
+    run.processes.require_possible(recipe.train)
+    if recipe.target.engine == "transformers":
+        run.require_room()
+    else:
+        SERVERS[recipe.target.engine].require_capture(recipe)
 
 
 def _require_evaluation(run: Run) -> None:
-    run.engine_of("evaluate")
-    for chosen in run.recipe.evaluate.sets:
+    recipe, settings, name = run.recipe, run.recipe.evaluate, run.engine_of("evaluate")
+    for chosen in settings.sets:
         local_files(chosen)
+    if name not in SERVERS:
+        return
+    server, shapes = SERVERS[name], ", ".join(map(str, settings.shapes))
+    if not any(map(server.drafts, settings.shapes)):
+        raise DataError(f"evaluate.shapes: {shapes} given, none that {server.title} can draft; add 3/1/4")
+    if settings.url is not None:
+        if len(settings.shapes) > 1:
+            raise RecipeError(
+                f"evaluate.shapes: {shapes} given, but the server of evaluate.url drafts one of them; name it, as in "
+                "--evaluate.shapes 3/1/4"
+            )
+        if recipe.serve.draft_sampling == "auto" and any(settings.temperatures):
+            raise RecipeError(
+                "serve.draft_sampling: auto given, but the server of evaluate.url takes drafts in one way; name it: "
+                "--serve.draft-sampling greedy or sampled"
+            )
+        return
+    server.require_settings(recipe)
+    if run.cards and recipe.serve.tensor_parallel > len(run.cards):
+        raise ServeError(f"serve.tensor_parallel: {recipe.serve.tensor_parallel} given; {len(run.cards)} GPUs are here")
+    if not server.serves(run.draft_config.taps):
+        raise DataError(f"draft.taps: {server.title} cannot capture all of them; give others, or another engine")
 
 
 def _part(*names: str, **without: set[str]) -> Callable[[Run], Any]:
@@ -137,10 +174,12 @@ def _part(*names: str, **without: set[str]) -> Callable[[Run], Any]:
 
 
 def _evaluation_key(run: Run, *without: str) -> list[Any]:
-    serve = {"draft_sampling"} if run.engine_of("evaluate") == "embedded" else SERVED
+    name = run.engine_of("evaluate")
+    serve = {"draft_sampling"} if name == "embedded" else MEASURED_WITH
     local = [chosen.path for chosen in run.recipe.evaluate.sets if chosen.path and not without]
     return [
         [files.digest(*data_files(path)) for path in local],
+        [name, run.recipe.device],
         _part("target", "seed")(run),
         run.recipe.evaluate.model_dump(mode="json", exclude=set(without)),
         run.recipe.regenerate.max_prompt_tokens,
@@ -148,8 +187,6 @@ def _evaluation_key(run: Run, *without: str) -> list[Any]:
     ]
 
 
-# of `serve`, what an evaluation depends on
-SERVED = {"draft_sampling", "extra", "tensor_parallel", "context", "draft_quantization"}
 STAGES = (
     Stage("prompts", _part("prompts", "seed"), _source_files, lambda run, out: gather(run.recipe, out)),
     Stage(
@@ -160,6 +197,7 @@ STAGES = (
         # More tokens of the same run continue it.
         _part("target", "seed", regenerate={"max_tokens", "engine"}),
         memory=("regenerate.batch_size",),
+        require_possible=_require_regeneration,
     ),
     Stage(
         "vocab",

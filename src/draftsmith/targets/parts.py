@@ -52,13 +52,13 @@ def card_room(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.mem_get_info(device)
 
 
-def tell_slow_products(device: torch.device, dtype: str) -> None:
+def tell_slow_products(device: torch.device, dtype: str, key: str = "target.dtype") -> None:
     """Many CPUs widen bf16 number by number: ten times slower than fp32, and nothing else would say why."""
     capabilities: JsonObject = getattr(torch.cpu, "get_capabilities", dict)()
     native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
     if device.type == "cpu" and dtype == "bf16" and capabilities.get("architecture") == "x86_64" and not native:
         say(
-            "target.dtype: this CPU has no bf16 products, so they take about ten times as long as fp32 ones; give "
+            f"{key}: this CPU has no bf16 products, so they take about ten times as long as fp32 ones; give "
             "--target.dtype fp32 --train.dtype fp32"
         )
 

@@ -15,6 +15,8 @@ from draftsmith.drafts.method import Draft, DraftConfig
 from draftsmith.drafts.tensors import EMBEDDING, read_tensors
 from draftsmith.targets.base import Target
 
+KEY = "train.from_draft"
+
 
 def first_draft(recipe: Recipe, target: Target, usual: DraftConfig, ids_D: Tensor) -> tuple[Draft, str | None]:
     """(draft in fp32, content of the one that it goes on from). `usual`: what a new draft is."""
@@ -28,31 +30,36 @@ def first_draft(recipe: Recipe, target: Target, usual: DraftConfig, ids_D: Tenso
 
 
 def _earlier(directory: Path, recipe: Recipe, target: Target, usual: DraftConfig, ids_D: Tensor) -> Draft:
-    """With the shape that it has, which keys of the recipe's `draft` must not contradict."""
-    key, identity = "train.from_draft", target.identity
-    draft, own_ids = load_draft(directory, torch.float32, identity.num_layers, "auto")
+    draft, own_ids = earlier_draft(directory, recipe, usual, target.identity.num_layers)
+    embedding = read_tensors(directory, {EMBEDDING}).get(EMBEDDING)
+    if embedding is not None and not torch.equal(embedding.bfloat16(), target.embedding_rows().cpu().bfloat16()):
+        raise CheckpointError(
+            f"{KEY}: {directory} has an {EMBEDDING} of its own, but drafts train with their target's; give another"
+        )
+    if not torch.equal(own_ids, ids_D):
+        raise CheckpointError(
+            f"{KEY}: {directory} drafts {len(own_ids):,} tokens, which are not the {len(ids_D):,} of this run's "
+            f"vocabulary; take the draft's: draftsmith vocab RECIPE --from {directory}"
+        )
+    return draft.train()
+
+
+def earlier_draft(directory: Path, recipe: Recipe, usual: DraftConfig, layers: int) -> tuple[Draft, Tensor]:
+    """(the draft of `train.from_draft` in fp32, target ids of its rows), with the shape that it has, which keys of the
+    recipe's `draft` must not contradict."""
+    draft, own_ids = load_draft(directory, torch.float32, layers, "auto")
     config = draft.config
-    require_fit(directory, config, identity)
+    require_fit(directory, config, recipe.target.model, usual.tap_size, usual.vocab_size, layers)
     if draft.method != recipe.draft.method or config.hidden_size != usual.hidden_size:
         raise CheckpointError(
-            f"{key}: {directory} is {draft.method}, {config.hidden_size} wide; a draft of this run is "
+            f"{KEY}: {directory} is {draft.method}, {config.hidden_size} wide; a draft of this run is "
             f"{recipe.draft.method}, {usual.hidden_size} wide; go on from one like that"
         )
     for name, value in recipe.draft.model_dump(exclude_defaults=True).items():
         if (held := getattr(config, name, value)) != value:
             raise CheckpointError(
-                f"draft.{name}: {value} given, but {directory} has {held}; leave the key out, or {key}"
+                f"draft.{name}: {value} given, but {directory} has {held}; leave the key out, or {KEY}"
             )
-    embedding = read_tensors(directory, {EMBEDDING}).get(EMBEDDING)
-    if embedding is not None and not torch.equal(embedding.bfloat16(), target.embedding_rows().cpu().bfloat16()):
-        raise CheckpointError(
-            f"{key}: {directory} has an {EMBEDDING} of its own, but drafts train with their target's; give another"
-        )
-    if not torch.equal(own_ids, ids_D):
-        raise CheckpointError(
-            f"{key}: {directory} drafts {len(own_ids):,} tokens, which are not the {len(ids_D):,} of this run's "
-            f"vocabulary; take the draft's: draftsmith vocab RECIPE --from {directory}"
-        )
     context = max(config.max_position_embeddings, usual.max_position_embeddings)  # others' are short at times
     draft.config = config.model_copy(update={"max_position_embeddings": context})
-    return draft.train()
+    return draft, own_ids

@@ -33,7 +33,7 @@ from draftsmith.drafts.packing import (
     trainable,
 )
 from draftsmith.targets.base import Target
-from draftsmith.targets.parts import DTYPES
+from draftsmith.targets.parts import DTYPES, tell_slow_products
 from draftsmith.training.capture import CaptureSource, OfflineCapture, OnlineCapture, PrefetchedCapture
 from draftsmith.training.checkpoints import (
     BEST,
@@ -73,6 +73,8 @@ class Trainer:
         out.mkdir(parents=True, exist_ok=True)
         self.dtype = DTYPES[settings.dtype]
         self.device = target.head_rows(torch.tensor([0])).device
+        if target.identity.dtype != settings.dtype:  # else it was told of the target
+            tell_slow_products(self.device, settings.dtype, "train.dtype")
         self.heldout, self.rows = self._split(list(read_completions(completions)))
         lengths = [len(c.ids) for c in self.rows]
         steps = schedule(lengths, settings.pack_tokens, recipe.seed, settings.epochs, settings.accumulate)
@@ -86,6 +88,8 @@ class Trainer:
         self.draft.to(self.device)
         self.loss = self.method.loss(self.draft, settings)
         self.sharded = settings.shard and processes.size > 1
+        if settings.shard and not self.sharded:
+            say("train.shard: left out, as one process trains; start several by torchrun")
         if self.sharded:
             processes.shard(self.loss, self.dtype)
         self.optimizers = make_optimizers(self.draft, settings, self.dtype)

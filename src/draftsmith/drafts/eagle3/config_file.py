@@ -11,7 +11,9 @@ from typing import Any
 from draftsmith.core.files import JsonObject
 from draftsmith.core.taps import engine_default, of_outputs, to_outputs
 from draftsmith.drafts.eagle3.config import Eagle3Config
+from draftsmith.drafts.eagle3.shape import ENOUGH_CONTEXT
 from draftsmith.drafts.layers import rope_frequencies
+from draftsmith.targets.parts import UNBOUNDED
 
 IDS = "eagle_aux_hidden_state_layer_ids"
 """The key of the taps: layer inputs at the top level (vLLM), layer outputs in `eagle_config` (SGLang)."""
@@ -229,6 +231,8 @@ def misread(config: JsonObject) -> list[str]:
     context = config.get("max_position_embeddings") or 0
     target = (config.get("draftsmith") or {}).get("target") or {}
     target_context = target.get("max_position_embeddings") or 2049
+    if target_context >= UNBOUNDED:  # it counts no positions
+        target_context = ENOUGH_CONTEXT
     if context < target_context:  # of a target unknown to us, only that 2048 is too short for any served today
         problems.append(f"max_position_embeddings {context} is short: it must reach the target's context")
     return problems

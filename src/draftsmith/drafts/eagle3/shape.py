@@ -79,10 +79,11 @@ def _widths(recipe: DraftRecipe, c: Any) -> tuple[JsonObject, list[str]]:
     hidden = c.hidden_size
     given = {name: value for name in WIDTHS if (value := getattr(recipe, name))}
     experts = expert_count(c)
-    own = {} if per_layer(c, "intermediate_size") or experts else {"intermediate_size": c.intermediate_size}
+    own = {}
+    if not per_layer(c, "intermediate_size") and not experts:
+        own["intermediate_size"] = value_of(c, "intermediate_size")
     plain = not value_of(c, "kv_lora_rank") and not _too_wide(c) and not any(per_layer(c, k) for k in WIDTHS[1:])
-    if plain:
-        heads = c.num_attention_heads
+    if plain and (heads := value_of(c, "num_attention_heads")):
         own["num_attention_heads"] = heads
         own["head_dim"] = getattr(c, "head_dim", None) or hidden // heads
         kv_heads = getattr(c, "num_key_value_heads", None) or heads
