@@ -89,7 +89,7 @@ RECIPES = {  # (what is wrong, what is read out of the error, what it says to gi
         lambda part, key: {"train.epoch": LEFT_OUT, f"{part}.{key}": 2},
     ),
     "a password": (
-        {"server.urls": ["http://me:secret@host"]},
+        {"server.urls": ["http://me:secret@host"], "target.engine": "vllm"},
         r"^test: (server\.urls)\.0: .* environment variable that (server\.\w+) names$",
         lambda key, variable: {key: ["http://host"], variable: "OUR_KEY"},
     ),

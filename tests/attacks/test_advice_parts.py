@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +31,7 @@ from draftsmith.hardware.accept_length import MeasuredProfile
 from draftsmith.publishing.publish import publish
 from draftsmith.runs.run import Run
 from draftsmith.runs.stages import starting_draft
+from draftsmith.training.processes import ProcessGroup
 from draftsmith.training.start import first_draft
 from draftsmith.training.trainer import Trainer
 
@@ -233,6 +235,7 @@ def test_weights_in_parts_are_trained_as_it_is_told(gathered, target, tmp_path):
     """Of several processes only their number is asked for here; tests/golden trains with them."""
     sharded = []
     several = SimpleNamespace(size=2, main=True, shard=lambda *parts: sharded.append(parts))
+    several.require_possible = partial(ProcessGroup.require_possible, several)
     wrong = {"train.shard": True, "train.optimizer": "muon", "train.accumulate": 2}
     line = told(trained, gathered, target, tmp_path, several, **wrong)
     one, adamw, other, false = read(r"; give (train\.\w+) (\w+) or (train\.\w+) (\w+)$", line)
