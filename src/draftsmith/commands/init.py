@@ -15,7 +15,7 @@ class Init(Model):
     out: Path | None = None
     """Where to write it; left out: NAME-eagle3.yaml here."""
     hardware: str | None = None
-    """The machine to choose sizes for, by name (see plan); left out: this one."""
+    """The machine to choose sizes for, by name (`plan --help` has them); left out: this one."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False

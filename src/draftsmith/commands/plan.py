@@ -14,7 +14,8 @@ class Plan(RecipeCommand):
     """Bytes, memory, hours and machines of a run, before anything runs."""
 
     hardware: str | None = None
-    """A machine by name, or a probe's JSON file; left out: the run's probe.json."""
+    """A machine by name (h100-1, h100-nvlink-8, h200-1, h200-nvlink-4, h200-nvlink-8, a100-1, rtx4090-1, pcie-p2p-8,
+    pcie-host-8, cpu-epyc-2), or a probe's JSON file; left out: the run's probe.json."""
     trainer_gpus: Positive | None = None
     """GPUs that train; left out: those of one machine."""
     completion_tokens: Positive | None = None

@@ -19,7 +19,7 @@ class Predict(RecipeCommand):
     """Tell the speed-up of every shape and batch size, here or on a named machine, before anyone trains or rents."""
 
     hardware: str | None = None
-    """A machine by name, or a probe's JSON file; left out: the run's probe.json."""
+    """A machine by name (`plan --help` has them), or a probe's JSON file; left out: the run's probe.json."""
     tau: float | None = None
     """A published accept length instead of the run's own profile; 1 + accepted / steps."""
     shape: Shape = DEFAULT_SHAPE

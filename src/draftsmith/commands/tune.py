@@ -14,7 +14,7 @@ class Tune(RecipeCommand):
     `serve` takes what is found."""
 
     engine: DecoderName = "auto"
-    """What decodes: the embedded engine, or servers started as `serve` does; auto: whatever runs the target."""
+    """What decodes: the embedded engine, or servers started as `serve` does; auto: what `evaluate` decodes with."""
     budget_s: Annotated[float, Field(gt=0)] = 300.0
     """Seconds after which the best so far is taken; starts of engines count."""
 
@@ -23,9 +23,8 @@ class Tune(RecipeCommand):
         from draftsmith.core.tables import table
         from draftsmith.runs.tuning import sentence, tune
 
-        own, engine = run.recipe.target.engine, self.engine
-        if engine == "auto":
-            engine = "embedded" if own == "transformers" else own
+        own = run.recipe.target.engine
+        engine = run.engine_of("evaluate") if self.engine == "auto" else self.engine
         if engine == "embedded" and own != "transformers":
             raise RecipeError(f"--engine: embedded given; the target runs on servers, so give {own}, or leave it out")
         tuned, out = tune(run, engine, self.budget_s), run.files.tuned(engine)

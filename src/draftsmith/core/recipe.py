@@ -50,7 +50,7 @@ class TargetRecipe(Model):
     engine: Literal["transformers", "vllm", "sglang"] = "transformers"
     """What runs the target: transformers in this process, or vLLM or SGLang servers (see `server`)."""
     model: str
-    """Directory, hub name, or an embedded target: `smollm2-135m-instruct` or `gemma3-270m`."""
+    """Directory, hub name, or a bundled target: `smollm2-135m-instruct` or `gemma3-270m`."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: Literal["bf16", "fp32", "fp16"] = "bf16"
@@ -100,7 +100,8 @@ class PromptsRecipe(Model):
     """Prompts to train on, and the ones to keep for evaluation."""
 
     sources: tuple[Source, ...] = (Source(name="bundled"),)
-    """Where training prompts come from."""
+    """Where training prompts come from: a bundled set, one of the hub, a file or a folder of files; a table's columns
+    are named as in '{name: mine.csv, columns: {prompt: question_text, category: topic}, limit: 1000}'."""
     evaluation: tuple[Source, ...] = ()
     """Where evaluation prompts come from; empty: `held_out` of each category are split off the sources."""
     held_out: Positive = 8
@@ -242,7 +243,7 @@ class TrainRecipe(Model):
     capture: Literal["online", "offline"] = "online"
     """online: hidden states never touch the disk; offline: written once, read every epoch."""
     held_out: Positive = 24
-    """Completions kept from training for its own evaluation."""
+    """Completions kept from training for its own evaluation (`prompts.held_out` are those that `evaluate` asks)."""
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
     evaluate_every: Positive = 100
@@ -312,9 +313,9 @@ class EvaluateRecipe(Model):
     max_new_tokens: Positive = 128
     """Longest completion."""
     speed_prompts: Positive = 6
-    """Prompts on which plain and speculative decoding alternate."""
+    """Prompts on which plain and speculative decoding alternate (servers: one after the other)."""
     lossless_prompts: Positive = 50
-    """Prompts on which greedy output must equal plain decoding, in fp32."""
+    """Prompts on which greedy output must equal plain decoding, in fp32 (servers: as they serve)."""
     lossless_tokens: Positive = 128
     """Tokens compared per prompt."""
     sets: tuple[EvaluationSet, ...] = ()

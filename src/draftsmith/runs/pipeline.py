@@ -66,10 +66,11 @@ def _require_past(run: Run, stage: Stage) -> None:
             why = reason_to_run(run, earlier, stage_key(run, earlier))
         if why is not None:
             start = run.recipe.train.from_draft
+            mend = "give the flags that it ran with; or " if why.endswith("of the recipe changed") else ""
             flags = f" --from {shlex.quote(str(start))}" if start else ""
             raise DataError(
-                f"{stage.name}: `{earlier.name}` has to run before it ({why}); run: draftsmith run RECIPE{flags}, or: "
-                f"draftsmith {earlier.name} RECIPE{flags}"
+                f"{stage.name}: `{earlier.name}` has to run before it ({why}); {mend}run: draftsmith run "
+                f"RECIPE{flags}, or: draftsmith {earlier.name} RECIPE{flags}"
             )
 
 
@@ -161,7 +162,7 @@ def run_stage(run: Run, stage: Stage) -> StageRun:
         seconds=round(time.monotonic() - started, 1),
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         commit=commit(),
-        command=masked(" ".join(run.command)),
+        command=masked(shlex.join(run.command)),
     )
 
 

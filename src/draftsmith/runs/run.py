@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -271,7 +272,7 @@ class Run:
     @cached_property
     def created_with(self) -> Provenance:
         return Provenance(
-            command=masked(" ".join(self.command)),
+            command=masked(shlex.join(self.command)),
             commit=commit(),
             versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             seed=self.recipe.seed,
