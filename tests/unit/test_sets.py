@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections import Counter
 
 import datasets
 import pytest
@@ -248,12 +249,17 @@ def test_the_next_turn_has_the_answer_before_it_as_a_server_would_see_it(tmp_pat
     chat, (a, b, c) = ChatFormat(tokenizer, None), WORDS[:3]
     asked = Question("1", "x", chat.first_turn(a), [c, a], longest=100)
     answer = Generation(tokenizer(b, add_special_tokens=False).input_ids, "length")
-    following = asked.after(answer, chat)
+    left_out = Counter()
+    following = asked.after(answer, chat, left_out)
     messages = [{"role": r, "content": t} for r, t in (("user", a), ("assistant", b), ("user", c))]
     assert following.ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert following.after(answer, chat).users == []
-    assert following.after(answer, chat).after(answer, chat) is None, "there is no other turn"
-    assert Question("1", "x", asked.ids, [c], longest=5).after(answer, chat) is None, "it would be too long"
+    last = following.after(answer, chat, left_out)
+    assert last.users == []
+    assert last.after(answer, chat, left_out) is None, "there is no other turn"
+    assert not left_out
+    assert Question("1", "x", asked.ids, [c, a], longest=5).after(answer, chat, left_out) is None
+    assert asked.after(Generation([], "eos"), chat, left_out) is None
+    assert left_out == {"too long": 2, "after an empty answer": 2}
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +275,7 @@ def world(tmp_path_factory):
         for i in range(4)
     ]
     write(out / "question.jsonl", rows)
+    write(out / "later.jsonl", [{**row, "turns": [row["turns"][0], "w1 " * 400]} for row in rows])
     write(out / "long.jsonl", [*rows, {"question_id": 9, "category": "x", "turns": ["w1 " * 400]}])
     assert command(out, "run") == 0
     return out
@@ -323,6 +330,26 @@ def test_sets_are_measured_beside_the_own_prompts_and_what_was_measured_stands(w
         ("prompts", "6 prompts held out of training"),
         ("long", "long"),
     }
+
+
+def test_turns_that_cannot_be_asked_are_told(world, capsys):
+    later = f"{{name: later, path: {world / 'later.jsonl'}}}"
+    assert command(world, "evaluate", "--evaluate.sets", later) == 0
+    told, unasked = capsys.readouterr().err, "4 of 8 turns asked: 4 too long"
+    results = Results.load(RunFiles(world / "run").results["embedded"])
+    assert all(entry.unasked == unasked for entry in results.sets[0].acceptance)
+    assert [(e.turns, e.unasked) for e in results.acceptance] == [(6, "")] * 3
+    assert f"; {unasked}" in told
+    assert command(world, "report", "--evaluate.sets", later) == 0
+    assert command(world, "card", "--card.licence", "mit", "--card.base-model", "a/b") == 0
+    page, card = RunFiles(world / "run").report.read_text(), RunFiles(world / "run").card.read_text()
+    assert "all turns" not in page + card
+    assert f"later, 3/1/4, T=0: {unasked}." in page
+    assert f"later, draftsmith, 3/1/4, T=0: {unasked}." in card
+    capsys.readouterr()
+    shutil.copytree(RunFiles(world / "run").draft, world / "twin")
+    assert command(world, "compare", "--drafts", str(world / "twin"), "--evaluate.sets", later) == 0
+    assert unasked in capsys.readouterr().out
 
 
 def test_compare_has_the_sets_with_paired_differences(world, capsys):

@@ -1,7 +1,7 @@
 """How prompts are asked: as the target reads them, turn by turn, and timed."""
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -28,13 +28,16 @@ class Question:
     longest: int = 0
     """Tokens that may stand before an answer."""
 
-    def after(self, answer: Generation, chat: ChatFormat) -> "Question | None":
-        """The next turn, the answer before it as a server's client would send it back; None where there is none, where
-        it would be too long, or where the template refuses it."""
-        if not self.users or not answer.ids:
+    def after(self, answer: Generation, chat: ChatFormat, left_out: Counter[str]) -> "Question | None":
+        """The next turn, the answer before it as a server's client would send it back; None where there is none, or
+        none that can be asked: `left_out` counts those by reason."""
+        if not self.users:
             return None
-        ids = chat.next_turn(self.ids, answer, self.users[0], self.longest)
-        return replace(self, ids=ids, users=self.users[1:]) if ids is not None else None
+        ids = chat.next_turn(self.ids, answer, self.users[0], self.longest) if answer.ids else "after an empty answer"
+        if isinstance(ids, str):
+            left_out[ids] += len(self.users)
+            return None
+        return replace(self, ids=ids, users=self.users[1:])
 
 
 def balanced(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:

@@ -5,7 +5,7 @@ by side and take turns. What is measured is kept in parts/, so that an interrupt
 """
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -216,7 +216,8 @@ class Evaluation:
         temperature: float,
         drafts: DraftSampling = "greedy",
     ) -> Acceptance:
-        """All turns of all questions."""
+        """All turns of all questions; those that cannot be asked are counted."""
+        left_out: Counter[str] = Counter()
         asked: list[Question] = []
         answers: list[Generation] = []
         turn = questions
@@ -224,11 +225,12 @@ class Evaluation:
             told = self._answers(session, turn, f"tau {shape} T={temperature:g}", temperature)
             self._require_told(told, shape)
             asked, answers = asked + turn, answers + told
-            following = [q.after(answer, self.chat) for q, answer in zip(turn, told, strict=True)]
+            following = [q.after(answer, self.chat, left_out) for q, answer in zip(turn, told, strict=True)]
             turn = [question for question in following if question is not None]
         pairs = zip(asked, answers, strict=True)
         rows = conversations([count(q.id, q.category, a, shape.steps, len(q.ids)) for q, a in pairs])
         entry, target = summarise(rows, shape, temperature, drafts), self.setup.target
+        entry = entry.model_copy(update={"turns": len(asked), "turns_left_out": dict(left_out)})
         greedy_chain = shape.topk == 1 and drafts == "greedy"
         known = self.engine.in_process and target is not None  # a server does not tell its first choices
         return self._with_oracle(entry, asked, answers) if known and temperature and greedy_chain else entry

@@ -181,6 +181,7 @@ def make_card(run: Run, prediction: Predictions) -> str:
         results=titled,
         categories=sorted({name for entry in entries for name in entry.by_category}),
         sets=[(title, measured) for title, results in titled for measured in results.sets],
+        unasked=[(title, name, row) for title, results in titled for name, row in results.entries if row.unasked],
         contexts=sorted({edge for results in found for _, entry in results.entries for edge in entry.by_context}),
         longest=max(entry.longest_context for results in found for _, entry in results.entries),
         window=found[0].settings.window,
