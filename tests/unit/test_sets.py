@@ -1,6 +1,7 @@
 """Named evaluation sets: rows as their pages show them, all turns of each, measured apart."""
 
 import json
+import re
 import shutil
 import sys
 from collections import Counter
@@ -12,7 +13,8 @@ from models import WORDS, save_tiny_target, tiny_recipe, write_prompts
 
 from draftsmith import cli
 from draftsmith.core.errors import DataError, RecipeError
-from draftsmith.core.recipe_file import dump_recipe
+from draftsmith.core.recipe_file import dump_recipe, load_recipe
+from draftsmith.core.records.base import write_rows
 from draftsmith.core.records.data import EvaluationPrompts, Prompt
 from draftsmith.core.records.evaluation import Comparison, Results
 from draftsmith.core.run_files import RunFiles
@@ -20,8 +22,12 @@ from draftsmith.core.sources import EVALUATION_SETS, EvaluationSet
 from draftsmith.data.sets import PLACEHOLDER, SETS, read_set
 from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.generation import Generation
+from draftsmith.engines import ENGINES
+from draftsmith.engines.base import Setup
 from draftsmith.evaluation.acceptance import conversations, count, summarise
 from draftsmith.evaluation.asking import Question
+from draftsmith.evaluation.evaluate import Evaluation
+from draftsmith.targets.local import LocalTarget
 
 # Rows as the sets' pages show them, shortened; the texts are ours.
 ROWS = {
@@ -303,7 +309,7 @@ def test_sets_are_measured_beside_the_own_prompts_and_what_was_measured_stands(w
     assert {path.name: path.stat().st_mtime_ns for path in parts.iterdir() if path.name in made} == made
     one, other = results.sets
     assert [(s.name, s.prompts, s.prompts_available) for s in results.sets] == [("mt-bench", 4, 4), ("long", 4, 5)]
-    assert "long: 1 prompts left out, longer than 244 tokens" in told
+    assert told.count("evaluate: long: 1 of 5 prompts left out: 1 longer than 244 tokens\n") == 1
     assert [e.how for e in one.acceptance] == ["T=0", "T=1", "T=1, sampled drafts"]
     first = one.acceptance[0]
     assert {row.category for row in first.prompts} == {"writing", "math"}
@@ -330,6 +336,23 @@ def test_sets_are_measured_beside_the_own_prompts_and_what_was_measured_stands(w
         ("prompts", "6 prompts held out of training"),
         ("long", "long"),
     }
+
+
+def test_own_prompts_that_are_too_long_are_told_once(world, capsys):
+    held_out = RunFiles(world / "run").evaluation_prompts
+    prompts = list(Prompt.read_rows(held_out))
+    prompts[0] = prompts[0].model_copy(update={"messages": [{"role": "user", "content": "w1 " * 300}]})
+    write_rows(world / "held_out.jsonl", prompts)
+    recipe = load_recipe(world / "recipe.yaml", {"evaluate": {"prompts": 4}})
+    target = LocalTarget(recipe.target.model, dtype="fp32", device="cpu")
+    setup = Setup(recipe, RunFiles(world / "run").draft, world, target)
+    evaluation = Evaluation(ENGINES["embedded"], setup, world / "held_out.jsonl", world / "none")
+    for _ in range(2):
+        assert len(evaluation.questions(target)) == 3
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert re.search(
+        r"evaluate: own: 1 of 4 prompts left out: 1 longer than \d+ tokens; raise regenerate\.max_prompt_tokens", told
+    )
 
 
 def test_turns_that_cannot_be_asked_are_told(world, capsys):

@@ -9,6 +9,8 @@ from itertools import zip_longest
 from draftsmith.core.progress import Meter
 from draftsmith.core.records.data import Prompt
 from draftsmith.core.records.evaluation import TimedGroup
+from draftsmith.core.tables import by_reason
+from draftsmith.data.regenerate import open_conversations
 from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
@@ -47,6 +49,21 @@ def balanced(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
         queues[prompt.category].append(prompt)
     turns = zip_longest(*queues.values())
     return [prompt for turn in turns for prompt in turn if prompt is not None][:limit]
+
+
+def opened(
+    name: str, prompts: Sequence[Prompt], chat: ChatFormat, longest: int, skip_bad: bool
+) -> tuple[list[Question], str]:
+    """The prompts of a set (no name: of the run) that can be asked, and in words what becomes of the others."""
+    left_out: Counter[str] = Counter()
+    found = open_conversations(prompts, chat, longest, skip_bad, left_out)
+    questions = [Question(c.prompt.id, c.prompt.category, c.ids, c.users, longest) for c in found]
+    if not left_out:
+        return questions, ""
+    too_long, why = "regenerate.max_prompt_tokens", by_reason(left_out)
+    mend = f"; raise {too_long} where the target's context allows it" if not name and too_long in why else ""
+    lacking = f"{name or 'own'}: {len(prompts) - len(questions)} of {len(prompts)} prompts left out"
+    return questions, f"{lacking}: {why.replace(too_long, f'{longest} tokens')}{mend}"
 
 
 def complete(
