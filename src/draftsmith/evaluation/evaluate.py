@@ -176,6 +176,7 @@ class Evaluation:
         return results
 
     def _told_settings(self, questions: list[Question], window: int) -> EvaluationSettings:
+        together = None if self.settings.url else self.recipe.serve.tensor_parallel
         return EvaluationSettings(
             engine=self.engine.name,
             draft=draft_digest(self.setup.draft),
@@ -188,6 +189,7 @@ class Evaluation:
             dtype=self.recipe.target.dtype,
             threads=torch.get_num_threads() if self.engine.in_process else None,
             window=window,
+            speed_gpus=1 if self.engine.in_process else together,
         )
 
     # --- accept length --------------------------------------------------------------------------------------------

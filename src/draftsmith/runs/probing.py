@@ -284,7 +284,7 @@ def probe_here(run: Run) -> Probe:
     rates = machine_rates(device, DTYPES[recipe.target.dtype])
     return Probe(
         engine="embedded" if times else None,
-        machine=str(run.created_with.hardware),
+        machine=str(run.created_with.hardware.first(1 if times else None)),
         created_with=run.created_with,
         rates=rates,
         times=times,

@@ -175,6 +175,8 @@ class EvaluationSettings(Record):
     threads: int | None = None
     window: int | None = None
     """Tokens that the target can read at once."""
+    speed_gpus: int | None = None
+    """What speed was measured on, where there are GPUs; null where nobody tells."""
 
     @property
     def filters(self) -> str:
