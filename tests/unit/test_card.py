@@ -199,6 +199,16 @@ def numbers(value):
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
 
 
+def test_speed_is_told_of_the_gpus_that_it_was_measured_on(make):
+    run = make()
+    gpus = Hardware(cpu="Test CPU", cores=2, gpus=("A100",) * 8, system="Test")
+    for together, named in ((2, "A100, A100"), (None, ", ".join(gpus.gpus))):
+        settings = SETTINGS.model_copy(update={"speed_gpus": together})
+        found = results(settings=settings, created_with=MADE_BY.model_copy(update={"hardware": gpus}))
+        save(run, "embedded", found)
+        assert f"Measured on: {named}.\n" in make_card(run, NOTHING)
+
+
 def test_every_figure_is_the_rounding_of_one_in_the_results(make):
     run = make()
     settings = SETTINGS.model_copy(update={"engine": "vllm", "prompts": 24, "dtype": "fp32"})

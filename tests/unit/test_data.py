@@ -29,7 +29,7 @@ from draftsmith.core.recipe import Template
 from draftsmith.core.records.data import Completion, CompletionsSummary, Prompt
 from draftsmith.core.sources import Source
 from draftsmith.data.prompts import gather
-from draftsmith.data.regenerate import Regeneration, read_completions
+from draftsmith.data.regenerate import Regeneration, read_completions, summarise
 from draftsmith.data.rows import read_row
 from draftsmith.data.sources import BUNDLED, HUB
 from draftsmith.data.templates import ChatFormat
@@ -356,3 +356,16 @@ def test_summary_counts_what_happened(regenerated):
     assert summary.completions == len(rows)
     assert summary.completion_tokens == sum(e - s for row in rows for s, e in row.spans)
     assert sum(summary.finish_reasons.values()) == len(rows)
+    assert summary.turns_left_out == {}
+
+
+def test_turns_that_were_never_asked_are_in_summary_and_line(tmp_path, capsys):
+    rows = [Completion(id=str(i), ids=[1, 2], spans=[(1, 2)], finish_reason="length") for i in range(3)]
+    rows[0] = rows[0].model_copy(update={"turns_left_out": {"too long": 1}})
+    rows[2] = rows[2].model_copy(update={"turns_left_out": {"after an answer that was cut off": 2}})
+    summary = summarise(rows, Counter())
+    assert summary.turns_left_out == {"too long": 1, "after an answer that was cut off": 2}
+    told = "; 3 later user turns were not asked: 2 after an answer that was cut off, 1 too long"
+    assert told in capsys.readouterr().err
+    summarise(rows[1:2], Counter())
+    assert "later user turns" not in capsys.readouterr().err

@@ -151,6 +151,7 @@ def run(tmp_path: Path) -> RunFiles:
         empty=0,
         prompts_too_long=0,
         prompts_refused=0,
+        turns_left_out={"too long": 3},
         tokens_by_category={"chat": 6, "code": 6},
     ).save(files.completions / run_files.SUMMARY)
     Timing(completion_tokens=12, seconds=3.0, tokens_per_s=4.0).save(files.completions / run_files.TIMING)
@@ -197,6 +198,7 @@ def test_the_figures_are_there(run: RunFiles) -> None:
     assert "13.0 M parameters" in page
     assert "<b>2.27</b>" in page, "tau of the fastest shape"
     assert "interval 2.17 to 2.37" in page
+    assert "Later user turns that were not asked: 3 too long." in page
     assert "<b>1.37\N{MULTIPLICATION SIGN}</b>" in page
     assert "identical greedy output on 50 prompts x 128 tokens in fp32" in page
     for figure in (

@@ -257,6 +257,38 @@ def test_a_file_that_is_no_probe_is_refused(monkeypatch, capsys, world, tmp_path
     assert "is not a probe" in told.err
 
 
+def test_a_probe_of_another_target_or_draft_is_never_taken(monkeypatch, capsys, world, tmp_path):
+    path = files(world).probe()
+    made = Probe.load(path)
+    assert (made.target, made.dtype) == (str(world / "model"), "fp32")
+    assert made.draft["draft_vocab_size"]
+    bf16 = ("--target.dtype", "bf16")
+    code, told = run(monkeypatch, capsys, world, "predict", "--hardware", path, *bf16)
+    assert code == 2
+    assert f"--hardware: {path} measured target.dtype fp32, not bf16; make one of this target with: draft" in told.err
+    code, told = run(monkeypatch, capsys, world, "predict", *bf16)
+    assert code == 2
+    assert "measured target.dtype fp32, not bf16, so it is left out; run: draftsmith probe RECIPE\n" in told.err
+    assert "--hardware: no probe of this target in " in told.err
+    try:
+        wider = made.draft | {"draft_vocab_size": made.draft["draft_vocab_size"] + 1}
+        for other in ({"target": "another"}, {"draft": wider}):
+            made.model_copy(update=other).save(path)
+            assert run(monkeypatch, capsys, world, "predict")[0] == 2
+            code, told = run(monkeypatch, capsys, world, "card", *OURS)
+            assert code == 0, told.err
+            assert f"{path} {'timed a draft' if 'draft' in other else 'measured target.model another'}" in told.err
+            assert made.machine not in {row.machine for row in Predictions.load(files(world).prediction("card")).rows}
+        assert run(monkeypatch, capsys, world, "plan")[0] == 0, "which no draft's times go into"
+        made.model_copy(update={"target": None, "dtype": None, "draft": None}).save(path)  # nobody tells
+        assert run(monkeypatch, capsys, world, "predict", *bf16)[0] == 0
+        made.model_copy(update={"times": None, "target": "another"}).save(path)  # the machine alone is good for all
+        assert run(monkeypatch, capsys, world, "predict")[0] == 0
+    finally:
+        made.save(path)
+        files(world).card.unlink(missing_ok=True)
+
+
 # --- card ------------------------------------------------------------------------------------------------------------
 
 

@@ -239,6 +239,24 @@ def test_gpus_answer_by_vllm_where_it_is_installed(tmp_path, monkeypatch, capsys
     assert "GPUs" not in capsys.readouterr().err
 
 
+def test_records_name_the_cards_that_a_run_may_use(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"card {number}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,7")
+    every = ("card 0", "card 1", "card 2")
+    for device, named, cards in (
+        ("cpu", (), []),
+        ("cuda:1", ("card 1",), ["6"]),
+        ("cuda", every, ["5", "6", "7"]),
+        ("auto", every, ["5", "6", "7"]),
+    ):
+        run = Run(tiny_recipe("m", "p", device=device), tmp_path, ["test"])
+        assert run.created_with.hardware.gpus == named
+        assert run.cards == cards
+    assert str(run.created_with.hardware.first(2)) == "card 0, card 1"
+    assert run.created_with.hardware.first(None).gpus == every
+
+
 def test_evaluation_asks_servers_on_all_cards_and_times_one(tmp_path):
     model, notes, script = save_tiny_target(tmp_path / "model"), tmp_path / "notes", tmp_path / "engine.py"
     script.write_text(IN_FRONT)
@@ -264,6 +282,7 @@ def test_evaluation_asks_servers_on_all_cards_and_times_one(tmp_path):
     assert {port for port, length in lines if length == recipe.evaluate.max_new_tokens} == {first, first + 1}
     assert {port for port, length in lines if length in (1, 8)} == {first}  # before what is timed
     assert results.speed[0].batch == 4
+    assert results.settings.speed_gpus == recipe.serve.tensor_parallel
 
 
 def test_addresses_and_secrets_stand_in_commands_as_shells_and_urls_have_them(monkeypatch):

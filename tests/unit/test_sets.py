@@ -1,8 +1,10 @@
 """Named evaluation sets: rows as their pages show them, all turns of each, measured apart."""
 
 import json
+import re
 import shutil
 import sys
+from collections import Counter
 
 import datasets
 import pytest
@@ -11,7 +13,8 @@ from models import WORDS, save_tiny_target, tiny_recipe, write_prompts
 
 from draftsmith import cli
 from draftsmith.core.errors import DataError, RecipeError
-from draftsmith.core.recipe_file import dump_recipe
+from draftsmith.core.recipe_file import dump_recipe, load_recipe
+from draftsmith.core.records.base import write_rows
 from draftsmith.core.records.data import EvaluationPrompts, Prompt
 from draftsmith.core.records.evaluation import Comparison, Results
 from draftsmith.core.run_files import RunFiles
@@ -19,8 +22,12 @@ from draftsmith.core.sources import EVALUATION_SETS, EvaluationSet
 from draftsmith.data.sets import PLACEHOLDER, SETS, read_set
 from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.generation import Generation
+from draftsmith.engines import ENGINES
+from draftsmith.engines.base import Setup
 from draftsmith.evaluation.acceptance import conversations, count, summarise
 from draftsmith.evaluation.asking import Question
+from draftsmith.evaluation.evaluate import Evaluation
+from draftsmith.targets.local import LocalTarget
 
 # Rows as the sets' pages show them, shortened; the texts are ours.
 ROWS = {
@@ -248,12 +255,17 @@ def test_the_next_turn_has_the_answer_before_it_as_a_server_would_see_it(tmp_pat
     chat, (a, b, c) = ChatFormat(tokenizer, None), WORDS[:3]
     asked = Question("1", "x", chat.first_turn(a), [c, a], longest=100)
     answer = Generation(tokenizer(b, add_special_tokens=False).input_ids, "length")
-    following = asked.after(answer, chat)
+    left_out = Counter()
+    following = asked.after(answer, chat, left_out)
     messages = [{"role": r, "content": t} for r, t in (("user", a), ("assistant", b), ("user", c))]
     assert following.ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert following.after(answer, chat).users == []
-    assert following.after(answer, chat).after(answer, chat) is None, "there is no other turn"
-    assert Question("1", "x", asked.ids, [c], longest=5).after(answer, chat) is None, "it would be too long"
+    last = following.after(answer, chat, left_out)
+    assert last.users == []
+    assert last.after(answer, chat, left_out) is None, "there is no other turn"
+    assert not left_out
+    assert Question("1", "x", asked.ids, [c, a], longest=5).after(answer, chat, left_out) is None
+    assert asked.after(Generation([], "eos"), chat, left_out) is None
+    assert left_out == {"too long": 2, "after an empty answer": 2}
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +281,7 @@ def world(tmp_path_factory):
         for i in range(4)
     ]
     write(out / "question.jsonl", rows)
+    write(out / "later.jsonl", [{**row, "turns": [row["turns"][0], "w1 " * 400]} for row in rows])
     write(out / "long.jsonl", [*rows, {"question_id": 9, "category": "x", "turns": ["w1 " * 400]}])
     assert command(out, "run") == 0
     return out
@@ -296,7 +309,7 @@ def test_sets_are_measured_beside_the_own_prompts_and_what_was_measured_stands(w
     assert {path.name: path.stat().st_mtime_ns for path in parts.iterdir() if path.name in made} == made
     one, other = results.sets
     assert [(s.name, s.prompts, s.prompts_available) for s in results.sets] == [("mt-bench", 4, 4), ("long", 4, 5)]
-    assert "long: 1 prompts left out, longer than 244 tokens" in told
+    assert told.count("evaluate: long: 1 of 5 prompts left out: 1 longer than 244 tokens\n") == 1
     assert [e.how for e in one.acceptance] == ["T=0", "T=1", "T=1, sampled drafts"]
     first = one.acceptance[0]
     assert {row.category for row in first.prompts} == {"writing", "math"}
@@ -323,6 +336,43 @@ def test_sets_are_measured_beside_the_own_prompts_and_what_was_measured_stands(w
         ("prompts", "6 prompts held out of training"),
         ("long", "long"),
     }
+
+
+def test_own_prompts_that_are_too_long_are_told_once(world, capsys):
+    held_out = RunFiles(world / "run").evaluation_prompts
+    prompts = list(Prompt.read_rows(held_out))
+    prompts[0] = prompts[0].model_copy(update={"messages": [{"role": "user", "content": "w1 " * 300}]})
+    write_rows(world / "held_out.jsonl", prompts)
+    recipe = load_recipe(world / "recipe.yaml", {"evaluate": {"prompts": 4}})
+    target = LocalTarget(recipe.target.model, dtype="fp32", device="cpu")
+    setup = Setup(recipe, RunFiles(world / "run").draft, world, target)
+    evaluation = Evaluation(ENGINES["embedded"], setup, world / "held_out.jsonl", world / "none")
+    for _ in range(2):
+        assert len(evaluation.questions(target)) == 3
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert re.search(
+        r"evaluate: own: 1 of 4 prompts left out: 1 longer than \d+ tokens; raise regenerate\.max_prompt_tokens", told
+    )
+
+
+def test_turns_that_cannot_be_asked_are_told(world, capsys):
+    later = f"{{name: later, path: {world / 'later.jsonl'}}}"
+    assert command(world, "evaluate", "--evaluate.sets", later) == 0
+    told, unasked = capsys.readouterr().err, "4 of 8 turns asked: 4 too long"
+    results = Results.load(RunFiles(world / "run").results["embedded"])
+    assert all(entry.unasked == unasked for entry in results.sets[0].acceptance)
+    assert [(e.turns, e.unasked) for e in results.acceptance] == [(6, "")] * 3
+    assert f"; {unasked}" in told
+    assert command(world, "report", "--evaluate.sets", later) == 0
+    assert command(world, "card", "--card.licence", "mit", "--card.base-model", "a/b") == 0
+    page, card = RunFiles(world / "run").report.read_text(), RunFiles(world / "run").card.read_text()
+    assert "all turns" not in page + card
+    assert f"later, 3/1/4, T=0: {unasked}." in page
+    assert f"later, draftsmith, 3/1/4, T=0: {unasked}." in card
+    capsys.readouterr()
+    shutil.copytree(RunFiles(world / "run").draft, world / "twin")
+    assert command(world, "compare", "--drafts", str(world / "twin"), "--evaluate.sets", later) == 0
+    assert unasked in capsys.readouterr().out
 
 
 def test_compare_has_the_sets_with_paired_differences(world, capsys):

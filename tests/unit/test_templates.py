@@ -98,6 +98,7 @@ def test_each_turn_is_a_document_of_its_own_where_the_history_changes():
     chat = ChatFormat(tokenizer, None)
     last = tokenizer("<think> w7 </think> w2 <turn_end>", add_special_tokens=False).input_ids
     assert not talk.extend(Generation(last, "length"), chat, 200)
+    assert not talk.turns_left_out, "there was no other"
     rows = talk.rows(SAMPLING)
     assert [(r.id, r.document, r.finish_reason) for r in rows] == [("p", 0, "eos"), ("p#1", 1, "length")]
     for row, written in zip(
@@ -230,6 +231,25 @@ def test_a_template_that_refuses_a_later_turn_keeps_what_was_answered():
     assert not talk.extend(Generation(tokenizer("w1 <turn_end>").input_ids, "eos"), chat, 200)
     (row,) = talk.rows(SAMPLING)
     assert len(row.spans) == 1
+    assert row.turns_left_out == {"refused by the template": 1}
+
+
+@pytest.mark.parametrize(
+    ("users", "reason", "longest", "left_out"),
+    [
+        (["of to", "w3"], "length", 200, {"after an answer that was cut off": 2}),
+        (["of to", "w3"], "loop", 200, {"after an answer that was cut off": 2}),
+        (["of to", "w3"], "eos", 5, {"too long": 2}),
+        (["of to", "w3"], "eos", 200, {"past regenerate.max_tokens": 2}),  # asked, and nobody answered
+        ([], "length", 200, {}),
+    ],
+)
+def test_user_turns_that_are_never_asked_are_counted(users, reason, longest, left_out):
+    tokenizer = tokenizer_with(PLAIN)
+    chat = ChatFormat(tokenizer, None)
+    talk = Conversation(prompt_of("p", "the a"), users, chat.first_turn("the a"))
+    talk.extend(Generation(tokenizer("w1 <turn_end>").input_ids, reason), chat, longest)
+    assert [row.turns_left_out for row in talk.rows(SAMPLING)] == [left_out]
 
 
 def test_a_token_without_a_row_is_refused_in_a_text_and_not_before():

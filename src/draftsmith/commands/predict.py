@@ -40,10 +40,10 @@ class Predict(RecipeCommand):
         from draftsmith.engines import ENGINES
         from draftsmith.hardware.cost_model import MeasuredCosts, RooflineCosts
         from draftsmith.hardware.predict import advice, candidate_shapes, heat_map, page, predict_all
-        from draftsmith.runs.estimates import accept_of, costs_of, probed, results_of
+        from draftsmith.runs.estimates import accept_of, costs_of, current_draft, results_of
         from draftsmith.runs.plan import size
 
-        costs = costs_of(run, self.hardware, self.correlation)
+        costs = costs_of(run, self.hardware, self.correlation, current_draft(run))
         drafts = run.better_drafts(self.shape) if self.temperature else "greedy"
         accept = accept_of(run, self.tau, self.shape, self.temperature, drafts)
         batches, engine = self.batches, None
@@ -76,7 +76,8 @@ class Predict(RecipeCommand):
         if self.temperature and self.tau is None:
             measured = results_of(run)
             sentence += f"; at T={self.temperature:g}{measured.settings.filters if measured else ''}, {drafts} drafts"
-        out = run.files.prediction(Path(self.hardware or probed(run) or "probe").stem)
+        own = run.files.probe(engine.name if engine else "embedded")
+        out = run.files.prediction(Path(self.hardware or own).stem)
         Predictions(sentence=sentence, rows=[prediction for row in rows for prediction in row]).save(out)
         picture = out.with_suffix(".svg")
         files.write_atomic(picture, heat_map(rows, f"{run.recipe.target.model} on {costs.name}"))

@@ -1,7 +1,7 @@
 """Tables for a terminal."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -10,6 +10,11 @@ from rich.text import Text
 from draftsmith.core.secrets import line
 
 WIDTH = 400  # lines are never folded: a terminal folds them, a file keeps them
+
+
+def by_reason(counts: Mapping[str, int]) -> str:
+    """`12 too long, 3 refused by the template`, the most frequent first."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items(), key=lambda item: -item[1]))
 
 
 def table(rows: Iterable[Sequence[str]], head: Sequence[str] = (), right: Iterable[int] = ()) -> str:

@@ -14,6 +14,7 @@ from draftsmith.core.progress import Meter, say
 from draftsmith.core.recipe import Recipe, RegenerateRecipe
 from draftsmith.core.records.base import write_rows
 from draftsmith.core.records.data import Completion, CompletionsSummary, IdentityCheck, Prompt, Timing
+from draftsmith.core.tables import by_reason
 from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.generation import FinishReason, Generation
 from draftsmith.decoding.sampling import Sampling
@@ -42,6 +43,8 @@ class Conversation:
     """The answer after which no other comes."""
     finish_reason: FinishReason | Literal[""] = ""
     documents: list[tuple[list[int], list[tuple[int, int]]]] = field(default_factory=list)
+    turns_left_out: dict[str, int] = field(default_factory=dict)
+    """User turns that cannot be asked, by reason."""
 
     def extend(self, generation: Generation, chat: ChatFormat, max_prompt_tokens: int) -> list[int] | None:
         """Add an answer; the ids before the next one, None where no other user turn follows."""
@@ -51,11 +54,16 @@ class Conversation:
         if generation.ids:
             self.spans.append((start, len(self.ids)))
         self.last = generation
-        if not self.users or generation.finish_reason not in ("eos", "stop"):
+        if not self.users:
             return None
-        following = chat.next_turn(asked, generation, self.users.pop(0), max_prompt_tokens)
-        if following is None:  # what was answered before it stands
+        if generation.finish_reason not in ("eos", "stop"):
+            self.turns_left_out = {"after an answer that was cut off": len(self.users)}
             return None
+        following = chat.next_turn(asked, generation, self.users[0], max_prompt_tokens)
+        if isinstance(following, str):  # what was answered before it stands
+            self.turns_left_out = {following: len(self.users)}
+            return None
+        del self.users[0]
         if self.spans and following[: len(self.ids)] != self.ids:
             self.documents.append(self._document())
             self.spans = []
@@ -73,6 +81,7 @@ class Conversation:
         if self.spans or not documents:
             documents.append(self._document())
         name = self.prompt.id
+        waiting = {"past regenerate.max_tokens": 1 + len(self.users)} if self.last is None else {}
         return [
             Completion(
                 id=f"{name}#{number}" if number else name,
@@ -83,6 +92,7 @@ class Conversation:
                 finish_reason=self.finish_reason if number == len(documents) - 1 else "eos",
                 sampling=(sampling.temperature, sampling.top_p, sampling.top_k),
                 document=number,
+                turns_left_out=(self.turns_left_out or waiting) if number == len(documents) - 1 else {},
             )
             for number, (ids, spans) in enumerate(documents)
         ]
@@ -128,16 +138,17 @@ def summarise(completions: Iterable[Completion], left_out: Counter[str]) -> Comp
     """What was written, and told; no completion, or no loss token at all, is a `DataError`."""
     reasons = dict.fromkeys(("eos", "stop", "length", "loop"), 0)
     by_category: Counter[str] = Counter()
+    turns: Counter[str] = Counter()
     empty = 0
     for row in completions:
         reasons[row.finish_reason] += 1
         by_category[row.category] += len(row.loss_tokens)
         empty += not row.spans
+        turns.update(row.turns_left_out)
     if not any(reasons.values()):
-        lost = ", ".join(f"{count:,} {reason}" for reason, count in left_out.most_common())
         raise DataError(
-            f"regenerate: no prompt can be asked ({lost}); raise regenerate.max_prompt_tokens where the target's "
-            "context allows it, or give other prompts.sources"
+            f"regenerate: no prompt can be asked ({by_reason(left_out)}); raise regenerate.max_prompt_tokens where the "
+            "target's context allows it, or give other prompts.sources"
         )
     if not by_category.total():
         raise DataError(
@@ -151,12 +162,13 @@ def summarise(completions: Iterable[Completion], left_out: Counter[str]) -> Comp
         prompts_too_long=left_out["longer than regenerate.max_prompt_tokens"],
         prompts_refused=left_out["refused by the chat template"],
         tokens_by_category=dict(sorted(by_category.items())),
+        turns_left_out=dict(turns),
     )
     ends = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
     say(
         f"regenerate: {summary.completion_tokens:,} completion tokens in {summary.completions:,} completions ({ends}; "
         f"{empty} empty, {summary.prompts_too_long} prompts too long, {summary.prompts_refused} refused by the "
-        "template)"
+        "template)" + (f"; {turns.total():,} later user turns were not asked: {by_reason(turns)}" if turns else "")
     )
     return summary
 

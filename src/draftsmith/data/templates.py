@@ -7,7 +7,7 @@ turn ends with the template's own token, whatever ended the generation.
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from draftsmith.core.errors import DataError
 from draftsmith.core.files import JsonObject
@@ -20,6 +20,8 @@ from draftsmith.decoding.generation import Generation
 REASONING_ENDS = ("</think>", "[/THINK]", "<|channel|>final<|message|>", "</seed:think>")
 
 RENDERER = Renderer()
+
+TurnLeftOut = Literal["too long", "refused by the template"]
 
 
 class Rendered(list[int]):
@@ -66,9 +68,9 @@ class ChatFormat:
             return self._known(self.tokenizer(self.template.prefix + system_text + turn).input_ids, messages)
         return self._render(messages, tools)
 
-    def next_turn(self, asked: list[int], answer: Generation, user: str, longest: int) -> Rendered | None:
+    def next_turn(self, asked: list[int], answer: Generation, user: str, longest: int) -> Rendered | TurnLeftOut:
         """Ids before the next answer, after `answer` to what was `asked` (an earlier turn's `Rendered`) and the user's
-        reply to it; None where they are more than `longest`, or the template refuses them."""
+        reply to it; else why there are none (they may be `longest` at most)."""
         assert isinstance(asked, Rendered)
         messages = [*asked.messages, self._as_message(answer), {"role": "user", "content": user}]
         try:
@@ -79,8 +81,8 @@ class ChatFormat:
             else:
                 following = self._render(messages, asked.tools)
         except DataError:
-            return None
-        return following if len(following) <= longest else None
+            return "refused by the template"
+        return following if len(following) <= longest else "too long"
 
     def _as_message(self, answer: Generation) -> JsonObject:
         """The answer as a client sends it back: without its end token, the reasoning apart."""

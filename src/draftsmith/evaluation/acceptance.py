@@ -174,4 +174,4 @@ def tau_line(entry: Acceptance) -> str:
         line += f", mean of the categories {entry.macro:.2f}"
     if entry.oracle is not None and entry.share_of_oracle is not None:
         line += f"; oracle {entry.oracle.short}, share {entry.share_of_oracle:.0%}"
-    return line
+    return line + (f"; {entry.unasked}" if entry.unasked else "")

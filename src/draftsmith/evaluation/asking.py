@@ -1,7 +1,7 @@
 """How prompts are asked: as the target reads them, turn by turn, and timed."""
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -9,6 +9,8 @@ from itertools import zip_longest
 from draftsmith.core.progress import Meter
 from draftsmith.core.records.data import Prompt
 from draftsmith.core.records.evaluation import TimedGroup
+from draftsmith.core.tables import by_reason
+from draftsmith.data.regenerate import open_conversations
 from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
@@ -28,13 +30,16 @@ class Question:
     longest: int = 0
     """Tokens that may stand before an answer."""
 
-    def after(self, answer: Generation, chat: ChatFormat) -> "Question | None":
-        """The next turn, the answer before it as a server's client would send it back; None where there is none, where
-        it would be too long, or where the template refuses it."""
-        if not self.users or not answer.ids:
+    def after(self, answer: Generation, chat: ChatFormat, left_out: Counter[str]) -> "Question | None":
+        """The next turn, the answer before it as a server's client would send it back; None where there is none, or
+        none that can be asked: `left_out` counts those by reason."""
+        if not self.users:
             return None
-        ids = chat.next_turn(self.ids, answer, self.users[0], self.longest)
-        return replace(self, ids=ids, users=self.users[1:]) if ids is not None else None
+        ids = chat.next_turn(self.ids, answer, self.users[0], self.longest) if answer.ids else "after an empty answer"
+        if isinstance(ids, str):
+            left_out[ids] += len(self.users)
+            return None
+        return replace(self, ids=ids, users=self.users[1:])
 
 
 def balanced(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
@@ -44,6 +49,21 @@ def balanced(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
         queues[prompt.category].append(prompt)
     turns = zip_longest(*queues.values())
     return [prompt for turn in turns for prompt in turn if prompt is not None][:limit]
+
+
+def opened(
+    name: str, prompts: Sequence[Prompt], chat: ChatFormat, longest: int, skip_bad: bool
+) -> tuple[list[Question], str]:
+    """The prompts of a set (no name: of the run) that can be asked, and in words what becomes of the others."""
+    left_out: Counter[str] = Counter()
+    found = open_conversations(prompts, chat, longest, skip_bad, left_out)
+    questions = [Question(c.prompt.id, c.prompt.category, c.ids, c.users, longest) for c in found]
+    if not left_out:
+        return questions, ""
+    too_long, why = "regenerate.max_prompt_tokens", by_reason(left_out)
+    mend = f"; raise {too_long} where the target's context allows it" if not name and too_long in why else ""
+    lacking = f"{name or 'own'}: {len(prompts) - len(questions)} of {len(prompts)} prompts left out"
+    return questions, f"{lacking}: {why.replace(too_long, f'{longest} tokens')}{mend}"
 
 
 def complete(

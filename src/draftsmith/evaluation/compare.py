@@ -107,6 +107,8 @@ def page(drafts: list[ComparedDraft]) -> str:
             categories = ", ".join(f"{c} {value.short}" for c, value in entry.by_category.items() if value.tau)
             if entry.macro is not None and len(entry.by_category) > 1:
                 categories += f"; their mean {entry.macro:.2f}"
+            if entry.unasked:
+                categories += f"; {entry.unasked}"
             rows.append((draft.draft, name or "own prompts", str(entry.shape), tau, f"depths {depths}", categories))
         covered = "unknown" if draft.coverage is None else f"{draft.coverage:.1%}"
         speeds = ", ".join(f"{gain:.2f}x on {machine}" for machine, gain in draft.predicted.items()) or "nothing"

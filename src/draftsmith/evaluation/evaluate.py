@@ -5,7 +5,7 @@ by side and take turns. What is measured is kept in parts/, so that an interrupt
 """
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -34,7 +34,7 @@ from draftsmith.core.records.evaluation import (
 )
 from draftsmith.core.records.run import Provenance
 from draftsmith.core.shape import DraftSampling, Shape
-from draftsmith.data.regenerate import longest_prompt, open_conversations
+from draftsmith.data.regenerate import longest_prompt
 from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
@@ -43,7 +43,7 @@ from draftsmith.drafts.directories import ready_draft
 from draftsmith.engines.base import Engine, Setup
 from draftsmith.engines.embedded import exact
 from draftsmith.evaluation.acceptance import bootstrap_tau, conversations, count, oracle_walk, summarise, tau_line
-from draftsmith.evaluation.asking import Question, balanced, complete, time_group
+from draftsmith.evaluation.asking import Question, balanced, complete, opened, time_group
 from draftsmith.evaluation.draft_sampling import taking, ways
 from draftsmith.evaluation.lossless import difference, first_difference, lossless_verdict, together
 from draftsmith.evaluation.profile import accept_profile
@@ -58,6 +58,9 @@ SAMPLED_PROMPTS, SAMPLED_TOKENS = 4, 24
 
 class Evaluation:
     """One draft on one engine. `out`: where results.json, its parts and the engine's logs go."""
+
+    told: frozenset[str] = frozenset()
+    """Lines about prompts, said once for all sessions."""
 
     def __init__(
         self, engine: Engine, setup: Setup, prompts_file: Path, out: Path, sets: Sequence[EvaluationPrompts] = ()
@@ -77,13 +80,14 @@ class Evaluation:
     def questions(self, session: Target) -> list[Question]:
         """The run's own evaluation prompts."""
         longest = longest_prompt(self.recipe.regenerate, session.identity.max_position_embeddings)
-        opened = self._opened(session, self.available, self.settings.prompts, longest, self.recipe.prompts.skip_bad)
-        if not opened:
+        limit, skip_bad = self.settings.prompts, self.recipe.prompts.skip_bad
+        questions = self._opened(session, "", self.available, limit, longest, skip_bad)
+        if not questions:
             raise DataError(
                 f"evaluate: no evaluation prompt fits into {longest} tokens; raise regenerate.max_prompt_tokens where "
                 "the target's context allows it, or give other prompts.evaluation"
             )
-        return opened
+        return questions
 
     def asked(self, session: Target) -> dict[str, list[Question]]:
         """The run's own prompts under "", and the named sets as far as they fit into the target's window."""
@@ -93,17 +97,18 @@ class Evaluation:
         longest = served - self.settings.max_new_tokens
         for chosen in self.settings.sets if self.sets else ():
             prompts, limit = self.sets[chosen.name].prompts, chosen.limit or self.settings.prompts
-            every[chosen.name] = self._opened(session, prompts, limit, longest, True)
-            if lacking := min(len(prompts), limit or len(prompts)) - len(every[chosen.name]):
-                say(f"evaluate: {chosen.name}: {lacking} prompts left out, longer than {longest} tokens or refused")
+            every[chosen.name] = self._opened(session, chosen.name, prompts, limit, longest, True)
         return {name: questions for name, questions in every.items() if questions}
 
     def _opened(
-        self, session: Target, prompts: Sequence[Prompt], limit: int | None, longest: int, skip_bad: bool
+        self, session: Target, name: str, prompts: Sequence[Prompt], limit: int | None, longest: int, skip_bad: bool
     ) -> list[Question]:
         self.chat = ChatFormat.of(self.recipe, session)
-        opened = open_conversations(balanced(prompts, limit), self.chat, longest, skip_bad)
-        return [Question(c.prompt.id, c.prompt.category, c.ids, c.users, longest) for c in opened]
+        questions, lacking = opened(name, balanced(prompts, limit), self.chat, longest, skip_bad)
+        if lacking and lacking not in self.told:
+            self.told |= {lacking}
+            say(f"evaluate: {lacking}")
+        return questions
 
     def measured_sets(self, asked: dict[str, list[Question]], found: dict[str, list[Acceptance]]) -> list[MeasuredSet]:
         return [
@@ -171,6 +176,7 @@ class Evaluation:
         return results
 
     def _told_settings(self, questions: list[Question], window: int) -> EvaluationSettings:
+        together = None if self.settings.url else self.recipe.serve.tensor_parallel
         return EvaluationSettings(
             engine=self.engine.name,
             draft=draft_digest(self.setup.draft),
@@ -183,6 +189,7 @@ class Evaluation:
             dtype=self.recipe.target.dtype,
             threads=torch.get_num_threads() if self.engine.in_process else None,
             window=window,
+            speed_gpus=1 if self.engine.in_process else together,
         )
 
     # --- accept length --------------------------------------------------------------------------------------------
@@ -216,7 +223,8 @@ class Evaluation:
         temperature: float,
         drafts: DraftSampling = "greedy",
     ) -> Acceptance:
-        """All turns of all questions."""
+        """All turns of all questions; those that cannot be asked are counted."""
+        left_out: Counter[str] = Counter()
         asked: list[Question] = []
         answers: list[Generation] = []
         turn = questions
@@ -224,11 +232,12 @@ class Evaluation:
             told = self._answers(session, turn, f"tau {shape} T={temperature:g}", temperature)
             self._require_told(told, shape)
             asked, answers = asked + turn, answers + told
-            following = [q.after(answer, self.chat) for q, answer in zip(turn, told, strict=True)]
+            following = [q.after(answer, self.chat, left_out) for q, answer in zip(turn, told, strict=True)]
             turn = [question for question in following if question is not None]
         pairs = zip(asked, answers, strict=True)
         rows = conversations([count(q.id, q.category, a, shape.steps, len(q.ids)) for q, a in pairs])
         entry, target = summarise(rows, shape, temperature, drafts), self.setup.target
+        entry = entry.model_copy(update={"turns": len(asked), "turns_left_out": dict(left_out)})
         greedy_chain = shape.topk == 1 and drafts == "greedy"
         known = self.engine.in_process and target is not None  # a server does not tell its first choices
         return self._with_oracle(entry, asked, answers) if known and temperature and greedy_chain else entry

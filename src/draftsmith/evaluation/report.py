@@ -23,6 +23,7 @@ from draftsmith.core.records.evaluation import Acceptance, Speed
 from draftsmith.core.records.run import Manifest, Provenance
 from draftsmith.core.records.training import MetricsRow, StepTiming, TrainingSummary
 from draftsmith.core.run_files import RunFiles
+from draftsmith.core.tables import by_reason
 from draftsmith.data.regenerate import read_completions
 from draftsmith.drafts import METHODS
 from draftsmith.engines import ENGINES
@@ -196,7 +197,7 @@ def write_report(files_of_run: RunFiles, tokenizer: Any, serve: Mapping[EngineNa
     masked = nearest_to_readable(rows)
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters.update(number=number, share=share, plain=plain, duration=short_duration, setting=setting)
-    page.filters.update(size_label=size_label)
+    page.filters.update(size_label=size_label, by_reason=by_reason)
     template = page.from_string((files("draftsmith.evaluation") / "report.html").read_text("utf-8"))
     entries = run.results.acceptance if run.results else []
     text = template.render(

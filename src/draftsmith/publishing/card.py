@@ -181,12 +181,13 @@ def make_card(run: Run, prediction: Predictions) -> str:
         results=titled,
         categories=sorted({name for entry in entries for name in entry.by_category}),
         sets=[(title, measured) for title, results in titled for measured in results.sets],
+        unasked=[(title, name, row) for title, results in titled for name, row in results.entries if row.unasked],
         contexts=sorted({edge for results in found for _, entry in results.entries for edge in entry.by_context}),
         longest=max(entry.longest_context for results in found for _, entry in results.entries),
         window=found[0].settings.window,
         hottest=max((entry.temperature for entry in entries), default=0.0),
         losslessness=_losslessness(titled),
-        hardware="; ".join(dict.fromkeys(str(r.created_with.hardware) for r in found if r.speed)),
+        hardware="; ".join(dict.fromkeys(_timed_on(r) for r in found if r.speed)),
         predicted=prediction.rows,
         commands=[_command(run, SERVERS[name]) for name in sorted(run.draft_engines)],
         prompts=prompts,
@@ -196,6 +197,10 @@ def make_card(run: Run, prediction: Predictions) -> str:
         sampling=_sampling(recipe),
         training=TrainingSummary.load(run.files.train / run_files.SUMMARY),
     )
+
+
+def _timed_on(results: Results) -> str:
+    return str(results.created_with.hardware.first(results.settings.speed_gpus))
 
 
 def _records(run: RunFiles, results: list[Path]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a run's files and a machine's name tell before anything runs: costs of a step, accept lengths, plans."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,11 +8,13 @@ from draftsmith.core import history
 from draftsmith.core.errors import DataError, RecipeError
 from draftsmith.core.progress import say
 from draftsmith.core.recipe import DEFAULT_SHAPE
+from draftsmith.core.records.base import Decodes
 from draftsmith.core.records.evaluation import ComparedDraft, Results
 from draftsmith.core.records.machine import Predictions, Probe
-from draftsmith.core.run_files import DECODERS
+from draftsmith.core.run_files import DECODERS, WEIGHTS
 from draftsmith.core.shape import DraftSampling, Shape
 from draftsmith.drafts import METHODS
+from draftsmith.drafts.directories import inspect_draft
 from draftsmith.drafts.method import DraftConfig
 from draftsmith.engines import ENGINES
 from draftsmith.hardware.accept_length import AcceptLength, from_results, published
@@ -30,33 +33,83 @@ def roofline(run: Run, machine: Machine, correlation: float = 0.0, draft: DraftC
     return RooflineCosts(machine, target, draft or run.draft_config, correlation)
 
 
-def probed(run: Run) -> Path | None:
-    """The run's own probe, of this machine before one of a server."""
-    return next((path for engine in DECODERS if (path := run.files.probe(engine)).exists()), None)
+def current_draft(run: Run) -> DraftConfig:
+    """The exported draft, or the one that the recipe describes before there is one."""
+    exported = inspect_draft(run.files.draft).draft if (run.files.draft / WEIGHTS).exists() else None
+    return exported or draft_of(run)
 
 
-def costs_of(run: Run, hardware: str | None, correlation: float = 0.0) -> Costs:
-    """A preset's name, a probe's file, or None for the run's own probe."""
+def own_probe(
+    run: Run,
+    draft: DraftConfig | None = None,
+    engines: Sequence[Decodes] = DECODERS,
+    correlation: float = 0.0,
+) -> Costs | None:
+    """The run's own probe, of this machine before one of a server. One of another target, or not of `draft`, is left
+    out and named."""
+    for path in map(run.files.probe, engines):
+        if not path.exists():
+            continue
+        probe = _load_probe(path)
+        if problem := _other(run, probe, draft):
+            served = probe.engine is not None and not ENGINES[probe.engine].in_process
+            again = f"draftsmith probe RECIPE{' --url URL' if served else ''}"
+            say(f"{path} {problem}, so it is left out; run: {again}")
+            continue
+        return _as_costs(run, probe, correlation)
+    return None
+
+
+def costs_of(run: Run, hardware: str | None, correlation: float = 0.0, draft: DraftConfig | None = None) -> Costs:
+    """A preset's name, a probe's file, or None for the run's own probe; `draft`: what a probe has to be of, too."""
     if hardware in PRESETS:
         return roofline(run, preset(hardware), correlation)
-    path = Path(hardware) if hardware else probed(run)
-    if path is None:
+    if hardware is not None:
+        return read_probe(run, Path(hardware), correlation, draft)
+    costs = own_probe(run, draft, correlation=correlation)
+    if costs is None:
         raise DataError(
-            f"--hardware: no probe in {run.files.root}; run: draftsmith probe RECIPE, or name one of "
+            f"--hardware: no probe of this target in {run.files.root}; run: draftsmith probe RECIPE, or name one of "
             + ", ".join(PRESETS)
         )
-    return read_probe(run, path, correlation)
+    return costs
 
 
-def read_probe(run: Run, path: Path, correlation: float = 0.0) -> Costs:
+def read_probe(run: Run, path: Path, correlation: float = 0.0, draft: DraftConfig | None = None) -> Costs:
+    """A `RecipeError` where it is of another target, or not of `draft`."""
+    probe = _load_probe(path)
+    if problem := _other(run, probe, draft):
+        raise RecipeError(f"--hardware: {path} {problem}; make one of this target with: draftsmith probe RECIPE")
+    return _as_costs(run, probe, correlation)
+
+
+def _other(run: Run, probe: Probe, draft: DraftConfig | None) -> str:
+    """What else its times are of; empty where they are of this, there are none, or nobody tells."""
+    target = run.recipe.target
+    if probe.times is None:  # a machine alone is good for any
+        return ""
+    for key, was, asked in (("model", probe.target, target.model), ("dtype", probe.dtype, target.dtype)):
+        if was not in (None, asked):
+            return f"measured target.{key} {was}, not {asked}"
+    if probe.draft is not None and draft is not None:
+        timed = METHODS[run.recipe.draft.method].read_config(probe.draft)
+        if timed.parameters != draft.parameters:  # those that weigh the same take the same time
+            return f"timed a draft of {timed.parameters:,.0f} parameters, not one of {draft.parameters:,.0f}"
+    return ""
+
+
+def _load_probe(path: Path) -> Probe:
     try:
-        probe = Probe.load(path)
+        return Probe.load(path)
     except OSError:
         raise RecipeError(
             f"--hardware: {str(path)!r} given; a probe's JSON file or one of {', '.join(PRESETS)}"
         ) from None
     except DataError:
         raise RecipeError(f"--hardware: {path} is not a probe; make one with: draftsmith probe RECIPE") from None
+
+
+def _as_costs(run: Run, probe: Probe, correlation: float) -> Costs:
     if probe.times is None and probe.rates is not None:
         return roofline(run, as_machine(probe.machine, probe.rates), correlation)
     return MeasuredCosts(probe)
@@ -116,8 +169,7 @@ def speeds_of(run: Run, draft: ComparedDraft) -> dict[str, float]:
     """Predicted speed-up of the best measured shape, by machine: here, if it was probed, and on one named GPU."""
     config = METHODS[run.recipe.draft.method].read_config(draft.config)
     machines: list[Costs] = [roofline(run, preset("h100-1"), draft=config)]
-    if run.files.probe().exists():
-        machines.append(read_probe(run, run.files.probe()))
+    machines += filter(None, [own_probe(run, config, DECODERS[:1])])
     try:
         accept = from_results(draft)
     except RecipeError:  # nothing greedy was long enough
@@ -141,8 +193,7 @@ def card_prediction(run: Run) -> Predictions:
     single = roofline(run, preset("h100-1")).fits
     presets = [roofline(run, m) for m in PRESETS.values() if m is not CPU and (m.gpus == 1) == single]
     machines: list[Costs] = [costs for costs in presets if costs.fits]
-    if run.files.probe().exists():
-        machines.append(read_probe(run, run.files.probe()))
+    machines += filter(None, [own_probe(run, current_draft(run), DECODERS[:1])])
     rows = []
     for costs in machines:
         for (prediction,) in predict_all(costs, accept, shapes, [1], 512):

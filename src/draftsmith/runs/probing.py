@@ -274,19 +274,23 @@ def _loops(
 def probe_here(run: Run) -> Probe:
     """This machine, with the target and a draft where the target runs in this process."""
     recipe, settings = run.recipe, run.recipe.regenerate
-    times = None
+    times = target = dtype = draft = None
     if recipe.target.engine == "transformers" and run.target.library is None:
         ready, prompts = _any_draft(run), prompts_to_read(run, 3)
         sampling = Sampling(settings.temperature, settings.top_p, settings.top_k)
         times = embedded_times(run.target, ready.drafter(), max(prompts, key=len), sampling)
+        target, dtype, draft = recipe.target.model, recipe.target.dtype, ready.draft.config.model_dump(mode="json")
     device = resolve_device(run.processes.device(recipe.device))
     rates = machine_rates(device, DTYPES[recipe.target.dtype])
     return Probe(
         engine="embedded" if times else None,
-        machine=str(run.created_with.hardware),
+        machine=str(run.created_with.hardware.first(1 if times else None)),
         created_with=run.created_with,
         rates=rates,
         times=times,
+        target=target,
+        dtype=dtype,
+        draft=draft,
     )
 
 
@@ -304,7 +308,14 @@ def probe_server(run: Run, engine: EngineName, url: str, draft_url: str | None, 
     except TargetError as error:  # here the URLs came by flags
         text = str(error).removeprefix("server.urls: ")
         raise TargetError(text if text.startswith("--") else f"--url: {text}") from None
-    return Probe(engine=engine, machine=f"{engine} at {url}", created_with=run.created_with, times=times)
+    return Probe(
+        engine=engine,
+        machine=f"{engine} at {url}",
+        created_with=run.created_with,
+        times=times,
+        target=run.recipe.target.model,
+        dtype=run.recipe.target.dtype,
+    )
 
 
 def prompts_to_read(run: Run, count: int) -> list[list[int]]:

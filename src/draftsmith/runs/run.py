@@ -60,8 +60,17 @@ def commit() -> str | None:
     return done.stdout.strip()
 
 
-def hardware() -> Hardware:
-    gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+def used(gpus: Sequence[str], device: str) -> tuple[str, ...]:
+    """Those of the machine's GPUs that a recipe's `device` lets a run use."""
+    kind, _, number = device.partition(":")
+    if kind not in ("auto", "cuda"):
+        return ()
+    return tuple(gpus[int(number) : int(number) + 1] if number.isdecimal() else gpus)
+
+
+def hardware(device: str = "auto") -> Hardware:
+    """What a run on this device uses."""
+    gpus = used([torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())], device)
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -206,10 +215,8 @@ class Run:
     @cached_property
     def cards(self) -> list[str]:
         """The GPUs that this run may use, as CUDA_VISIBLE_DEVICES names them."""
-        kind, _, number = self.recipe.device.partition(":")
         seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-        names = seen.split(",")[: torch.cuda.device_count()] if kind in ("auto", "cuda") else []
-        return names[int(number) : int(number) + 1] if number.isdecimal() else names
+        return list(used(seen.split(",")[: torch.cuda.device_count()], self.recipe.device))
 
     def tell_engine(self, stage: Literal["regenerate", "evaluate"]) -> Decodes:
         """What decodes in a stage; on GPUs `auto` says what it chose, or what would be faster."""
@@ -276,7 +283,7 @@ class Run:
             commit=commit(),
             versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             seed=self.recipe.seed,
-            hardware=hardware(),
+            hardware=hardware(self.recipe.device),
         )
 
     # --- the draft and what serves it -----------------------------------------------------------------------------
@@ -312,7 +319,7 @@ class Run:
             return settings.shape, None
         decoders: tuple[Decodes, ...] = (engine, "embedded")
         for path in map(self.files.tuned, decoders):
-            tuned, here = Tuned.readable(path), hardware()
+            tuned, here = Tuned.readable(path), hardware(self.recipe.device)
             if tuned is None:
                 continue
             there = tuned.created_with.hardware

@@ -17,6 +17,7 @@ from draftsmith.core.history import draft_digest
 from draftsmith.core.progress import say
 from draftsmith.core.records.base import Decodes
 from draftsmith.core.records.machine import Tried, Tuned
+from draftsmith.core.run_files import DECODERS
 from draftsmith.core.shape import DraftSampling, Shape
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.engines import ENGINES
@@ -28,7 +29,7 @@ from draftsmith.hardware.accept_length import AcceptLength
 from draftsmith.hardware.cost_model import Costs, MeasuredCosts
 from draftsmith.hardware.predict import candidate_shapes, predict_all
 from draftsmith.hardware.presets import preset
-from draftsmith.runs.estimates import accept_of, probed, read_probe, roofline
+from draftsmith.runs.estimates import accept_of, own_probe, roofline
 from draftsmith.runs.run import Run, fastest
 from draftsmith.targets.base import Target
 
@@ -63,9 +64,7 @@ def _accepted(run: Run, temperature: float) -> dict[DraftSampling, AcceptLength]
 def _seeds(run: Run, engine: Decodes, setup: Setup, accepted: dict[DraftSampling, AcceptLength]) -> list[Way]:
     """What `predict` thinks best, two chains of each way of taking drafts among it; without a probe of drafting, on one
     GPU."""
-    own = run.files.probe(engine)
-    path = own if own.exists() else probed(run)
-    costs: Costs = read_probe(run, path) if path else roofline(run, preset("h100-1"))
+    costs: Costs = own_probe(run, engines=tuple(dict.fromkeys((engine, *DECODERS)))) or roofline(run, preset("h100-1"))
     if isinstance(costs, MeasuredCosts) and costs.times.draft is None:
         costs = roofline(run, preset("h100-1"))
     trees = ENGINES[engine].drafts_trees and (setup.target is None or setup.target.library is None)

@@ -74,6 +74,8 @@ class Completion(Record):
     """Temperature (0 is greedy), top-p, top-k."""
     document: int = 0
     """Number of the row within its conversation."""
+    turns_left_out: dict[str, int] = {}
+    """User turns that were never asked, by reason; in the conversation's last row."""
 
     @property
     def loss_tokens(self) -> list[int]:
@@ -91,6 +93,8 @@ class CompletionsSummary(Record):
     prompts_refused: int
     """By the chat template."""
     tokens_by_category: dict[str, int]
+    turns_left_out: dict[str, int] = {}
+    """User turns that were never asked, by reason, of the conversations that were begun."""
 
 
 class Timing(Record):

@@ -4,6 +4,7 @@ from draftsmith.core.files import JsonObject
 from draftsmith.core.records.base import Decodes, Record
 from draftsmith.core.records.run import Provenance
 from draftsmith.core.shape import DraftSampling, Shape
+from draftsmith.core.tables import by_reason
 
 CERTAIN = 99
 """Two digits that stand for 1."""
@@ -74,6 +75,18 @@ class Acceptance(Record):
     """Of chains that always propose the target's first choice; at temperatures above 0 with greedily taken drafts,
     where the engine tells."""
     share_of_oracle: float | None = None
+    turns: int = 0
+    """User turns that were asked."""
+    turns_left_out: dict[str, int] = {}
+    """Others of the same prompts, by reason."""
+
+    @property
+    def unasked(self) -> str:
+        """`60 of 80 turns asked: 20 too long`; empty where all were."""
+        if not self.turns_left_out:
+            return ""
+        every = self.turns + sum(self.turns_left_out.values())
+        return f"{self.turns:,} of {every:,} turns asked: {by_reason(self.turns_left_out)}"
 
     @property
     def how(self) -> str:
@@ -162,6 +175,8 @@ class EvaluationSettings(Record):
     threads: int | None = None
     window: int | None = None
     """Tokens that the target can read at once."""
+    speed_gpus: int | None = None
+    """What speed was measured on, where there are GPUs; null where nobody tells."""
 
     @property
     def filters(self) -> str:

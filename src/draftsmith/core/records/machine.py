@@ -1,5 +1,6 @@
 """What is measured and told of machines."""
 
+from draftsmith.core.files import JsonObject
 from draftsmith.core.records.base import Decodes, Number, Points, Record
 from draftsmith.core.records.run import Provenance
 from draftsmith.core.shape import DraftSampling, Shape
@@ -67,6 +68,12 @@ class Probe(Record):
     created_with: Provenance | None = None
     rates: MachineRates | None = None
     times: ModelTimes | None = None
+    target: str | None = None
+    """The model that the times are of; null where there are none, or nobody tells."""
+    dtype: str | None = None
+    """Of that model."""
+    draft: JsonObject | None = None
+    """Configuration of the draft that was timed in this process."""
 
 
 class Tried(Record):

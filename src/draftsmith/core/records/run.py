@@ -10,6 +10,10 @@ class Hardware(Record):
     gpus: tuple[str, ...]
     system: str
 
+    def first(self, gpus: int | None) -> "Hardware":
+        """With so many of its GPUs; None: all."""
+        return self.model_copy(update={"gpus": self.gpus[:gpus]})
+
     def __str__(self) -> str:
         return ", ".join(self.gpus) or f"{self.cpu}, {self.cores} cores"
 
