@@ -142,9 +142,7 @@ def test_a_context_that_is_full_is_left_free_by_the_key_that_is_named(target):
         return list(target.generate([[5] * longest], Sampling(), 4))
 
     key = read(r"give a smaller (\S+)$", told(write, 300))
-    section, name = key.split(".")
-    assert write(longest_prompt(getattr(tiny_recipe("m", "p"), section), 256))
-    assert name == "max_prompt_tokens"
+    assert write(longest_prompt(tiny_recipe("m", "p", **{key: 200}), target, 4)) == write(200)
 
 
 def test_a_tap_beyond_the_targets_layers_is_one_of_them(target):

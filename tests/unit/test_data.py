@@ -5,6 +5,7 @@ import itertools
 import json
 from collections import Counter
 from random import Random
+from types import SimpleNamespace
 
 import datasets
 import pyarrow
@@ -29,7 +30,7 @@ from draftsmith.core.recipe import Template
 from draftsmith.core.records.data import Completion, CompletionsSummary, Prompt
 from draftsmith.core.sources import Source
 from draftsmith.data.prompts import gather
-from draftsmith.data.regenerate import Regeneration, read_completions, summarise
+from draftsmith.data.regenerate import Regeneration, longest_prompt, read_completions, summarise
 from draftsmith.data.rows import read_row
 from draftsmith.data.sources import BUNDLED, HUB
 from draftsmith.data.templates import ChatFormat
@@ -369,3 +370,14 @@ def test_turns_that_were_never_asked_are_in_summary_and_line(tmp_path, capsys):
     assert told in capsys.readouterr().err
     summarise(rows[1:2], Counter())
     assert "later user turns" not in capsys.readouterr().err
+
+
+def test_servers_keep_room_for_the_longest_answer():
+    """They refuse a request that might not end; in this process an answer is cut where the context ends."""
+    identity = SimpleNamespace(max_position_embeddings=256)
+    here, served = (SimpleNamespace(identity=identity, independent=independent) for independent in (False, True))
+    recipe = tiny_recipe("m", "p")
+    assert longest_prompt(recipe, here, 24) == 255
+    assert longest_prompt(recipe, served, 24) == 232
+    assert longest_prompt(tiny_recipe("m", "p", **{"serve.context": 128}), served, 24) == 104
+    assert longest_prompt(tiny_recipe("m", "p", **{"regenerate.max_prompt_tokens": 9}), served, 24) == 9

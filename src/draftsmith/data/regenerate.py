@@ -11,7 +11,7 @@ from draftsmith.core import run_files
 from draftsmith.core.errors import DataError
 from draftsmith.core.files import digest
 from draftsmith.core.progress import Meter, say
-from draftsmith.core.recipe import Recipe, RegenerateRecipe
+from draftsmith.core.recipe import Recipe
 from draftsmith.core.records.base import write_rows
 from draftsmith.core.records.data import Completion, CompletionsSummary, IdentityCheck, Prompt, Timing
 from draftsmith.core.tables import by_reason
@@ -125,9 +125,12 @@ def open_conversations(
         yield Conversation(prompt, users[1:], ids)
 
 
-def longest_prompt(settings: RegenerateRecipe, context: int | None) -> int:
-    """Tokens that a prompt may have: one of the context is left for the answer."""
-    return min(settings.max_prompt_tokens, context - 1) if context else settings.max_prompt_tokens
+def longest_prompt(recipe: Recipe, target: Target, answer: int) -> int:
+    """Tokens that a prompt may have. In this process an answer is cut where the target's context ends; servers refuse
+    what has no room for an answer of `answer` tokens."""
+    context = target.identity.max_position_embeddings
+    room = min(context, recipe.serve.context or context) - answer if target.independent else context - 1
+    return min(recipe.regenerate.max_prompt_tokens, room)
 
 
 def loss_tokens(rows: Iterable[Completion]) -> int:
@@ -185,7 +188,7 @@ class Regeneration:
         self.recipe, self.settings, self.target, self.chat, self.out = recipe, recipe.regenerate, target, chat, out
         out.mkdir(parents=True, exist_ok=True)
         self.prompts = list(Prompt.read_rows(prompts_file))
-        self.longest = longest_prompt(self.settings, target.identity.max_position_embeddings)
+        self.longest = longest_prompt(recipe, target, self.settings.max_new_tokens)
         self.total, self.written = self.settings.max_tokens, 0
         self.left_out: Counter[str] = Counter()
         self.meter = Meter("regenerate", self.total or len(self.prompts), "tokens" if self.total else "prompts")

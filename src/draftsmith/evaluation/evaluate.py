@@ -79,7 +79,7 @@ class Evaluation:
 
     def questions(self, session: Target) -> list[Question]:
         """The run's own evaluation prompts."""
-        longest = longest_prompt(self.recipe.regenerate, session.identity.max_position_embeddings)
+        longest = longest_prompt(self.recipe, session, max(self.settings.max_new_tokens, self.settings.lossless_tokens))
         limit, skip_bad = self.settings.prompts, self.recipe.prompts.skip_bad
         questions = self._opened(session, "", self.available, limit, longest, skip_bad)
         if not questions:

@@ -36,7 +36,7 @@ def roofline(run: Run, machine: Machine, correlation: float = 0.0, draft: DraftC
 def current_draft(run: Run) -> DraftConfig:
     """The exported draft, or the one that the recipe describes before there is one."""
     exported = inspect_draft(run.files.draft).draft if (run.files.draft / WEIGHTS).exists() else None
-    return exported or draft_of(run)
+    return exported or run.draft_config
 
 
 def own_probe(
