@@ -213,9 +213,15 @@ def test_what_cannot_be_right_is_refused_in_one_line(model, target, prompts, tmp
             assert wanted in str(caught.value)
             assert "\n" not in str(caught.value)
         long = recipe_for(model, [good])
-        long = long.model_copy(update={"regenerate": long.regenerate.model_copy(update={"max_new_tokens": 500})})
-        with pytest.raises(TargetError, match=r"takes 200 tokens, .*; give a smaller regenerate.max_new_tokens"):
-            regenerate(long, prompts, tmp_path / "long")
+        for most, error in (
+            (198, r"takes 200 tokens, .*; give a smaller regenerate.max_new_tokens"),
+            (500, r"max_new_tokens: answers of 500 tokens leave no room for a prompt in the \d+ that servers take"),
+        ):
+            changed = long.model_copy(
+                update={"regenerate": long.regenerate.model_copy(update={"max_new_tokens": most})}
+            )
+            with pytest.raises(DraftsmithError, match=error):
+                regenerate(changed, prompts, tmp_path / f"long-{most}")
         # Weights that were changed between two runs are noticed by what the first one kept.
         regenerate(recipe_for(model, [good]), prompts, tmp_path / "kept")
         shutil.copytree(tmp_path / "kept", RunFiles(tmp_path / "run").completions)

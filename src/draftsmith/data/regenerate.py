@@ -129,7 +129,13 @@ def longest_prompt(recipe: Recipe, target: Target, answer: int) -> int:
     """Tokens that a prompt may have. In this process an answer is cut where the target's context ends; servers refuse
     what has no room for an answer of `answer` tokens."""
     context = target.identity.max_position_embeddings
-    room = min(context, recipe.serve.context or context) - answer if target.independent else context - 1
+    served = min(context, recipe.serve.context or context)
+    room = served - answer if target.independent else context - 1
+    if room < 1:
+        raise DataError(
+            f"max_new_tokens: answers of {answer} tokens leave no room for a prompt in the {served} that servers take; "
+            "give fewer, or a larger serve.context where the target has it"
+        )
     return min(recipe.regenerate.max_prompt_tokens, room)
 
 
