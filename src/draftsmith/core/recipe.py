@@ -48,7 +48,8 @@ class TargetRecipe(Model):
     """The model to speed up."""
 
     engine: Literal["transformers", "vllm", "sglang"] = "transformers"
-    """What runs the target: transformers in this process, or vLLM or SGLang servers (see `server`)."""
+    """What runs the target: transformers in this process (its engine is called embedded below, draftsmith in tables),
+    or vLLM or SGLang servers (see `server`)."""
     model: str
     """Directory, hub name, or a bundled target: `smollm2-135m-instruct` or `gemma3-270m`."""
     revision: str | None = None
