@@ -126,6 +126,17 @@ def test_accumulation_equals_one_larger_batch(data, tmp_path):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
 
 
+def test_packs_that_make_no_whole_step_are_told(data, tmp_path, capsys):
+    made = trainer(data, tmp_path / "a", **{"train.epochs": 3, "train.pack_tokens": 32})
+    packs = len(made.steps)
+    assert "left out" not in capsys.readouterr().err
+    several = trainer(
+        data, tmp_path / "b", **{"train.epochs": 3, "train.pack_tokens": 32, "train.accumulate": packs - 1}
+    )
+    assert [len(step) for step in several.steps] == [packs - 1]
+    assert f"train: the last 1 of {packs} packs are left out; a step takes {packs - 1}" in capsys.readouterr().err
+
+
 def test_offline_capture_gives_the_same_trajectory(data, tmp_path):
     trainer(data, tmp_path / "online").train()
     trainer(data, tmp_path / "offline", **{"train.capture": "offline"}).train()

@@ -79,6 +79,9 @@ class Trainer:
         lengths = [len(c.ids) for c in self.rows]
         steps = schedule(lengths, settings.pack_tokens, recipe.seed, settings.epochs, settings.accumulate)
         self.steps = steps[: settings.max_steps]
+        packs = sum(len(epoch_packs(lengths, settings.pack_tokens, recipe.seed, n)) for n in range(settings.epochs))
+        if left := packs - sum(map(len, steps)):
+            say(f"train: the last {left} of {packs} packs are left out; a step takes {settings.accumulate}")
         self.method = METHODS[recipe.draft.method]
         layers, rows = target.identity.num_layers, len(vocabulary.ids_D)
         if note := self.method.config_note(recipe.draft, target.config):
