@@ -5,9 +5,10 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from typing import TypeVar
 
 from draftsmith.core.progress import Meter
-from draftsmith.core.records.data import Prompt
+from draftsmith.core.records.data import Completion, Prompt
 from draftsmith.core.records.evaluation import TimedGroup
 from draftsmith.core.tables import by_reason
 from draftsmith.data.regenerate import open_conversations
@@ -16,6 +17,8 @@ from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.evaluation.profile import GREEDY
 from draftsmith.targets.base import Target
+
+P = TypeVar("P", Prompt, Completion)
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,9 @@ class Question:
         return replace(self, ids=ids, users=self.users[1:])
 
 
-def balanced(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
-    """The first prompts of every category in turn, so that a few are as many of each."""
-    queues: dict[str, list[Prompt]] = defaultdict(list)
+def balanced(prompts: Sequence[P], limit: int | None) -> list[P]:
+    """The first of every category in turn, so that a few are as many of each."""
+    queues: dict[str, list[P]] = defaultdict(list)
     for prompt in prompts:
         queues[prompt.category].append(prompt)
     turns = zip_longest(*queues.values())
@@ -89,12 +92,17 @@ def complete(
 
 
 def time_group(
-    session: Target, prompts: list[list[int]], length: int, stop: Sequence[str], sampling: Sampling = GREEDY
+    session: Target,
+    prompts: list[list[int]],
+    length: int,
+    stop: Sequence[str] = (),
+    sampling: Sampling = GREEDY,
+    ignore_end: bool = False,
 ) -> TimedGroup:
     """Answers to prompts that are asked at once. Seconds are those of decoding where the session tells them, which
     leaves out the first token, as it comes from the prompt's own forward."""
     started = time.perf_counter()
-    every = session.generate(prompts, sampling, length, stop, at_once=len(prompts))
+    every = session.generate(prompts, sampling, length, stop, at_once=len(prompts), ignore_end=ignore_end)
     answers = [answer for _, answer in sorted(every, key=lambda item: item[0])]
     seconds, tokens = time.perf_counter() - started, sum(len(answer.ids) for answer in answers)
     own = [answer.seconds for answer in answers if answer.seconds is not None]

@@ -55,9 +55,7 @@ def measure(
             asked = evaluation.asked(session)
             questions = asked[""]
             for name in asked:
-                entry = partial(evaluation.acceptance, session, asked[name], shape, 0.0)
-                part = evaluation.part(name, asked[name], f"tau-{shape}")
-                found[name] += filter(None, [evaluation.once(part, Acceptance, entry)])
+                found[name].append(evaluation.accepted(session, name, asked[name], shape))
     profile = None
     if engine.in_process:
         profile = evaluation.once("profile", Profile, partial(evaluation.profile, questions))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -18,7 +19,7 @@ from draftsmith.core.errors import DataError, TargetError
 from draftsmith.core.files import digest
 from draftsmith.core.history import draft_digest
 from draftsmith.core.progress import Meter, say
-from draftsmith.core.records.base import R, measured_once
+from draftsmith.core.records.base import Record
 from draftsmith.core.records.data import EvaluationPrompts, Prompt
 from draftsmith.core.records.evaluation import (
     Acceptance,
@@ -49,6 +50,8 @@ from draftsmith.evaluation.lossless import difference, first_difference, lossles
 from draftsmith.evaluation.profile import accept_profile
 from draftsmith.targets.base import Target
 
+R = TypeVar("R", bound=Record)
+
 SHORTEST_TIMED = 8  # tokens
 PROFILE_PROMPTS = 48
 # A temperature below may well draw a greedy text; above it, so much of one is no draw.
@@ -75,7 +78,13 @@ class Evaluation:
             say(f"evaluate.batches: {left_out} left out; this process decodes one text at a time")
 
     def once(self, name: str, kind: type[R], measure: Callable[[], R | None]) -> R | None:
-        return measured_once(self.out, name, kind, measure)
+        """The measurement, from `parts/` if it was made before; None where there was nothing to measure."""
+        path = self.out / "parts" / f"{name.replace('/', '-')}.json"
+        if path.exists():
+            return kind.load(path)
+        if (result := measure()) is not None:
+            result.save(path)
+        return result
 
     def questions(self, session: Target) -> list[Question]:
         """The run's own evaluation prompts."""
@@ -143,7 +152,7 @@ class Evaluation:
                             left_out.add(temperature)
                             continue
                         for name in asked:
-                            entry = self._acceptance(drafted, name, asked[name], shape, temperature, drafts)
+                            entry = self.accepted(drafted, name, asked[name], shape, temperature, drafts)
                             found[name].append(entry)
                     if number:
                         continue
@@ -197,31 +206,23 @@ class Evaluation:
     def sampling(self, temperature: float) -> Sampling:
         return Sampling(temperature, self.settings.top_p, self.settings.top_k) if temperature else Sampling()
 
-    def _acceptance(
-        self, session: Target, name: str, questions: list[Question], shape: Shape, temperature: float,
-        drafts: DraftSampling,
+    def accepted(
+        self, session: Target, name: str, questions: list[Question], shape: Shape, temperature: float = 0.0,
+        drafts: DraftSampling = "greedy",
     ) -> Acceptance:  # fmt: skip
         """Of a named set, or of the run's own prompts (no name)."""
         sampled = drafts == "sampled" and temperature > 0  # at temperature 0 a draw is the first choice
-        measure = partial(self.acceptance, session, questions, shape, temperature, "sampled" if sampled else "greedy")
+        measure = partial(self._acceptance, session, questions, shape, temperature, "sampled" if sampled else "greedy")
         part = f"tau-{shape}-T{temperature:g}{'-sampled' if sampled else ''}"
-        entry = self.once(self.part(name, questions, part), Acceptance, measure)
+        if name:  # sets come and go in a recipe, and what was measured of others stands
+            part = f"{name}-{digest([[q.ids, q.users] for q in questions])[:8]}-{part}"
+        entry = self.once(part, Acceptance, measure)
         assert entry is not None, "there are questions"
         say(f"{f'{name}: ' if name else ''}{tau_line(entry)}")
         return entry
 
-    @staticmethod
-    def part(name: str, questions: list[Question], part: str) -> str:
-        """Sets come and go in a recipe, and what was measured of others stands."""
-        return f"{name}-{digest([[q.ids, q.users] for q in questions])[:8]}-{part}" if name else part
-
-    def acceptance(
-        self,
-        session: Target,
-        questions: list[Question],
-        shape: Shape,
-        temperature: float,
-        drafts: DraftSampling = "greedy",
+    def _acceptance(
+        self, session: Target, questions: list[Question], shape: Shape, temperature: float, drafts: DraftSampling
     ) -> Acceptance:
         """All turns of all questions; those that cannot be asked are counted."""
         left_out: Counter[str] = Counter()

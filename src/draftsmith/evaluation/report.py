@@ -52,7 +52,7 @@ class Findings:
     def __init__(self, run: RunFiles):
         found = results_of(run)
         self.files = run
-        self.recipe = recipe_that_ran(run, load_recipe(run.recipe)) if run.recipe.exists() else None
+        self.recipe = recipe_that_ran(run, load_recipe(run.recipe))
         self.manifest = Manifest.found(run.manifest)
         self.prompts = PromptsSummary.found(run.stage("prompts") / run_files.SUMMARY)
         self.completions = CompletionsSummary.found(run.completions / run_files.SUMMARY)
@@ -67,31 +67,14 @@ class Findings:
         self.elsewhere = list(found.values())  # what other engines measured
 
     @property
-    def target(self) -> str:
-        if self.recipe:
-            return self.recipe.target.model
-        return self.results.settings.target if self.results else "an unnamed target"
-
-    @property
     def method(self) -> str:
-        return METHODS[self.recipe.draft.method].title if self.recipe else "draft"
+        return METHODS[self.recipe.draft.method].title
 
     @property
     def created_with(self) -> Provenance | None:
         """Of the measurements if there are any, else of the run."""
         known = self.results or self.manifest
         return known.created_with if known else None
-
-    @property
-    def machine(self) -> str:
-        """Processor and accelerators, without the operating system's version."""
-        if self.created_with is None:
-            return "unknown machine"
-        hardware = self.created_with.hardware
-        threads = self.results.settings.threads if self.results else None
-        parts = [f"cpu {hardware.cpu}", f"cores {hardware.cores}"]
-        parts += [f"gpus {', '.join(hardware.gpus)}"] if hardware.gpus else []
-        return ", ".join([*parts, *([f"threads {threads}"] if threads else [])])
 
     @cached_property
     def fastest(self) -> Speed | None:
@@ -131,8 +114,6 @@ def plain(value: Any) -> str:
 
 def recipe_rows(run: Findings) -> list[tuple[str, str]]:
     """What decides the outcome; the whole recipe stands below the table."""
-    if run.recipe is None:
-        return []
     r = run.recipe
     train, regenerate, draft = r.train, r.regenerate, r.draft
     passes = f"{train.epochs} epochs" + (f", at most {train.max_steps} steps" if train.max_steps else "")
@@ -159,14 +140,12 @@ def recipe_rows(run: Findings) -> list[tuple[str, str]]:
 # --- what to run next ---------------------------------------------------------------------------------------------
 
 
-def train_longer(run: Findings) -> tuple[str, str | None]:
+def train_longer(run: Findings, steps: int) -> tuple[str, str]:
     gain = run.course.gain_of_doubling
     promise = f"; twice the tokens: about {gain:+.2f}" if gain and gain >= 0.005 else ""
     words = f"tau was still rising: train longer (or raise regenerate.max_tokens for more data){promise}"
-    if run.recipe is None or run.training is None:
-        return words, None
     train = run.recipe.train
-    key, now = ("max-steps", train.max_steps) if train.max_steps == run.training.steps else ("epochs", train.epochs)
+    key, now = ("max-steps", train.max_steps) if train.max_steps == steps else ("epochs", train.epochs)
     return words, f"{own_command(run, 'run')} --train.{key} {2 * (now or 1)}"
 
 
@@ -182,7 +161,7 @@ def next_steps(run: Findings, serve: Mapping[EngineName, str]) -> list[tuple[str
     if run.training is None:
         return [*steps, ("The draft is not trained; finish the run", own_command(run, "run"))]
     if run.training.status == "preview":
-        steps.append(train_longer(run))
+        steps.append(train_longer(run, run.training.steps))
     if run.results is None:
         steps.append(("Measure before you serve", own_command(run, "evaluate")))
     if run.fastest and run.fastest.speedup <= 1:
@@ -193,7 +172,7 @@ def next_steps(run: Findings, serve: Mapping[EngineName, str]) -> list[tuple[str
 def write_report(files_of_run: RunFiles, tokenizer: Any, serve: Mapping[EngineName, str]) -> Path:
     """Write report.html; sections whose stage has not run say so. `serve`: see `next_steps`."""
     run = Findings(files_of_run)
-    rows = sample_completions(read_completions(run.files.completions), ANSWERS, run.recipe.seed if run.recipe else 0)
+    rows = sample_completions(read_completions(run.files.completions), ANSWERS, run.recipe.seed)
     masked = nearest_to_readable(rows)
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters.update(number=number, share=share, plain=plain, duration=short_duration, setting=setting)
@@ -202,9 +181,8 @@ def write_report(files_of_run: RunFiles, tokenizer: Any, serve: Mapping[EngineNa
     entries = run.results.acceptance if run.results else []
     text = template.render(
         run=run,
-        name=run.recipe.name if run.recipe else run.files.root.name,
         recipe_rows=recipe_rows(run),
-        recipe_text=dump_recipe(run.recipe) if run.recipe else "",
+        recipe_text=dump_recipe(run.recipe),
         vocabulary_plot=vocabulary_plot(run.coverage) if run.coverage else None,
         masked=masked,
         mask=loss_mask(masked, tokenizer, run.files.vocabulary) if masked else [],

@@ -2,11 +2,10 @@
 
 import math
 import random
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, zip_longest
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import linear_regression
 from typing import Any
@@ -17,6 +16,7 @@ from draftsmith.core.records.data import Completion, Coverage
 from draftsmith.core.records.evaluation import Acceptance
 from draftsmith.core.records.training import MetricsRow, StepTiming
 from draftsmith.data.vocabulary import DraftVocabulary
+from draftsmith.evaluation.asking import balanced
 from draftsmith.evaluation.plots import interval_plot, line_plot
 
 PROMPT_END_CHARACTERS = 400
@@ -48,20 +48,10 @@ def vocabulary_plot(coverage: Coverage) -> Markup:
 
 
 def sample_completions(rows: Iterable[Completion], count: int, seed: int) -> list[Completion]:
-    """A random choice, as many of each category as of any other; rows are read once and few are held."""
-    kept: dict[str, list[Completion]] = {}
-    seen: Counter[str] = Counter()
-    chooser = random.Random(f"{seed}-report")
-    for row in (row for row in rows if row.spans):
-        reservoir = kept.setdefault(row.category, [])
-        slot = len(reservoir) if len(reservoir) < count else chooser.randrange(seen[row.category] + 1)
-        seen[row.category] += 1
-        if slot < count:
-            reservoir[slot : slot + 1] = [row]
-    for reservoir in kept.values():
-        chooser.shuffle(reservoir)
-    turns = zip_longest(*(kept[category] for category in sorted(kept)))
-    return [row for turn in turns for row in turn if row is not None][:count]
+    """A random choice, as many of each category as of any other."""
+    written = [row for row in rows if row.spans]
+    random.Random(f"{seed}-report").shuffle(written)
+    return balanced(sorted(written, key=lambda row: row.category), count)
 
 
 def as_text(row: Completion, tokenizer: Any) -> tuple[str, str]:
@@ -77,15 +67,8 @@ def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
 
     Decoding a token alone would lose the space before it with some tokenizers.
     """
-    texts, before = [], ""
-    for end in range(1, len(ids) + 1):
-        whole = tokenizer.decode(ids[:end])
-        if end < len(ids) and whole.endswith("\ufffd"):
-            texts.append("")
-        else:
-            texts.append(whole[len(before) :])
-            before = whole
-    return texts
+    wholes = [tokenizer.decode(ids[:end]).rstrip("\ufffd") for end in range(len(ids))]
+    return [after[len(before) :] for before, after in pairwise([*wholes, tokenizer.decode(ids)])]
 
 
 def nearest_to_readable(rows: Sequence[Completion]) -> Completion | None:

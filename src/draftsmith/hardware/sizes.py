@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from draftsmith.hardware.quantisation import Quantisation
 from draftsmith.targets.configs import EXPERTS_PER_TOKEN, NO_ROWS, expert_count, first_of, layer_types, value_of
+from draftsmith.targets.parts import empty_model
 
 STATE_BYTES = 4.0  # engines keep the states of linear attention and Mamba layers in fp32
 _KNOWN: dict[str, "TargetSize"] = {}  # by config, scheme and dtype: a command sizes the same target many times
@@ -103,20 +104,12 @@ class TargetSize:
 
 
 def _build(config: Any) -> Any:
-    """The model without its numbers; None where no class can be built from this config."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
+    """The model without its numbers, of a wrapper its decoder where that has a class; None where nothing can be built
+    from this config."""
     trusted = type(config).__module__.startswith("transformers_modules")  # its code was allowed to run
-    text = config.get_text_config()
-    for auto, part in (
-        (AutoModelForCausalLM, text),
-        (AutoModelForCausalLM, config),
-        (AutoModelForImageTextToText, config),
-    ):
+    for part in (config.get_text_config(), config):
         try:
-            with torch.device("meta"):
-                return auto.from_config(copy.deepcopy(part), trust_remote_code=trusted, attn_implementation="eager")
+            return empty_model(copy.deepcopy(part), "fp32", trusted)
         except Exception:  # a model's code may fail in any way here; what follows from it is told as an assumption
             continue
     return None

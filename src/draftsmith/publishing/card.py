@@ -126,12 +126,6 @@ def _head(recipe: Recipe, target: str, licence: Licence, found: list[Results]) -
     )
 
 
-def _coverage(run: Run, size: int) -> str | None:
-    coverage = Coverage.load(run.files.coverage)
-    share = dict(zip(coverage.sizes, coverage.coverage["all"], strict=True)).get(size)
-    return None if share is None else f"{share:.1%}"
-
-
 def _sampling(recipe: Recipe) -> str:
     settings = recipe.regenerate
     how = f"temperature {settings.temperature:g}, top-p {settings.top_p:g}, top-k {settings.top_k or 'off'}"
@@ -175,7 +169,7 @@ def make_card(run: Run, prediction: Predictions) -> str:
         draft=report.config,
         provenance=provenance,
         parameters=report.parameters,
-        coverage=_coverage(run, report.config["draft_vocab_size"]),
+        coverage=Coverage.load(run.files.coverage),
         records=_records(run.files, [run.files.results[engine] for engine in measured]),
         first=found[0],
         results=titled,

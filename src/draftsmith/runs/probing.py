@@ -7,8 +7,6 @@ core/records/ (`Probe`), what is made of it by hardware/cost_model.py.
 import contextlib
 import itertools
 import statistics
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,13 +16,13 @@ import torch
 from draftsmith.core import run_files
 from draftsmith.core.errors import TargetError
 from draftsmith.core.progress import Meter
-from draftsmith.core.recipe import EngineName, PromptsRecipe
+from draftsmith.core.recipe import EngineName
 from draftsmith.core.records.data import Prompt
 from draftsmith.core.records.machine import DraftTimes, MachineRates, ModelTimes, Probe
-from draftsmith.core.run_files import RunFiles
 from draftsmith.core.shape import Shape
+from draftsmith.core.sources import Source
 from draftsmith.core.tables import table
-from draftsmith.data.prompts import gather
+from draftsmith.data.prompts import Tally, prompts_of
 from draftsmith.data.regenerate import open_conversations
 from draftsmith.data.templates import ChatFormat
 from draftsmith.decoding.cache import StaticCache
@@ -36,7 +34,8 @@ from draftsmith.drafts import METHODS
 from draftsmith.drafts.directories import ReadyDraft, ready_draft
 from draftsmith.engines import SERVERS
 from draftsmith.engines.base import Setup
-from draftsmith.evaluation.asking import balanced
+from draftsmith.evaluation.asking import balanced, time_group
+from draftsmith.evaluation.profile import GREEDY
 from draftsmith.hardware import interconnect
 from draftsmith.hardware.cost_model import MeasuredCosts, interpolate
 from draftsmith.hardware.presets import LAYER_S, Machine
@@ -124,35 +123,28 @@ def as_machine(name: str, rates: MachineRates) -> Machine:
 # --- any engine, by requests at once ------------------------------------------------------------------------------
 
 
-def _answers(session: Target, prompts: list[list[int]], sampling: Sampling, tokens: int) -> tuple[float, int]:
-    """(seconds until all prompts, asked at once, have exactly so many tokens, verification steps in all)."""
-    started = time.perf_counter()
-    every = session.generate(prompts, sampling, tokens, at_once=len(prompts), ignore_end=True)
-    steps = sum(len(answer.verified) for _, answer in every)
-    return time.perf_counter() - started, steps
-
-
 def by_requests(
     session: Target,
     prompts: list[list[int]],
     at_once: Sequence[int],
     rounds: int,
     what: str,
-    sampling: Sampling | None = None,
+    sampling: Sampling = GREEDY,
     lengths: tuple[int, int] = (SHORT, LONG),
 ) -> list[tuple[float, float]]:
     """For each number of requests at once: median seconds (per token of each, per drafting step or 0) over rounds of
     different prompts. The prompts' own time cancels; they are asked once before, untimed, as a server that caches
     prefixes would spare only the longer request the prompt."""
-    found, drawn = [], sampling or Sampling()
+    found = []
     with Meter(what, len(at_once) * rounds, "rounds") as meter:
         for number in at_once:
             times = []
             for start in range(0, number * rounds, number):
                 chosen = [prompts[i % len(prompts)] for i in range(start, start + number)]
-                _answers(session, chosen, drawn, 1)
-                (brief_s, brief), (whole_s, whole) = (_answers(session, chosen, drawn, length) for length in lengths)
-                spent, steps = whole_s - brief_s, whole - brief
+                _, brief, whole = (
+                    time_group(session, chosen, length, (), sampling, ignore_end=True) for length in (1, *lengths)
+                )
+                spent, steps = whole.seconds - brief.seconds, whole.steps - brief.steps
                 times.append((spent / (lengths[1] - lengths[0]), spent * number / steps if steps > 0 else 0.0))
                 meter.advance(1)
             found.append((statistics.median(t for t, _ in times), statistics.median(s for _, s in times)))
@@ -188,9 +180,7 @@ def server_times(
 
 
 @torch.inference_mode()
-def embedded_times(
-    target: LocalTarget, drafter: Drafter, prompt: list[int], sampling: Sampling | None = None
-) -> ModelTimes:
+def embedded_times(target: LocalTarget, drafter: Drafter, prompt: list[int], sampling: Sampling = GREEDY) -> ModelTimes:
     """T(w), the draft's parts, what a loop adds, and steps of whole batches.
 
     prompt: real text, of any length above a few tokens; sampling: of regeneration, greedy if left out.
@@ -320,12 +310,9 @@ def probe_server(run: Run, engine: EngineName, url: str, draft_url: str | None, 
 
 def prompts_to_read(run: Run, count: int) -> list[list[int]]:
     """Prompts as the target reads them: the run's evaluation prompts, or those of the package before there is a run."""
-    with tempfile.TemporaryDirectory() as scratch:
-        held_out = run.files.evaluation_prompts
-        if not held_out.exists():
-            held_out = RunFiles(Path(scratch)).evaluation_prompts
-            gather(run.recipe.model_copy(update={"prompts": PromptsRecipe()}), held_out.parent)
-        chosen = balanced(list(Prompt.read_rows(held_out)), count)
+    held_out = run.files.evaluation_prompts
+    bundled = prompts_of(Source(name="bundled"), 1, False, run.recipe.seed, Tally())
+    chosen = balanced(list(Prompt.read_rows(held_out) if held_out.exists() else bundled), count)
     settings = run.recipe.target
     chat = ChatFormat(run.tokenizer, settings.template, settings.template_options)
     return [c.ids for c in open_conversations(chosen, chat, run.recipe.regenerate.max_prompt_tokens)]

@@ -1,9 +1,9 @@
 """Every file of a run is a model, validated when it is written and when it is read (docs/files.md)."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self
 
 import orjson
 from pydantic import BeforeValidator, ValidationError
@@ -88,20 +88,5 @@ class Record(Model):
             raise DataError(f"{where}: is no {cls.__name__} ({key + ': ' if key else ''}{problem['msg']})") from None
 
 
-R = TypeVar("R", bound=Record)
-
-
 def write_rows(path: Path, rows: Iterable[Record]) -> None:
     files.write_atomic(path, (row.line() for row in rows))
-
-
-def measured_once(out: Path, name: str, kind: type[R], measure: Callable[[], R | None]) -> R | None:
-    """The measurement, from `parts/` if it was made before; None where there was nothing to measure."""
-    path = out / "parts" / f"{name.replace('/', '-')}.json"
-    if not path.exists():
-        result = measure()
-        if result is None:
-            files.write_atomic(path, "null")
-        else:
-            result.save(path)
-    return None if path.read_bytes() == b"null" else kind.load(path)

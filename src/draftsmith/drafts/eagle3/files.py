@@ -40,29 +40,20 @@ def engine_config(config: Eagle3Config, layers: int, provenance: JsonObject) -> 
             eagle[IDS] = outputs
     if config.norm_before_fc:
         eagle["norm_before_fc"] = True
+    own = config.model_dump(exclude={"taps", "target_hidden_size", "norm_before_fc", "rope_scaling"})
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
         "num_hidden_layers": 1,
-        "hidden_size": config.hidden_size,
         "target_hidden_size": config.tap_size,
         "num_aux_hidden_states": len(config.taps),
-        "intermediate_size": config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": config.rms_norm_eps,
-        "vocab_size": config.vocab_size,
-        "draft_vocab_size": config.draft_vocab_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta},
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
-        "fc_norm": config.fc_norm,
+        **own,
         **ids,
         "eagle_config": eagle,
         "draftsmith": {"taps": list(config.taps), **provenance},
