@@ -1,4 +1,4 @@
-"""Switches of arena.py that no recipe has, as none of them gained anything: each changes a trainer before it trains.
+"""Switches of arena.py that no recipe has: each changes a trainer before it trains. One that gains is to become a key.
 
 Shapes: T tokens, K taps, H hidden.
 """
