@@ -14,6 +14,7 @@ from draftsmith.engines.base import Setup
 from draftsmith.engines.embedded import exact
 from draftsmith.runs.pipeline import run_pipeline
 from draftsmith.runs.run import Run
+from draftsmith.runs.stages import STAGES
 from draftsmith.targets import local
 from draftsmith.targets.local import LocalTarget
 
@@ -98,6 +99,23 @@ def test_a_target_too_large_for_the_card_is_told_before_it_is_read(tmp_path, mon
         "target.model: Qwen/Qwen3-8B has 16.4 GB of weights in bf16, and 15.0 of 24.0 GB are free on cuda:0; give "
         "target.engine vllm"
     )
+
+
+def test_training_asks_for_room_before_the_stages_ahead_of_it_and_not_beside_the_target(tmp_path, monkeypatch):
+    free = [15_000_000_000]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 24_000_000_000))
+    run = Run(
+        tiny_recipe("Qwen/Qwen3-8B", "p", **{"device": "cuda:0", "target.dtype": "bf16", "draft": {}}), tmp_path, ["t"]
+    )
+    require = next(stage.require_possible for stage in STAGES if stage.name == "train")
+    with pytest.raises(TargetError, match=r"15\.0 of 24\.0 GB are free"):
+        require(run)
+    free[0] = 20_000_000_000
+    require(run)
+    free[0] = 4_000_000_000
+    run.__dict__["target"] = object()  # what an earlier stage of this process loaded
+    require(run)
 
 
 def test_losslessness_holds_one_copy_of_the_target(tmp_path, monkeypatch, capsys):

@@ -25,7 +25,7 @@ class Stages(RecipeCommand):
     """After export: start this engine and compare it with the embedded one, token by token and depth by depth."""
 
     def __call__(self, run: Run) -> int:
-        from draftsmith.runs.check import require_check
+        from draftsmith.runs.check import check, require_check
         from draftsmith.runs.pipeline import explain, run_pipeline
 
         only = None if self.stage == "run" else self.stage
@@ -35,11 +35,8 @@ class Stages(RecipeCommand):
         if self.check:
             require_check(run, self.check, self.stage)
         run_pipeline(run, only, self.redo)
-        if self.check:
-            from draftsmith.runs.check import check
-
-            if not check(run, self.check):
-                return 1
+        if self.check and not check(run, self.check):
+            return 1
         if self.stage == "report":
             print(f"report: {run.files.report}")
         if self.stage == "run" and run.processes.main:

@@ -149,7 +149,9 @@ class Run:
                 )
 
     def require_room(self) -> None:
-        """Raises `TargetError` where this process's card cannot hold the target."""
+        """Raises `TargetError` where this process's card cannot hold the target, which may be there already."""
+        if "target" in self.__dict__:
+            return
         settings, card = self.recipe.target, resolve_device(self.processes.device(self.recipe.device))
         if (room := card_room(card)) is None:
             return
