@@ -13,6 +13,7 @@ from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.drafts.directories import inspect_draft, load_draft, write_draft
 from draftsmith.drafts.eagle3.config_file import IDS
 from draftsmith.drafts.eagle3.files import engine_config
+from draftsmith.targets.parts import UNBOUNDED
 
 
 @pytest.fixture
@@ -185,6 +186,15 @@ def test_each_damage_is_named(exported, damage, message):
     assert any(message in problem for problem in problems(directory)), problems(directory)
     with pytest.raises(CheckpointError):
         load_draft(directory)
+
+
+@pytest.mark.parametrize(("length", "short"), [(32768, False), (2048, True)])
+def test_a_target_that_counts_no_positions_wants_what_its_draft_is_given(exported, length, short):
+    directory, _, _ = exported
+    config = json.loads((directory / "config.json").read_text()) | {"max_position_embeddings": length}
+    config["draftsmith"]["target"] = {"max_position_embeddings": UNBOUNDED, "num_layers": 6}
+    (directory / "config.json").write_text(json.dumps(config))
+    assert any("is short" in problem for problem in problems(directory)) == short
 
 
 def test_other_spellings_are_read(exported):

@@ -129,6 +129,12 @@ def test_compare_sets_drafts_side_by_side(monkeypatch, capsys, world):
     assert rows[0].acceptance[0].all == rows[1].acceptance[0].all  # the same draft twice
     assert 0 < rows[0].coverage <= 1
     assert "M parameters" in told.out
+    kept = {path.parent for path in files(world).comparison.parent.glob("*/parts")}
+    for flags in (("--regenerate.max-prompt-tokens", "500"), ("--serve.context", "100")):  # nothing old is told as new
+        assert run(monkeypatch, capsys, world, "compare", "--drafts", world / "other", *flags)[0] == 0
+        every = {path.parent for path in files(world).comparison.parent.glob("*/parts")}
+        assert len(every) > len(kept)
+        kept = every
     code, told = run(monkeypatch, capsys, world, "compare")
     assert code == 2
     assert "give others with --drafts" in told.err

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from models import WORDS, save_tiny_target, tiny_recipe, write_prompts
 from servers import ENGINE, FaultyServer, drafting, serving, tiny_engine
 
+from draftsmith.commands.tune import Tune
 from draftsmith.core.errors import ServeError
 from draftsmith.core.records.base import write_rows
 from draftsmith.core.records.data import CompletionsSummary, Prompt
@@ -255,6 +257,27 @@ def test_records_name_the_cards_that_a_run_may_use(tmp_path, monkeypatch):
         assert run.cards == cards
     assert str(run.created_with.hardware.first(2)) == "card 0, card 1"
     assert run.created_with.hardware.first(None).gpus == every
+
+
+def test_tune_times_what_evaluate_decodes_with(tmp_path, monkeypatch):
+    asked = []
+
+    def measured(run, engine, budget_s):
+        asked.append(engine)
+        raise InterruptedError
+
+    monkeypatch.setattr("draftsmith.runs.tuning.tune", measured)
+    for cards, flags in ((2, {}), (0, {}), (0, {"evaluate.engine": "sglang"})):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda cards=cards: cards)
+        recipe = tiny_recipe("m", "p", device="auto", serve={"program": "sh"}, **flags)
+        with pytest.raises(InterruptedError):
+            Tune(recipe=tmp_path)(Run(recipe, tmp_path, ["test"]))
+    assert asked == ["vllm", "embedded", "sglang"]
+
+
+def test_a_recorded_command_can_be_typed_again(tmp_path):
+    typed = ["draftsmith", "evaluate", "r.yaml", "--serve.program", "env A=1 /opt/vllm serve", "--serve.extra=--x 1"]
+    assert shlex.split(Run(tiny_recipe("m", "p"), tmp_path, typed).created_with.command) == typed
 
 
 def test_evaluation_asks_servers_on_all_cards_and_times_one(tmp_path):

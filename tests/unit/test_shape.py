@@ -43,6 +43,8 @@ def test_a_plain_dense_target_gives_its_own_widths(kind, values, widths):
         ("nemotron_h", {}, (12288, 32, 8, 128)),
         ("kimi_linear", {}, (6912, 16, 8, 128)),
         ("deepseek_v4", {}, (12288, 32, 8, 128)),
+        ("bloom", {}, (192, 8, 8, 8)),
+        ("mamba", {}, (1536, 8, 8, 64)),
     ],
 )
 def test_a_dense_draft_where_the_target_has_nothing_fitting(kind, values, widths):
