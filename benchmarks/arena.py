@@ -168,7 +168,7 @@ def train_ours(work: Path, cell: Path, name: str, seed: int, seconds: float) -> 
     """The train stage's own trainer, on the completions of the run; the seed is that of training alone."""
     changed, (_, prepare) = BASE | OURS.get(name, {}), SWITCHES.get(name, ("", None))
     run = RunFiles(work / "run")
-    target = LocalTarget(TARGET, dtype="fp32")
+    target = LocalTarget(load_recipe(RECIPE).target)
     for parameter in target.lm.parameters():
         parameter.sum()  # weights are memory-mapped: touch them, so that they count as the target's
     after_target, vocabulary = status_bytes("VmRSS"), DraftVocabulary.load(run.vocabulary)
@@ -375,7 +375,7 @@ def main() -> None:
             command = [sys.executable, __file__, "--work", str(work), "--seconds", str(options.seconds)]
             command += ["--only", name, "--seeds", str(seed), "--ours", str(cell)]
             subprocess.run(command, check=True, env=environment())
-    target = LocalTarget(TARGET, dtype="fp32")
+    target = LocalTarget(load_recipe(RECIPE).target)
     if not (work / "texts.json").exists():
         write_texts(recipe, run, target, work / "texts.json")
     texts = files.read_json(work / "texts.json")

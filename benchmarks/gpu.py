@@ -86,7 +86,7 @@ def run_ours(layer: dict, documents: int, length: int, steps: int, device: str =
             seconds.append(time.perf_counter() - started)  # but for the optimiser, which the next step waits for
             trainer.step += 1
             flops.append(step_flops(trainer.draft, trainer.settings, [pack]))
-        told = {"loss": trainer.sums.last_loss}
+        told = {"loss": trainer.unlogged[-1].loss}
         if device == "cuda":
             told["kernels"] = launched(lambda: trainer._optimiser_step([pack], capture))
     step_s = statistics.median(seconds[WARM_UP:])

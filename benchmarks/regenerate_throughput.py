@@ -36,7 +36,7 @@ def main() -> None:
     from draftsmith.targets.parts import resolve_model
 
     recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "gemma3-270m-quick.yaml")
-    target = LocalTarget("gemma3-270m", batch_size=options.batch)
+    target = LocalTarget(recipe.target, batch_size=options.batch)
     reference = AutoModelForCausalLM.from_pretrained(resolve_model("gemma3-270m"), dtype=torch.bfloat16).eval()
     chat = ChatFormat(target.tokenizer, recipe.target.template)
     source = Source(name="bundled", limit=options.batch)

@@ -83,6 +83,7 @@ def run_ours(data: Path, dtype: str, batch: int, steps: int) -> dict:
     from safetensors.torch import load_file
     from torch.utils.flop_counter import FlopCounterMode
 
+    from draftsmith.core.recipe import TargetRecipe
     from draftsmith.core.recipe_file import parse_recipe
     from draftsmith.core.records.base import write_rows
     from draftsmith.core.records.data import Completion
@@ -93,7 +94,7 @@ def run_ours(data: Path, dtype: str, batch: int, steps: int) -> dict:
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     tensors = load_file(data)
-    target = LocalTarget("gemma3-270m", dtype=dtype)
+    target = LocalTarget(TargetRecipe(model="gemma3-270m", dtype=dtype))
     for parameter in target.lm.parameters():
         parameter.sum()  # weights are memory-mapped: touch them, so that they count as the target's
     after_target = status_bytes("VmRSS")

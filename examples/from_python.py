@@ -18,7 +18,7 @@ def main(recipe_file: str, question: str, out: Path | None = None) -> tuple[str,
     directory = draftsmith.train(recipe, out)  # finished stages are skipped
     draft, ids = draftsmith.load_draft(directory)
     print(f"{directory}: {sum(p.numel() for p in draft.parameters()):,} parameters, {len(ids):,} tokens")
-    target = LocalTarget(recipe.target.model, dtype=recipe.target.dtype)
+    target = LocalTarget(recipe.target)
     prompt = ChatFormat.of(recipe, target).first_turn(question, None, None)
     plain = draftsmith.decode(target, prompt, max_new_tokens=48)
     drafted = draftsmith.decode(target, prompt, directory, "3/4/8", max_new_tokens=48)

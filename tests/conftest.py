@@ -22,9 +22,9 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def target(model):
     """It in this process."""
-    from draftsmith.targets.local import LocalTarget
+    from models import local_target
 
-    return LocalTarget(model, dtype="fp32", device="cpu")
+    return local_target(model)
 
 
 @pytest.fixture

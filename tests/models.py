@@ -19,7 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from draftsmith.core.recipe import Recipe, TrainRecipe
+from draftsmith.core.recipe import Recipe, TargetRecipe, TrainRecipe
 from draftsmith.core.recipe_file import parse_recipe
 from draftsmith.core.records.data import Completion, Prompt
 from draftsmith.core.sources import Source
@@ -70,6 +70,11 @@ def tiny_lm(architecture: str = "llama", seed: int = 0):
 
 def tiny_target(architecture: str = "llama", seed: int = 0, **options) -> LocalTarget:
     return LocalTarget.from_model(tiny_lm(architecture, seed), **options)
+
+
+def local_target(model, batch_size: int = 64, **settings) -> LocalTarget:
+    """The model of a directory, in fp32."""
+    return LocalTarget(TargetRecipe(model=str(model), dtype="fp32", **settings), "cpu", batch_size)
 
 
 def tiny_draft(target: LocalTarget, draft_vocab: int = 40, seed: int = 0, **options):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import save_tiny_target, tiny_recipe, write_prompts
+from models import local_target, save_tiny_target, tiny_recipe, write_prompts
 from servers import ENGINE, FaultyServer, serving, tiny_engine
 
 from draftsmith.core import secrets
@@ -18,7 +18,6 @@ from draftsmith.core.errors import DraftsmithError, RecipeError
 from draftsmith.core.recipe_file import dump_recipe, load_recipe, parse_recipe
 from draftsmith.engines import SERVERS
 from draftsmith.engines.process import launch, running
-from draftsmith.targets.local import LocalTarget
 
 SECRET = "hunter2-Xyz"
 FLAGS = ["--api-key", "--api_key", "--admin-api-key", "--hf-token", "--hf_token", "--token", "--ssl-keyfile-password"]
@@ -111,7 +110,7 @@ def test_a_command_that_holds_a_secret_writes_nothing(world, tmp_path, flags):
 
 def test_no_file_of_a_run_and_no_line_holds_a_key(world, tmp_path):
     """A run whose servers want a key, say it back in their errors, and whose engine tells its own command line."""
-    target = LocalTarget(str(world / "model"), dtype="fp32", device="cpu")
+    target = local_target(world / "model")
     honest, seen = tiny_engine(target, str(world / "model")), []
 
     def telling(path, body, request):

@@ -7,7 +7,7 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from models import save_tiny_target
+from models import local_target, save_tiny_target
 from outcomes import FUZZED, ODD, copied, fuzzed, one_gigabyte, outcome, put, refused
 
 from draftsmith import cli
@@ -16,7 +16,6 @@ from draftsmith.core.recipe import TargetRecipe
 from draftsmith.engines.server import is_gemma3
 from draftsmith.hardware.presets import preset
 from draftsmith.runs.init import choose, read_facts, render
-from draftsmith.targets.local import LocalTarget
 from draftsmith.targets.parts import load_tokenizer
 from draftsmith.targets.weights import WeightsOnlyTarget
 
@@ -68,7 +67,7 @@ def planned(model):
 
 
 def loaded(model):
-    return LocalTarget(str(model), dtype="fp32", device="cpu").identity
+    return local_target(model).identity
 
 
 def ends(model):

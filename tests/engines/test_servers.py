@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine import BUILDERS, engine_program, free_port, save_target
-from models import tiny_recipe, write_prompts
+from models import local_target, tiny_recipe, write_prompts
 from servers import FaultyServer, forward, serving
 
 from draftsmith.core import run_files
@@ -25,7 +25,6 @@ from draftsmith.runs.pipeline import run_pipeline
 from draftsmith.runs.probing import probe_server
 from draftsmith.runs.run import Run
 from draftsmith.runs.stages import STAGES
-from draftsmith.targets.local import LocalTarget
 
 pytestmark = pytest.mark.engines
 TAPS = (2, 4, 5)
@@ -79,7 +78,7 @@ def test_a_real_server_behind_a_bad_network_regenerates_all_and_nothing_twice(en
     rows = list(read_completions(run.files.completions))
     asked = run.files.training_prompts
     assert sorted(r.id for r in rows) == sorted(prompt.id for prompt in Prompt.read_rows(asked))
-    target = LocalTarget(model, dtype="fp32", device="cpu")
+    target = local_target(model)
     Regeneration(recipe, target, ChatFormat(target.tokenizer, None), asked, tmp_path / "wanted").run()
     wanted = {r.id: r for r in read_completions(tmp_path / "wanted")}
     assert rows == [wanted[r.id] for r in rows]  # ids, spans and finish reasons
@@ -95,7 +94,7 @@ def check_states(model: str, served_by) -> None:
     """What servers return is what transformers computes, and a tap off by one cannot pass."""
     generator = torch.Generator().manual_seed(1)
     documents = [torch.randint(6, 64, (n,), generator=generator).tolist() for n in (40, 7, 130, 1, 64)]
-    target = LocalTarget(model, dtype="fp32", device="cpu")
+    target = local_target(model)
     engine = SERVERS[served_by.target.engine]
     with contextlib.closing(ServedTarget(served_by.target, served_by.server, engine, "cpu")) as served:
         got = served.capture(documents, TAPS)

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from models import save_tiny_target, tiny_draft, tiny_recipe, write_prompts
+from models import local_target, save_tiny_target, tiny_draft, tiny_recipe, write_prompts
 from safetensors.torch import load_file
 
 from draftsmith.core.errors import CheckpointError, TrainingError
@@ -17,7 +17,6 @@ from draftsmith.data.templates import ChatFormat
 from draftsmith.data.vocabulary import build_vocabulary
 from draftsmith.drafts.directories import write_draft
 from draftsmith.drafts.eagle3.model import Eagle3Draft
-from draftsmith.targets.local import LocalTarget
 from draftsmith.training.capture import OnlineCapture
 from draftsmith.training.checkpoints import load_state, tidy
 from draftsmith.training.trainer import Trainer
@@ -30,7 +29,7 @@ def data(tmp_path_factory):
     model = save_tiny_target(out / "model")
     recipe = tiny_recipe(model, write_prompts(out / "p.jsonl", 30))
     gather(recipe, out)
-    target = LocalTarget(model, dtype="fp32", device="cpu", batch_size=4)
+    target = local_target(model, batch_size=4)
     target.eos_ids = frozenset()  # long completions
     Regeneration(recipe, target, ChatFormat(target.tokenizer, None), out / "prompts.jsonl", out / "completions").run()
     vocabulary = build_vocabulary(recipe, out / "completions", target.identity.vocab_size, {0, 1}, RunFiles(out))
@@ -121,7 +120,7 @@ def test_accumulation_equals_one_larger_batch(data, tmp_path):
     for _ in range(3):
         whole._optimiser_step([make_pack(rows)], capture)
         parts._optimiser_step([make_pack(rows[i : i + 2]) for i in range(0, 8, 2)], capture)
-    assert whole.sums.last_loss == pytest.approx(parts.sums.last_loss, rel=1e-5)
+    assert whole.unlogged[-1].loss == pytest.approx(parts.unlogged[-1].loss, rel=1e-5)
     for a, b in zip(whole.draft.parameters(), parts.draft.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers as tf
-from models import BUILDERS, COMMON, save_tiny_target, tiny_tokenizer
+from models import BUILDERS, COMMON, local_target, save_tiny_target, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
 from draftsmith.core.errors import TargetError
@@ -22,7 +22,7 @@ def ends_of(model, device="cpu"):
 @pytest.mark.parametrize("architecture", BUILDERS)
 def test_loose_ends_equal_the_whole_model(architecture, tmp_path):
     model = save_tiny_target(tmp_path, architecture)
-    whole, ends = LocalTarget(model, dtype="fp32", device="cpu"), ends_of(model)
+    whole, ends = local_target(model), ends_of(model)
     assert ends.identity == whole.identity
     assert (ends.eos_ids, ends.logit_softcap) == (whole.eos_ids, whole.logit_softcap)
     ids = torch.tensor([3, 0, 63])
@@ -121,7 +121,7 @@ def test_wrappers_lend_what_they_store_and_run_in_process(name, tmp_path):
     stored = load_file(tmp_path / "model.safetensors")
     embedding = next(tensor for key, tensor in stored.items() if key.endswith("embed_tokens.weight"))
     head = next((tensor for key, tensor in stored.items() if key.endswith("lm_head.weight")), embedding)
-    ends, whole = ends_of(tmp_path, "auto"), LocalTarget(str(tmp_path), dtype="fp32")
+    ends, whole = ends_of(tmp_path, "auto"), local_target(tmp_path)
     everything = torch.arange(64)
     for target in (ends, whole):
         assert torch.equal(target.head_rows(everything), head)
@@ -141,7 +141,7 @@ def test_a_lost_tensor_is_named_and_never_random(lost, tmp_path):
     del tensors[lost]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(TargetError, match=f"lacks weights that its config asks for: {lost}"):
-        LocalTarget(model, dtype="fp32", device="cpu")
+        local_target(model)
     if "layers" not in lost:
         with pytest.raises(TargetError, match="has no tensor named"):
             ends_of(model).head_rows(torch.arange(3))
@@ -157,7 +157,7 @@ def test_everything_that_engines_stop_at_ends_a_text(config, generation, ends, t
     for name, value in (("config.json", config), ("generation_config.json", generation)):
         path = tmp_path / name
         path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": value}))
-    assert LocalTarget(model, dtype="fp32").eos_ids == ends
+    assert local_target(model).eos_ids == ends
     assert ends_of(model).eos_ids == ends
 
 
@@ -166,7 +166,7 @@ def test_more_ids_than_rows_are_no_obstacle(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
     tokenizer.save_pretrained(model)
-    assert LocalTarget(model, dtype="fp32").identity.vocab_size == ends_of(model).identity.vocab_size == 64
+    assert local_target(model).identity.vocab_size == ends_of(model).identity.vocab_size == 64
 
 
 def test_a_head_with_a_bias_is_refused():

@@ -15,6 +15,7 @@ import torch
 from models import (
     VOCAB,
     WORDS,
+    local_target,
     read_source,
     save_tiny_target,
     tiny_lm,
@@ -37,7 +38,6 @@ from draftsmith.data.templates import ChatFormat
 from draftsmith.data.vocabulary import DraftVocabulary, choose, coverage_of
 from draftsmith.decoding.stopping import loop_onset, loops
 from draftsmith.drafts.packing import epoch_packs, make_pack, on_prompts, schedule
-from draftsmith.targets.local import LocalTarget
 
 USER = [{"role": "user", "content": "hello"}]
 
@@ -188,7 +188,7 @@ def test_an_interrupted_regeneration_ends_with_the_same_files(regenerated, tmp_p
 
 def asked_for(recipe, out, max_tokens):
     """Files of a regeneration that was asked for that many tokens."""
-    target = LocalTarget(recipe.target.model, dtype="fp32", device="cpu", batch_size=recipe.regenerate.batch_size)
+    target = local_target(recipe.target.model, batch_size=recipe.regenerate.batch_size)
     settings = recipe.regenerate.model_copy(update={"max_tokens": max_tokens})
     recipe = recipe.model_copy(update={"regenerate": settings})
     Regeneration(recipe, target, ChatFormat(target.tokenizer, None), out.parent / "prompts.jsonl", out).run()
@@ -229,7 +229,7 @@ def test_a_template_that_stops_at_once_is_an_error(tmp_path):
     template = {"user": "{content}", "assistant": " <assistant>", "stop": list("abcdefghijklmnopqrstuvwxyz<")}
     recipe = tiny_recipe(model, write_prompts(tmp_path / "p.jsonl"), **{"target.template": template})
     gather(recipe, tmp_path)
-    target = LocalTarget(model, dtype="fp32", device="cpu")
+    target = local_target(model)
     target.eos_ids = frozenset()
     with pytest.raises(DataError, match="no loss tokens"):
         Regeneration(

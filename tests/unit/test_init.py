@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from models import save_tiny_target, write_prompts
+from models import local_target, save_tiny_target, write_prompts
 from transformers import AutoConfig
 
 from draftsmith import cli
 from draftsmith.core.errors import TargetError
 from draftsmith.core.recipe_file import load_recipe
 from draftsmith.runs.init import init
-from draftsmith.targets.local import LocalTarget
 
 
 def model_of(tmp_path, generation=None, config=None, **tokenizer):
@@ -186,7 +185,7 @@ def test_an_odd_config_is_one_line(tmp_path, change, told):
     if "num_experts" in change:
         return  # which the library does not read for this architecture
     with pytest.raises(TargetError, match=r"^target\.model: "):
-        LocalTarget(str(model), dtype="fp32", device="cpu")
+        local_target(model)
 
 
 def test_a_config_that_asks_for_more_than_its_files_hold_is_refused(tmp_path):
@@ -194,7 +193,7 @@ def test_a_config_that_asks_for_more_than_its_files_hold_is_refused(tmp_path):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"hidden_size": 2**14, "intermediate_size": 2**16}))
     with pytest.raises(TargetError, match=r"numbers, but its \.safetensors files have"):
-        LocalTarget(str(model), dtype="fp32", device="cpu")
+        local_target(model)
 
 
 def test_a_pipe_among_a_models_files_is_refused(tmp_path):

@@ -11,7 +11,7 @@ from draftsmith.core.records.data import Completion, Prompt
 from draftsmith.core.records.evaluation import Difference, Lossless, PlainReference, Tau, TimedGroup
 from draftsmith.core.records.machine import DraftTimes, ModelTimes, Prediction, Predictions, Probe, Tried, Tuned
 from draftsmith.core.records.run import Hardware, Manifest, Provenance, StageRun, TargetIdentity
-from draftsmith.core.records.training import Belongs, Best, HeldOut, MetricsRow, Sums, TrainingState
+from draftsmith.core.records.training import Belongs, Best, HeldOut, MetricsRow, TrainingState
 from draftsmith.core.shape import Shape
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +65,6 @@ KINDS = [
         ),
         step=3,
         taus=[1.1, 0.1 + 0.2],
-        sums=Sums(loss=1 / 3, count=1, alpha=[0.5], alpha_count=[2]),
         best=Best(step=2, tau_held_out=1.1),
     ),
     Lossless(

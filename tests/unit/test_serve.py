@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import WORDS, save_tiny_target, tiny_recipe, write_prompts
+from models import WORDS, local_target, save_tiny_target, tiny_recipe, write_prompts
 from servers import ENGINE, FaultyServer, drafting, serving, tiny_engine
 
 from draftsmith.commands.tune import Tune
@@ -27,7 +27,6 @@ from draftsmith.engines.process import launch, running
 from draftsmith.evaluation.evaluate import Evaluation
 from draftsmith.runs.pipeline import run_pipeline
 from draftsmith.runs.run import Run
-from draftsmith.targets.local import LocalTarget
 
 
 @pytest.fixture
@@ -205,7 +204,7 @@ def test_gpus_answer_by_vllm_where_it_is_installed(tmp_path, monkeypatch, capsys
     """`auto` starts one server on each group of cards, and takes the target of this process off the card first."""
     model, notes, script = save_tiny_target(tmp_path / "model"), tmp_path / "notes", tmp_path / "engine.py"
     script.write_text(IN_FRONT)
-    target = LocalTarget(model, dtype="fp32", device="cpu")
+    target = local_target(model)
 
     def run(program, directory, **changes):
         serve = {"program": program, "port": two_free_ports(), "tensor_parallel": 2}
@@ -283,7 +282,7 @@ def test_a_recorded_command_can_be_typed_again(tmp_path):
 def test_evaluation_asks_servers_on_all_cards_and_times_one(tmp_path):
     model, notes, script = save_tiny_target(tmp_path / "model"), tmp_path / "notes", tmp_path / "engine.py"
     script.write_text(IN_FRONT)
-    engine = tiny_engine(LocalTarget(model, dtype="fp32", device="cpu"), model)
+    engine = tiny_engine(local_target(model), model)
     with serving(FaultyServer(drafting(engine))) as (url,):
         serve = {"program": f"{sys.executable} {script} {notes} {url}", "port": (first := two_free_ports())}
         prompts = write_prompts(tmp_path / "p.jsonl", 20)

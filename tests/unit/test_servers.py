@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import save_tiny_target, tiny_recipe, tiny_target, write_prompts
+from models import local_target, save_tiny_target, tiny_recipe, tiny_target, write_prompts
 from safetensors.torch import load_file, save_file
 from servers import FaultyServer, recipe_for, serving, tiny_engine
 
@@ -28,7 +28,7 @@ from draftsmith.engines import SERVERS
 from draftsmith.engines.served import ServedTarget
 from draftsmith.runs.pipeline import run_pipeline
 from draftsmith.runs.run import Run
-from draftsmith.targets.local import LocalTarget, load_tokenizer
+from draftsmith.targets.parts import load_tokenizer
 from draftsmith.training.capture import PrefetchedCapture
 
 
@@ -377,7 +377,7 @@ def test_servers_that_keep_the_wrong_states_are_refused(model, target, tmp_path)
 
 def test_a_gemma_whose_sglang_leaves_the_residual_stream_out_is_refused(tmp_path):
     gemma = save_tiny_target(tmp_path, "gemma3")
-    with serving(FaultyServer(tiny_engine(LocalTarget(gemma, dtype="fp32", device="cpu"), gemma))) as urls:
+    with serving(FaultyServer(tiny_engine(local_target(gemma), gemma))) as urls:
         recipe = recipe_for(gemma, urls, "sglang", last_urls=urls)
         with (
             target_of(recipe) as served,

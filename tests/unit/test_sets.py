@@ -9,7 +9,7 @@ from collections import Counter
 import datasets
 import pytest
 from huggingface_hub import ModelCard
-from models import WORDS, save_tiny_target, tiny_recipe, write_prompts
+from models import WORDS, local_target, save_tiny_target, tiny_recipe, write_prompts
 
 from draftsmith import cli
 from draftsmith.core.errors import DataError, RecipeError
@@ -27,7 +27,6 @@ from draftsmith.engines.base import Setup
 from draftsmith.evaluation.acceptance import conversations, count, summarise
 from draftsmith.evaluation.asking import Question
 from draftsmith.evaluation.evaluate import Evaluation
-from draftsmith.targets.local import LocalTarget
 
 # Rows as the sets' pages show them, shortened; the texts are ours.
 ROWS = {
@@ -344,7 +343,7 @@ def test_own_prompts_that_are_too_long_are_told_once(world, capsys):
     prompts[0] = prompts[0].model_copy(update={"messages": [{"role": "user", "content": "w1 " * 300}]})
     write_rows(world / "held_out.jsonl", prompts)
     recipe = load_recipe(world / "recipe.yaml", {"evaluate": {"prompts": 4}})
-    target = LocalTarget(recipe.target.model, dtype="fp32", device="cpu")
+    target = local_target(recipe.target.model)
     setup = Setup(recipe, RunFiles(world / "run").draft, world, target)
     evaluation = Evaluation(ENGINES["embedded"], setup, world / "held_out.jsonl", world / "none")
     for _ in range(2):

@@ -4,7 +4,7 @@ import time
 from collections import Counter
 
 import pytest
-from models import save_tiny_target, tiny_recipe, tiny_target, tiny_tokenizer
+from models import local_target, save_tiny_target, tiny_recipe, tiny_target, tiny_tokenizer
 
 from draftsmith.core.errors import DataError
 from draftsmith.core.recipe import TargetRecipe, Template
@@ -16,7 +16,6 @@ from draftsmith.data.regenerate import Conversation, Regeneration, open_conversa
 from draftsmith.data.templates import ChatFormat, Rendered
 from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.sampling import Sampling
-from draftsmith.targets.local import LocalTarget
 from draftsmith.targets.weights import WeightsOnlyTarget
 
 TURN = (
@@ -154,7 +153,7 @@ def test_options_are_part_of_the_identity_and_take_no_recipe_template(tmp_path):
     settings = [TargetRecipe(model=model, dtype="fp32", template_options=o) for o in ({}, {"effort": "w5"})]
     plain, with_options = (WeightsOnlyTarget(s, "cpu") for s in settings)
     assert plain.identity.template_hash != with_options.identity.template_hash
-    assert with_options.identity == LocalTarget(model, dtype="fp32", template_options={"effort": "w5"}).identity
+    assert with_options.identity == local_target(model, template_options={"effort": "w5"}).identity
     target = {"model": "m", "template_options": {"enable_thinking": False}}
     assert parse_recipe({"name": "x", "target": target}, "r").target.template_options["enable_thinking"] is False
     with pytest.raises(ValueError, match=r"target\.template_options: given beside target\.template"):

@@ -47,7 +47,7 @@ def exact(setup: Setup) -> Iterator[Setup | None]:
             )
             yield None
             return
-        target = LocalTarget(settings.model, settings.revision, "fp32", str(device), settings.trust_remote_code)
+        target = LocalTarget(settings.model_copy(update={"dtype": "fp32"}), str(device))
         try:
             yield replace(setup, target=target)
         finally:

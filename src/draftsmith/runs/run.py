@@ -108,15 +108,7 @@ class Run:
             return served
         self.require_same_target()
         self.require_room()
-        local = LocalTarget(
-            settings.model,
-            settings.revision,
-            settings.dtype,
-            device,
-            settings.trust_remote_code,
-            self.recipe.regenerate.batch_size,
-            settings.template_options,
-        )
+        local = LocalTarget(settings, device, self.recipe.regenerate.batch_size)
         if known := self._known_target():
             require_same_logprobs(known.logprobs, local.identity_logprobs, f"target.model: {settings.model}")
         return local

@@ -6,7 +6,7 @@ Shapes: B sequences, T packed tokens, W tokens a step, L cached positions, K tap
 import copy
 import inspect
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from draftsmith.core.errors import TargetError
 from draftsmith.core.files import JsonObject
 from draftsmith.core.progress import say
+from draftsmith.core.recipe import TargetRecipe
 from draftsmith.core.shape import DraftSampling, Shape
 from draftsmith.decoding.attention import ATTENTION_NAME, MaskedPlan, PackedPlan
 from draftsmith.decoding.cache import StaticCache
@@ -60,28 +61,20 @@ class LocalTarget(Target):
     _shape: Shape | None = None
     independent = False  # one random stream for all, and products that round otherwise in other batches
 
-    def __init__(
-        self,
-        model: str,
-        revision: str | None = None,
-        dtype: str = "bf16",
-        device: str = "auto",
-        trust_remote_code: bool = False,
-        batch_size: int = 64,
-        template_options: Mapping[str, Any] | None = None,
-    ):
+    def __init__(self, settings: TargetRecipe, device: str = "auto", batch_size: int = 64):
+        model, revision, trusted = settings.model, settings.revision, settings.trust_remote_code
         self.device = resolve_device(device)
-        tell_slow_products(self.device, dtype)
-        self.tokenizer = load_tokenizer(model, revision, trust_remote_code)
+        tell_slow_products(self.device, settings.dtype)
+        self.tokenizer = load_tokenizer(model, revision, trusted)
         path = resolve_model(model)
         with on_guard(f"cannot load {model!r}"):
-            check_amount(path, revision, trust_remote_code)
+            check_amount(path, revision, trusted)
             lm, loading = from_auto_class(
                 lambda auto: auto.from_pretrained(
                     path,
                     revision=revision,
-                    dtype=DTYPES[dtype],
-                    trust_remote_code=trust_remote_code,
+                    dtype=DTYPES[settings.dtype],
+                    trust_remote_code=trusted,
                     use_safetensors=True,
                     output_loading_info=True,
                     device_map={"": self.device},  # shard by shard to the card, never the whole through host memory
@@ -93,7 +86,7 @@ class LocalTarget(Target):
         self.batch_size = batch_size
         with on_guard(f"cannot use {model!r}"):
             self.weights_hash = weights_hash(path, revision)
-            self._adopt(lm, model, revision, dtype, template_options)
+            self._adopt(lm, model, revision, settings.dtype, settings.template_options)
             self._choose_path()
 
     @classmethod

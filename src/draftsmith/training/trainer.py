@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from draftsmith.core.files import digest, sync
 from draftsmith.core.progress import Meter, say
 from draftsmith.core.recipe import BOOKKEEPING, Recipe
 from draftsmith.core.records.data import Completion
-from draftsmith.core.records.training import Belongs, Best, MetricsRow, StepTiming, Sums, TrainingState, TrainingSummary
+from draftsmith.core.records.training import Belongs, Best, MetricsRow, StepTiming, TrainingState, TrainingSummary
 from draftsmith.data.regenerate import read_completions
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.drafts import METHODS
@@ -51,6 +51,16 @@ from draftsmith.training.optimizers import make_optimizers
 from draftsmith.training.processes import ProcessGroup
 from draftsmith.training.start import first_draft
 from draftsmith.training.tracking import tracked
+
+
+class Measured(NamedTuple):
+    """Of one step, over all processes; `alpha`: its sums by depth, over so many scored rows."""
+
+    loss: float
+    gradient_norm: float
+    alpha: list[float]
+    scored: list[int]
+    learning_rate: float
 
 
 class Trainer:
@@ -101,7 +111,7 @@ class Trainer:
         self.full_head = target.head_rows(torch.arange(vocabulary.target_size)) if full else None
         self.step = 0
         self.quarantined: list[str] = []
-        self.sums = Sums()
+        self.unlogged: list[Measured] = []  # of the steps since the last row of metrics
         self.taus: list[float] = []
 
     def _split(self, every: list[Completion]) -> tuple[list[Completion], list[Completion]]:
@@ -157,15 +167,16 @@ class Trainer:
                 spent = time.perf_counter() - started
                 flops, seconds = flops + step_flops(self.draft, settings, packs), seconds + spent
                 share = f", {flops / seconds / self.peak_flops_s:.0%} MFU" if self.peak_flops_s else ""
-                meter.advance(1, size, f"loss {self.sums.last_loss:.3f}{share}")
+                meter.advance(1, size, f"loss {self.unlogged[-1].loss:.3f}{share}")
                 used = time.process_time() - cpu
                 timing = StepTiming(step=self.step, tokens=size, seconds=spent, cpu_seconds=used)
                 self._write(run_files.STEP_TIMING, timing)
-                if self.step % settings.log_every == 0 or last:
+                saves = self.step % settings.checkpoint_every == 0 or last
+                if self.step % settings.log_every == 0 or saves:
                     self._log()
                 if self.step % settings.evaluate_every == 0 or last:
                     self._evaluate(source)
-                if self.step % settings.checkpoint_every == 0 or last:
+                if saves:
                     self._checkpoint()
         best = self.out / BEST
         summary = TrainingSummary(
@@ -194,24 +205,21 @@ class Trainer:
                 group["lr"] = lr * (self.settings.head_rate if beside_muon else 1.0)
         while (measured := self._gradients(packs, capture)) is None:
             self.draft.zero_grad()
-        total, norm, alpha_sums, alpha_counts = measured
-        if not (math.isfinite(norm) and math.isfinite(total)):
+        if not (math.isfinite(measured.gradient_norm) and math.isfinite(measured.loss)):
             names = [name for pack in packs for name in pack.names]
             raise TrainingError(
-                f"train: step {self.step + 1}: the gradient is not finite (norm {norm}, loss {total}); samples: "
-                f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''}; the last checkpoint is untouched"
+                f"train: step {self.step + 1}: the gradient is not finite (norm {measured.gradient_norm}, loss "
+                f"{measured.loss}); samples: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}; the "
+                "last checkpoint is untouched"
             )
-        for optimizer in self.optimizers if any(alpha_counts) else ():
+        for optimizer in self.optimizers if any(measured.scored) else ():
             optimizer.step()
         self.draft.zero_grad()
-        self.sums = self.sums.after(total, norm, alpha_sums, alpha_counts, lr)
+        self.unlogged.append(measured)
 
-    def _gradients(
-        self, packs: list[Pack], capture: CaptureSource
-    ) -> tuple[float, float, list[float], list[int]] | None:
-        """Gradients of all packs, one pack in memory at a time; over all processes loss, norm, and sums and counts of
-        alpha by depth. None where hidden states were not finite: their documents are now quarantined, and the step has
-        to be done again without them.
+    def _gradients(self, packs: list[Pack], capture: CaptureSource) -> Measured | None:
+        """Gradients of all packs, one pack in memory at a time. None where hidden states were not finite: their
+        documents are now quarantined, and the step has to be done again without them.
         """
         kept = [good for pack in packs if (good := self._without_quarantined(pack)) is not None]
         weights, counts = self._step_weights(kept)
@@ -232,7 +240,7 @@ class Trainer:
             for pack, finite_T, _ in done:
                 self._quarantine(pack, finite_T)
             return None
-        return total, measured_norm, alpha_sums, counts
+        return Measured(total, measured_norm, alpha_sums, counts, self._learning_rate())
 
     def _backward(self, pack: Pack, capture: CaptureSource, weights: list[float]) -> tuple[Pack, Tensor, Tensor] | None:
         """(pack that was trained on, which of its tokens have finite states, and on the device: 1 where not all have,
@@ -366,16 +374,18 @@ class Trainer:
                 file.write(row.line())
 
     def _log(self) -> None:
-        sums = self.sums
+        steps = self.unlogged
+        alpha = map(sum, zip(*(m.alpha for m in steps), strict=True))
+        scored = map(sum, zip(*(m.scored for m in steps), strict=True))
         row = MetricsRow(
             step=self.step,
-            loss=sums.loss / sums.count,
-            gradient_norm=sums.gradient_norm / sums.count,
-            learning_rate=sums.learning_rate,
-            alpha=[a / max(1, n) for a, n in zip(sums.alpha, sums.alpha_count, strict=True)],
+            loss=sum(m.loss for m in steps) / len(steps),
+            gradient_norm=sum(m.gradient_norm for m in steps) / len(steps),
+            learning_rate=steps[-1].learning_rate,
+            alpha=[a / max(1, n) for a, n in zip(alpha, scored, strict=True)],
         )
         self._write(run_files.METRICS, row)
-        self.sums = Sums()
+        self.unlogged = []
 
     @property
     def status(self) -> Literal["preview", "converged"]:
@@ -402,7 +412,6 @@ class Trainer:
             step=self.step,
             status=self.status,
             taus=self.taus,
-            sums=self.sums,
             quarantined=self.processes.union(self.quarantined),
         )
         for rows in (self.out / run_files.METRICS, self.out / run_files.STEP_TIMING):
@@ -429,7 +438,7 @@ class Trainer:
             load_weights(paths[-1], self.draft)
             load_optimizers(paths[-1], self.draft, self.optimizers)
             self.step, self.taus = state.step, list(state.taus)
-            self.sums, self.quarantined = state.sums, list(state.quarantined)
+            self.quarantined = list(state.quarantined)
             say(f"train: continuing from {paths[-1].name}")
         self.processes.meet()
         if self.processes.main:

@@ -49,31 +49,6 @@ class Best(Record):
     tau_held_out: float
 
 
-class Sums(Record):
-    """What training has added up since its last row of metrics; lists are by depth."""
-
-    loss: float = 0.0
-    gradient_norm: float = 0.0
-    count: int = 0
-    alpha: list[float] = []
-    alpha_count: list[int] = []
-    last_loss: float = 0.0
-    learning_rate: float = 0.0
-
-    def after(self, loss: float, norm: float, alpha: list[float], counts: list[int], rate: float) -> "Sums":
-        """With one step more."""
-        depths = len(alpha)
-        return Sums(
-            loss=self.loss + loss,
-            gradient_norm=self.gradient_norm + norm,
-            count=self.count + 1,
-            alpha=[a + b for a, b in zip(self.alpha or [0.0] * depths, alpha, strict=True)],
-            alpha_count=[a + b for a, b in zip(self.alpha_count or [0] * depths, counts, strict=True)],
-            last_loss=loss,
-            learning_rate=rate,
-        )
-
-
 class Belongs(Record):
     """What a checkpoint must agree on to be continued."""
 
@@ -98,7 +73,6 @@ class TrainingState(Record):
     status: Literal["preview", "converged"] = "preview"
     taus: list[float] = []
     """Held-out, of every evaluation so far."""
-    sums: Sums = Sums()
     quarantined: list[str] = []
     """Documents with NaN or Inf in their hidden states."""
     best: Best | None = None
