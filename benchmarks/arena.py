@@ -56,7 +56,7 @@ from draftsmith.core.run_files import RunFiles
 from draftsmith.core.shape import Shape
 from draftsmith.data.regenerate import read_completions
 from draftsmith.data.templates import ChatFormat
-from draftsmith.data.vocabulary import DraftVocabulary
+from draftsmith.data.vocabulary import DraftVocabulary, build_vocabulary
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.speculate import Decoder
 from draftsmith.decoding.stopping import Ends, loop_onset
@@ -107,6 +107,9 @@ OURS: dict[str, JsonObject] = {  # one switch each
     "no-fc-norm": {"draft.fc_norm": False},
     "on-prompts": {"train.on_prompts": True},
     "weight-decay": {"train.weight_decay": 1.0},
+    "wide": {"draft.intermediate_size": 3072},  # twice the target's
+    "vocab-4096": {"vocab.size": 4096},
+    "vocab-16384": {"vocab.size": 16384},
 }
 USUAL = ("draftsmith", *PEERS)
 CHAIN, TREE, LIKE = Shape.chain(3), Shape(3, 4, 8), ("chat", "code", "math")
@@ -164,6 +167,14 @@ def write_texts(recipe: Recipe, run: RunFiles, target: LocalTarget, path: Path) 
 # --- training -----------------------------------------------------------------------------------------------------
 
 
+def vocabulary_of(run: RunFiles, target: LocalTarget, changed: JsonObject, cell: Path) -> DraftVocabulary:
+    """The run's, which the peers have, too; of another size where the cell asks for one."""
+    if "vocab.size" not in changed:
+        return DraftVocabulary.load(run.vocabulary)
+    special = {*target.tokenizer.all_special_ids, *target.eos_ids}
+    return build_vocabulary(recipe_of(0, changed), run.completions, target.identity.vocab_size, special, RunFiles(cell))
+
+
 def train_ours(work: Path, cell: Path, name: str, seed: int, seconds: float) -> None:
     """The train stage's own trainer, on the completions of the run; the seed is that of training alone."""
     changed, (_, prepare) = BASE | OURS.get(name, {}), SWITCHES.get(name, ("", None))
@@ -171,7 +182,7 @@ def train_ours(work: Path, cell: Path, name: str, seed: int, seconds: float) -> 
     target = LocalTarget(load_recipe(RECIPE).target)
     for parameter in target.lm.parameters():
         parameter.sum()  # weights are memory-mapped: touch them, so that they count as the target's
-    after_target, vocabulary = status_bytes("VmRSS"), DraftVocabulary.load(run.vocabulary)
+    after_target, vocabulary = status_bytes("VmRSS"), vocabulary_of(run, target, changed, cell)
 
     def trainer(out: Path, **more: int) -> Trainer:
         recipe = recipe_of(seed, {**changed, **{f"train.{key}": value for key, value in more.items()}})
