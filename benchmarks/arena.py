@@ -72,6 +72,7 @@ from draftsmith.runs.run import commit, hardware
 from draftsmith.targets.base import Capture
 from draftsmith.targets.embedded import materialise
 from draftsmith.targets.local import LocalTarget
+from draftsmith.training.capture import CaptureSource
 from draftsmith.training.checkpoints import checkpoint_paths, load_state, load_weights
 from draftsmith.training.trainer import Trainer
 
@@ -175,6 +176,19 @@ def vocabulary_of(run: RunFiles, target: LocalTarget, changed: JsonObject, cell:
     return build_vocabulary(recipe_of(0, changed), run.completions, target.identity.vocab_size, special, RunFiles(cell))
 
 
+def count_fit(trainer: Trainer) -> list[float]:
+    """[CPU seconds, seconds] of what it solves for before the first step, filled in by then."""
+    spent, fit = [0.0, 0.0], trainer._fit
+
+    def counted(capture: CaptureSource) -> None:
+        started = time.process_time(), time.perf_counter()
+        fit(capture)
+        spent[:] = time.process_time() - started[0], time.perf_counter() - started[1]
+
+    trainer._fit = counted
+    return spent
+
+
 def train_ours(work: Path, cell: Path, name: str, seed: int, seconds: float) -> None:
     """The train stage's own trainer, on the completions of the run; the seed is that of training alone."""
     changed, (_, prepare) = BASE | OURS.get(name, {}), SWITCHES.get(name, ("", None))
@@ -195,11 +209,15 @@ def train_ours(work: Path, cell: Path, name: str, seed: int, seconds: float) -> 
         trial._optimiser_step([make_pack([trial.rows[i] for i in indices])], capture)
         spent.append(time.process_time() - started)
     shares = len(SHARES) * 2  # the first of SHARES is one of them
-    every = max(1, round(seconds / statistics.mean(spent[2:]) / shares))
+    fitting = count_fit(trial)
+    if not name.startswith("init"):
+        trial._fit(capture)
+    every = max(1, round((seconds - fitting[0]) / statistics.mean(spent[2:]) / shares))
     del trial
     steps = every * shares
     kept = {"checkpoint_every": every, "keep_checkpoints": shares}
     training = trainer(cell / "train", max_steps=steps, evaluate_every=steps, **kept)
+    fitting = count_fit(training)
     if prepare:
         prepare(training)
     training.train()
@@ -215,8 +233,8 @@ def train_ours(work: Path, cell: Path, name: str, seed: int, seconds: float) -> 
         load_weights(path, draft)
         write_draft(cell / "drafts" / str(share), draft, vocabulary.ids_D, target.identity.num_layers, {})
         done = timings[: state.step]
-        summed = {"tokens": sum(t.tokens for t in done), "wall_s": sum(t.seconds for t in done)}
-        drafts.append({"share": share, **summed, "cpu_s": sum(t.cpu_seconds or 0.0 for t in done)})
+        summed = {"tokens": sum(t.tokens for t in done), "wall_s": fitting[1] + sum(t.seconds for t in done)}
+        drafts.append({"share": share, **summed, "cpu_s": fitting[0] + sum(t.cpu_seconds or 0.0 for t in done)})
     told = {"version": commit(), "steps": every * shares, "above_target_bytes": peak - after_target}
     files.write_json(cell / "train.json", {**told, "drafts": drafts})
 

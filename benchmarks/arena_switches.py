@@ -15,8 +15,6 @@ from draftsmith.training.trainer import Trainer
 
 DECAY = 0.9  # of the running mean of weights, a step; a run here has some fifty
 NOISE = 0.1  # of a tap's root mean square
-RIDGE = 0.05  # of the mean square of what is regressed on
-DOCUMENTS = 60  # regressed on
 
 
 def layer_of_target(trainer: Trainer) -> None:
@@ -36,23 +34,12 @@ def layer_of_target(trainer: Trainer) -> None:
             getattr(own.mlp, name).weight.copy_(getattr(layer.mlp, name).weight)
         own.mlp.down_proj.weight.copy_(layer.mlp.down_proj.weight / scale)
         draft.fc.weight.zero_()[:, -size:].copy_(torch.eye(size))
+    unfitted(trainer)
 
 
-def regressed(trainer: Trainer) -> None:
-    """fc is what least squares make of the taps for the target's next final state, at the scale of 1."""
-    draft, target = trainer.draft, trainer.target
-    before, after = [], []
-    for row in trainer.rows[:DOCUMENTS]:
-        states = target.capture([row.ids], draft.config.taps)
-        normed = [norm(states.taps_TKH[:, k]) for k, norm in enumerate(draft.fc_norm)]
-        before.append(torch.cat(normed, dim=1)[:-1])
-        after.append((states.last_TH / target.norm_gain())[1:])
-    x, y = torch.cat(before).double(), torch.cat(after).double()
-    moments = x.T @ x
-    moments += RIDGE * moments.diagonal().mean() * torch.eye(len(moments))
-    weight = torch.linalg.solve(moments, x.T @ y)
-    with torch.no_grad():
-        draft.fc.weight.copy_((weight / (x @ weight).square().mean().sqrt()).T)
+def unfitted(trainer: Trainer) -> None:
+    """fc is random, and the norm's gain gives logits of deviation 1."""
+    trainer._fit = lambda capture: None
 
 
 def averaged(trainer: Trainer) -> None:
@@ -90,7 +77,7 @@ def noisy(trainer: Trainer) -> None:
 
 SWITCHES: dict[str, tuple[str, Callable[[Trainer], None]]] = {
     "init-last-layer": ("initialisation by the target's last layer", layer_of_target),
-    "init-least-squares": ("fc initialised by least squares", regressed),
+    "init-random": ("fc random instead of fitted", unfitted),
     "averaged": (f"weights averaged, decay {DECAY:g} a step", averaged),
     "noise": (f"noise on the taps, {NOISE:g} of their size", noisy),
 }

@@ -47,8 +47,8 @@ def trained(data, out, prepare=None) -> tuple[dict[str, torch.Tensor], dict[str,
 
 def test_every_switch_changes_what_it_is_named_after_and_trains(data, switches, tmp_path):
     start, end = trained(data, tmp_path / "plain")
-    changed = {name: set() for name in ("averaged", "noise")}
-    changed |= {"init-last-layer": {"fc", "q_proj", "down_proj"}, "init-least-squares": {"fc"}}
+    changed = {name: set() for name in ("averaged", "noise", "init-random")}
+    changed |= {"init-last-layer": {"fc", "q_proj", "down_proj"}}
     assert set(switches.SWITCHES) == set(changed)
     for name, (_, prepare) in switches.SWITCHES.items():
         before, after = trained(data, tmp_path / name, prepare)

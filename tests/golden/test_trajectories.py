@@ -179,7 +179,7 @@ def test_samples_with_broken_hidden_states_are_quarantined(data, tmp_path, value
 def test_a_gradient_that_is_not_finite_stops_with_the_samples(data, tmp_path):
     run = trainer(data, tmp_path)
     with torch.no_grad():
-        run.draft.fc.weight[0, 0] = float("inf")
+        run.draft.midlayer.self_attn.q_proj.weight[0, 0] = float("inf")
     with pytest.raises(TrainingError, match=r"step 1: the gradient is not finite.*samples: p"):
         run.train()
 

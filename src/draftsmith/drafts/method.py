@@ -4,7 +4,7 @@ Shapes: T tokens, R chains, K taps, H hidden, V target vocabulary, D draft vocab
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -90,6 +90,10 @@ class Draft(nn.Module):
     def initialise(self, head_rows_DH: Tensor, norm_gain_H: Tensor, generator: torch.Generator) -> None:
         """Start from the target's own head rows and the gain of its final norm."""
         raise NotImplementedError
+
+    def fit(self, examples: Iterable[tuple[Tensor, Tensor]], norm_gain_H: Tensor) -> None:
+        """Solve for what can be solved for before training, once it is initialised. An example: taps [T, K, H] of
+        tokens from which the draft guesses, and the head's inputs [T, H] at the tokens after them."""
 
     def logits(self, output: Tensor) -> Tensor:
         """Draft logits [..., D] from an output [..., H] of `Method.guesses`."""

@@ -128,6 +128,11 @@ def load_weights(path: Path, draft: nn.Module) -> None:
     tensors, wanted = _read(path / WEIGHTS, load_file), dict(draft.named_parameters())
     if {n: tuple(t.shape) for n, t in tensors.items()} != {n: tuple(p.shape) for n, p in wanted.items()}:
         raise CheckpointError(f"{path}: the weights do not fit the draft of this recipe; use another run directory")
+    put_weights(draft, tensors)
+
+
+def put_weights(draft: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Whole ones, which every rank has."""
     set_model_state_dict(draft, cast("Any", tensors), options=EVERYWHERE)
 
 

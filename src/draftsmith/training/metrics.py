@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,16 @@ from draftsmith.drafts import METHODS
 from draftsmith.drafts.method import Draft
 from draftsmith.drafts.objectives import chunk_rows
 from draftsmith.drafts.packing import Pack, PackInputs, segment_rows
+
+
+class Measured(NamedTuple):
+    """Of one step, over all processes; `alpha`: its sums by depth, over so many scored rows."""
+
+    loss: float
+    gradient_norm: float
+    alpha: list[float]
+    scored: list[int]
+    learning_rate: float
 
 
 def truncate_rows(path: Path, kind: type[MetricsRow | StepTiming], last_step: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from draftsmith.core.errors import DataError, TrainingError
 from draftsmith.core.recipe import TrainRecipe
@@ -114,6 +114,13 @@ class ProcessGroup:
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self._groups.numbers)
         return total.tolist()
+
+    def first(self, values: Tensor) -> Tensor:
+        """The first process's, on the CPU."""
+        values = values.cpu()
+        if self.size > 1:
+            dist.broadcast(values, 0, group=self._groups.numbers)
+        return values
 
     def union(self, names: Sequence[str]) -> list[str]:
         if self.size == 1:

@@ -1,5 +1,6 @@
 """What a training starts from: a new draft, or one that was trained before (`train.from_draft`)."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,10 +13,36 @@ from draftsmith.core.recipe import Recipe
 from draftsmith.drafts import METHODS
 from draftsmith.drafts.directories import files_of, load_draft, require_fit
 from draftsmith.drafts.method import Draft, DraftConfig
+from draftsmith.drafts.packing import Pack
 from draftsmith.drafts.tensors import EMBEDDING, read_tensors
 from draftsmith.targets.base import Target
+from draftsmith.training.capture import CaptureSource
+from draftsmith.training.checkpoints import put_weights, whole_weights
+from draftsmith.training.processes import ProcessGroup
 
 KEY = "train.from_draft"
+FIT_TOKENS = 4  # for each number in a row of taps
+
+
+def fit(draft: Draft, packs: Iterable[Pack], capture: CaptureSource, gain_H: Tensor, processes: ProcessGroup) -> None:
+    """`Draft.fit` on the first of these packs, by the first process for all; `gain_H`: of the target's final norm."""
+
+    def examples() -> Iterator[tuple[Tensor, Tensor]]:
+        left = FIT_TOKENS * len(draft.config.taps) * draft.config.tap_size
+        for pack in packs:
+            states, rows = capture(pack), pack.chains_R
+            taps, last = states.taps_TKH[rows].to(gain_H.device), states.last_TH[rows + 1].to(gain_H.device)
+            finite = taps.sum((1, 2)).isfinite() & last.sum(1).isfinite()  # others are quarantined by training
+            yield taps[finite], last[finite]
+            left -= len(pack.ids_T)
+            if left <= 0:
+                return
+
+    whole = METHODS[draft.method].build(draft.config).to(gain_H.device)  # of weights that may lie in parts
+    whole.load_state_dict(whole_weights(draft, everywhere=True))
+    if processes.main:
+        whole.fit(examples(), gain_H)
+    put_weights(draft, {name: processes.first(weight) for name, weight in whole.state_dict().items()})
 
 
 def first_draft(recipe: Recipe, target: Target, usual: DraftConfig, ids_D: Tensor) -> tuple[Draft, str | None]:

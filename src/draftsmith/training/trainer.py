@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -46,21 +46,11 @@ from draftsmith.training.checkpoints import (
     tidy,
     whole_weights,
 )
-from draftsmith.training.metrics import converged, evaluate_heldout, step_flops, truncate_rows
+from draftsmith.training.metrics import Measured, converged, evaluate_heldout, step_flops, truncate_rows
 from draftsmith.training.optimizers import make_optimizers
 from draftsmith.training.processes import ProcessGroup
-from draftsmith.training.start import first_draft
+from draftsmith.training.start import first_draft, fit
 from draftsmith.training.tracking import tracked
-
-
-class Measured(NamedTuple):
-    """Of one step, over all processes; `alpha`: its sums by depth, over so many scored rows."""
-
-    loss: float
-    gradient_norm: float
-    alpha: list[float]
-    scored: list[int]
-    learning_rate: float
 
 
 class Trainer:
@@ -146,6 +136,8 @@ class Trainer:
     def _train(self) -> TrainingSummary:
         self._resume()
         settings, processes, source = self.settings, self.processes, self._capture_source()
+        if self.step == 0 and self.start is None:
+            self._fit(source)
         capture = self._ahead(source, self._packs_to_come())
         tokens = sum(len(self.rows[i].ids) for p in self.steps for q in p for i in q)
         say(
@@ -196,6 +188,12 @@ class Trainer:
         if processes.main:
             summary.save(self.out / run_files.SUMMARY)
         return summary
+
+    def _fit(self, source: CaptureSource) -> None:
+        """By the first packs of one process, however many there are."""
+        first = epoch_packs([len(c.ids) for c in self.rows], self.settings.pack_tokens, self.recipe.seed, epoch=0)
+        packs = (make_pack([self.rows[i] for i in indices]) for indices in first)
+        fit(self.draft, packs, source, self.target.norm_gain(), self.processes)
 
     def _optimiser_step(self, packs: list[Pack], capture: CaptureSource) -> None:
         lr = self._learning_rate()

@@ -8,6 +8,7 @@ Shapes: ... any leading dimensions, W query tokens, L cached positions, K taps, 
 D draft vocabulary. Taps are as wide as the target, which is H unless `target_hidden_size` says otherwise.
 """
 
+from collections.abc import Iterable
 from functools import cached_property
 
 import torch
@@ -18,6 +19,21 @@ from draftsmith.decoding.cache import StaticCache
 from draftsmith.drafts.eagle3.config import Eagle3Config
 from draftsmith.drafts.layers import Attention, SwiGLU, rope_frequencies, rotate
 from draftsmith.drafts.method import Draft
+
+RIDGE = 0.05  # of the mean square of what fc is regressed on
+SURE_ROWS = 512  # guesses that are compared with the target's
+
+
+def sureness(logits_RD: Tensor, wanted_RD: Tensor) -> float:
+    """What logits are best multiplied with, up to 2: where the cross-entropy to the wanted distributions is least, they
+    have the same mean under these as under their own."""
+    mean = (wanted_RD * logits_RD).sum()
+    low, high = 0.0, 2.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        above = bool(((logits_RD * middle).softmax(-1) * logits_RD).sum() > mean)
+        low, high = (low, middle) if above else (middle, high)
+    return low
 
 
 class DraftLayer(nn.Module):
@@ -67,6 +83,33 @@ class Eagle3Draft(Draft):
         deviation = (head_rows_DH.float() * norm_gain_H.float()).square().sum(1).mean().sqrt()
         self.norm.weight.copy_(norm_gain_H / deviation)
 
+    @torch.no_grad()
+    def fit(self, examples: Iterable[tuple[Tensor, Tensor]], norm_gain_H: Tensor) -> None:
+        """The draft starts as the best linear guess: fc is the ridge regression of the target's next final state,
+        normed, on the taps, and the norm's gain makes the guess as sure as it may be.
+
+        Every token weighs alike, however large its states (those of first tokens are huge). Features come out at the
+        scale of 1, which is that of normed states.
+        """
+        gain = torch.where(norm_gain_H == 0, 1, norm_gain_H.to(self.fc.weight))
+        size, width = self.fc.in_features, self.fc.out_features
+        gram = self.fc.weight.new_zeros(size, size + width, dtype=torch.float64)
+        features = last = gain.new_zeros(0, size)
+        for taps, last in examples:
+            features = self._fc_input(taps.to(gain))
+            even = torch.linalg.vector_norm(features, dim=-1, keepdim=True).clamp_min(1e-6)
+            gram += (features / even).T @ torch.cat([features, last.to(gain) / gain], dim=-1).div_(even)
+        if not len(features):
+            return
+        gram, cross = gram.split([size, width], dim=1)
+        gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+        guess = features @ (weight := torch.linalg.solve(gram, cross).to(gain))
+        scale = guess.square().mean(-1).median().sqrt()
+        self.fc.weight.copy_((weight / scale).T)
+        guess, last = guess[-SURE_ROWS:], last[-SURE_ROWS:].to(gain)
+        logits = self.lm_head(F.rms_norm(guess, (width,)) * gain)
+        self.norm.weight.copy_(gain * sureness(logits, self.lm_head(last).softmax(-1)))
+
     @cached_property
     def _rope(self) -> tuple[Tensor, float]:
         config = self.config
@@ -83,10 +126,13 @@ class Eagle3Draft(Draft):
 
     def fuse(self, taps: Tensor) -> Tensor:
         """Features [..., H] from the target's taps [..., K, H]."""
+        return self.fc(self._fc_input(taps))
+
+    def _fc_input(self, taps: Tensor) -> Tensor:
         if self.config.fc_norm:
             taps = torch.stack([norm(taps[..., k, :]) for k, norm in enumerate(self.fc_norm)], dim=-2)
         flat = taps.flatten(-2)
-        return self.fc(self.input_norm(flat) if self.config.norm_before_fc else flat)
+        return self.input_norm(flat) if self.config.norm_before_fc else flat
 
     def logits(self, output: Tensor) -> Tensor:
         """Draft logits [..., D] from the layer's pre-norm output."""
