@@ -33,7 +33,8 @@ def fit(draft: Draft, packs: Iterable[Pack], capture: CaptureSource, gain_H: Ten
             states, rows = capture(pack), pack.chains_R
             taps, last = states.taps_TKH[rows].to(gain_H.device), states.last_TH[rows + 1].to(gain_H.device)
             finite = taps.sum((1, 2)).isfinite() & last.sum(1).isfinite()  # others are quarantined by training
-            yield taps[finite], last[finite]
+            if bool(finite.any()):
+                yield taps[finite], last[finite]
             left -= len(pack.ids_T)
             if left <= 0:
                 return

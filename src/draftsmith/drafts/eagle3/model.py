@@ -93,7 +93,7 @@ class Eagle3Draft(Draft):
         """
         gain = torch.where(norm_gain_H == 0, 1, norm_gain_H.to(self.fc.weight))
         size, width = self.fc.in_features, self.fc.out_features
-        gram = self.fc.weight.new_zeros(size, size + width, dtype=torch.float64)
+        gram = self.fc.weight.new_zeros(size, size + width)
         features = last = gain.new_zeros(0, size)
         for taps, last in examples:
             features = self._fc_input(taps.to(gain))
@@ -103,7 +103,7 @@ class Eagle3Draft(Draft):
             return
         gram, cross = gram.split([size, width], dim=1)
         gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-        guess = features @ (weight := torch.linalg.solve(gram, cross).to(gain))
+        guess = features @ (weight := torch.linalg.solve(gram, cross))
         scale = guess.square().mean(-1).median().sqrt()
         self.fc.weight.copy_((weight / scale).T)
         guess, last = guess[-SURE_ROWS:], last[-SURE_ROWS:].to(gain)
