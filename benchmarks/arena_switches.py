@@ -38,7 +38,7 @@ def layer_of_target(trainer: Trainer) -> None:
 
 
 def unfitted(trainer: Trainer) -> None:
-    """fc is random, and the norm's gain gives logits of deviation 1."""
+    """Nothing is solved for: all but head and norm is random, and the norm's gain gives logits of deviation 1."""
     trainer._fit = lambda capture: None
 
 
@@ -77,7 +77,7 @@ def noisy(trainer: Trainer) -> None:
 
 SWITCHES: dict[str, tuple[str, Callable[[Trainer], None]]] = {
     "init-last-layer": ("initialisation by the target's last layer", layer_of_target),
-    "init-random": ("fc random instead of fitted", unfitted),
+    "init-random": ("a random start instead of the best linear guess", unfitted),
     "averaged": (f"weights averaged, decay {DECAY:g} a step", averaged),
     "noise": (f"noise on the taps, {NOISE:g} of their size", noisy),
 }

@@ -137,17 +137,22 @@ def ablation_table(told: JsonObject) -> list[str]:
 
 
 def ablations() -> str:
-    now, before = (read_json(RESULTS / f"{name}.json") for name in ("arena", "arena-newton-schulz"))
+    files = ("arena", "arena-random-start", "arena-newton-schulz")
+    now, random, before = (read_json(RESULTS / f"{name}.json") for name in files)
     lines = [
         "# Ablations",
         "",
         "Made by `python benchmarks/results.py render` from `benchmarks/results/arena*.json`: one switch each of "
-        "`recipes/smollm2-135m-cpu.yaml` with `train.learning_rate 0.008`, no loss on prompts and no weight decay, "
+        "`recipes/smollm2-135m-cpu.yaml` with no loss on prompts and no weight decay, "
         f"{now['seconds']:g} CPU seconds of training (`python benchmarks/arena.py --only NAME`), tau of the chain "
         "3/1/4, in brackets the difference to the first row. What did not help stays here; what was not run is not "
         "here. Seeds differ by about as much as the rows of `docs/results.md` show.",
         "",
         *ablation_table(now),
+        "",
+        f"By commit {random['commit']}, when a draft started from random numbers, with `train.learning_rate 0.008`:",
+        "",
+        *ablation_table(random),
         "",
         f"The same by commit {before['commit'].removesuffix('+dirty')} on another text, when five steps of "
         "Newton-Schulz made Muon's update:",

@@ -80,18 +80,15 @@ def local_target(model, batch_size: int = 64, **settings) -> LocalTarget:
 def tiny_draft(target: LocalTarget, draft_vocab: int = 40, seed: int = 0, **options):
     """(draft, ids of its rows) with random weights; its guesses are sometimes right."""
     generator = torch.Generator().manual_seed(seed)
+    shape = {"intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, **options}
     config = Eagle3Config(
         hidden_size=target.identity.hidden_size,
-        intermediate_size=40,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
         vocab_size=target.identity.vocab_size,
         draft_vocab_size=draft_vocab,
         taps=(1, 3, 4),
         rope_theta=10000.0,
         max_position_embeddings=4096,
-        **options,
+        **shape,
     )
     ids = torch.randperm(target.identity.vocab_size, generator=generator)[:draft_vocab].sort().values
     draft = Eagle3Draft(config)

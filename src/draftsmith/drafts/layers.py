@@ -29,6 +29,9 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+SELF_SCORE = 8.0  # of a position that looks at itself; of the others, e^8 less each, hundreds then have a tenth
+
+
 class Attention(nn.Module):
     """Weights of an attention whose queries, keys and values read [embedding, feature], 2 * H wide."""
 
@@ -39,6 +42,29 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(2 * hidden_size, num_kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(2 * hidden_size, num_kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+
+    @torch.no_grad()
+    def look_at_itself(self, apart_HP: Tensor, embeds_TH: Tensor, values_HV: Tensor, output_HV: Tensor) -> None:
+        """Have the first heads add output @ values.T @ embedding of their own position, about.
+
+        apart_HP: directions in which embeddings differ, the widest first; embeds_TH: some of them. Queries and keys are
+        the same projection on these, so a position is most like itself.
+        """
+        size, dim, groups = len(apart_HP), self.head_dim, self.num_heads // self.num_kv_heads
+        apart = apart_HP[:, :dim]
+        alike = (embeds_TH @ apart).square().sum(-1).mean()
+        project = (apart * (SELF_SCORE * dim**0.5 / alike) ** 0.5).T
+        for head in range(-(-values_HV.shape[1] // dim)):
+            values, output = (x[:, head * dim : (head + 1) * dim] for x in (values_HV, output_HV))
+            key_rows = slice(head * dim, head * dim + project.shape[0])
+            self.k_proj.weight[head * dim : (head + 1) * dim] = 0
+            self.k_proj.weight[key_rows, :size] = project
+            self.v_proj.weight[head * dim : head * dim + values.shape[1], :size] = values.T
+            self.v_proj.weight[head * dim : (head + 1) * dim, size:] = 0
+            for query in range(head * groups, (head + 1) * groups):
+                at = slice(query * dim, (query + 1) * dim)
+                self.q_proj.weight[at] = self.k_proj.weight[head * dim : (head + 1) * dim]
+                self.o_proj.weight[:, query * dim : query * dim + output.shape[1]] = output / groups
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: JsonObject | None, context: int) -> tuple[Tensor, float]:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,15 @@ class DraftConfig(Record, ABC):
         """Of attention, forward and backward, where queries see `pairs` keys of the target's tokens in all."""
 
 
+class Example(NamedTuple):
+    """Of guesses of the target's next state. taps [T, K, H] of some tokens; embeds [T, H] of the tokens after them;
+    last [T, H]: the head's inputs at those."""
+
+    taps: Tensor
+    embeds: Tensor
+    last: Tensor
+
+
 class Draft(nn.Module):
     """Its parameters are what is trained; their names are those of the checkpoint file."""
 
@@ -91,9 +100,8 @@ class Draft(nn.Module):
         """Start from the target's own head rows and the gain of its final norm."""
         raise NotImplementedError
 
-    def fit(self, examples: Iterable[tuple[Tensor, Tensor]], norm_gain_H: Tensor) -> None:
-        """Solve for what can be solved for before training, once it is initialised. An example: taps [T, K, H] of
-        tokens from which the draft guesses, and the head's inputs [T, H] at the tokens after them."""
+    def fit(self, examples: Iterable[Example], norm_gain_H: Tensor) -> None:
+        """Solve for what can be solved for before training, once it is initialised."""
 
     def logits(self, output: Tensor) -> Tensor:
         """Draft logits [..., D] from an output [..., H] of `Method.guesses`."""

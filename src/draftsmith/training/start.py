@@ -12,7 +12,7 @@ from draftsmith.core.progress import say
 from draftsmith.core.recipe import Recipe
 from draftsmith.drafts import METHODS
 from draftsmith.drafts.directories import files_of, load_draft, require_fit
-from draftsmith.drafts.method import Draft, DraftConfig
+from draftsmith.drafts.method import Draft, DraftConfig, Example
 from draftsmith.drafts.packing import Pack
 from draftsmith.drafts.tensors import EMBEDDING, read_tensors
 from draftsmith.targets.base import Target
@@ -24,25 +24,27 @@ KEY = "train.from_draft"
 FIT_TOKENS = 4  # for each number in a row of taps
 
 
-def fit(draft: Draft, packs: Iterable[Pack], capture: CaptureSource, gain_H: Tensor, processes: ProcessGroup) -> None:
-    """`Draft.fit` on the first of these packs, by the first process for all; `gain_H`: of the target's final norm."""
+def fit(draft: Draft, packs: Iterable[Pack], capture: CaptureSource, target: Target, processes: ProcessGroup) -> None:
+    """`Draft.fit` on the first of these packs, by the first process for all."""
+    gain, embedding = target.norm_gain(), target.embedding_rows()
 
-    def examples() -> Iterator[tuple[Tensor, Tensor]]:
+    def examples() -> Iterator[Example]:
         left = FIT_TOKENS * len(draft.config.taps) * draft.config.tap_size
         for pack in packs:
             states, rows = capture(pack), pack.chains_R
-            taps, last = states.taps_TKH[rows].to(gain_H.device), states.last_TH[rows + 1].to(gain_H.device)
+            taps, last = states.taps_TKH[rows].to(gain.device), states.last_TH[rows + 1].to(gain.device)
+            embeds = embedding[pack.ids_T[rows + 1].to(embedding.device)].to(gain.device)
             finite = taps.sum((1, 2)).isfinite() & last.sum(1).isfinite()  # others are quarantined by training
             if bool(finite.any()):
-                yield taps[finite], last[finite]
+                yield Example(taps[finite], embeds[finite], last[finite])
             left -= len(pack.ids_T)
             if left <= 0:
                 return
 
-    whole = METHODS[draft.method].build(draft.config).to(gain_H.device)  # of weights that may lie in parts
+    whole = METHODS[draft.method].build(draft.config).to(gain.device)  # of weights that may lie in parts
     whole.load_state_dict(whole_weights(draft, everywhere=True))
     if processes.main:
-        whole.fit(examples(), gain_H)
+        whole.fit(examples(), gain)
     put_weights(draft, {name: processes.first(weight) for name, weight in whole.state_dict().items()})
 
 

@@ -193,7 +193,7 @@ class Trainer:
         """By the first packs of one process, however many there are."""
         first = epoch_packs([len(c.ids) for c in self.rows], self.settings.pack_tokens, self.recipe.seed, epoch=0)
         packs = (make_pack([self.rows[i] for i in indices]) for indices in first)
-        fit(self.draft, packs, source, self.target.norm_gain(), self.processes)
+        fit(self.draft, packs, source, self.target, self.processes)
 
     def _optimiser_step(self, packs: list[Pack], capture: CaptureSource) -> None:
         lr = self._learning_rate()

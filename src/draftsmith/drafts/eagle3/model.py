@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from draftsmith.decoding.cache import StaticCache
 from draftsmith.drafts.eagle3.config import Eagle3Config
 from draftsmith.drafts.layers import Attention, SwiGLU, rope_frequencies, rotate
-from draftsmith.drafts.method import Draft
+from draftsmith.drafts.method import Draft, Example
 
 RIDGE = 0.05  # of the mean square of what fc is regressed on
 SURE_ROWS = 512  # guesses that are compared with the target's
@@ -84,29 +84,44 @@ class Eagle3Draft(Draft):
         self.norm.weight.copy_(norm_gain_H / deviation)
 
     @torch.no_grad()
-    def fit(self, examples: Iterable[tuple[Tensor, Tensor]], norm_gain_H: Tensor) -> None:
-        """The draft starts as the best linear guess: fc is the ridge regression of the target's next final state,
-        normed, on the taps, and the norm's gain makes the guess as sure as it may be.
+    def fit(self, examples: Iterable[Example], norm_gain_H: Tensor) -> None:
+        """The draft starts as the best linear guess of the target's next final state, normed, from taps and embedding:
+        a ridge regression, whose part of the taps is fc and whose part of the embedding goes through some of the heads,
+        which look at their own position; the norm's gain makes the guess as sure as it may be.
 
-        Every token weighs alike, however large its states (those of first tokens are huge). Features come out at the
+        Every token weighs alike, however large its states (those of first tokens are huge). The output comes out at the
         scale of 1, which is that of normed states.
         """
-        gain = torch.where(norm_gain_H == 0, 1, norm_gain_H.to(self.fc.weight))
+        layer, gain = self.midlayer, torch.where(norm_gain_H == 0, 1, norm_gain_H.to(self.fc.weight))
         size, width = self.fc.in_features, self.fc.out_features
-        gram = self.fc.weight.new_zeros(size, size + width)
-        features = last = gain.new_zeros(0, size)
-        for taps, last in examples:
-            features = self._fc_input(taps.to(gain))
-            even = torch.linalg.vector_norm(features, dim=-1, keepdim=True).clamp_min(1e-6)
-            gram += (features / even).T @ torch.cat([features, last.to(gain) / gain], dim=-1).div_(even)
-        if not len(features):
+        gram = self.fc.weight.new_zeros(size + width, size + 2 * width)
+        taps = embeds = last = gain.new_zeros(0, size)
+        for example in examples:
+            taps, embeds = self._fc_input(example.taps.to(gain)), layer.input_layernorm(example.embeds.to(gain))
+            last = example.last.to(gain)
+            rows = torch.cat([taps, embeds, last / gain], dim=-1)
+            rows /= torch.linalg.vector_norm(taps, dim=-1, keepdim=True).clamp_min(1e-6)
+            gram += rows[:, : size + width].T @ rows
+        if not len(taps):
             return
-        gram, cross = gram.split([size, width], dim=1)
-        gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-        guess = features @ (weight := torch.linalg.solve(gram, cross))
+        gram, cross = gram.split([size + width, width], dim=1)
+        of_taps, of_embeds = gram.diagonal().split([size, width])
+        of_taps.add_(RIDGE * of_taps.mean())
+        of_embeds.add_(RIDGE * of_embeds.mean())
+        among_embeds = gram[size:, size:]
+        weight = torch.linalg.solve(gram, cross)[size:]
+        # Reduced-rank regression: what is kept of it are the directions in which it says most.
+        told = torch.linalg.eigh(weight.T @ among_embeds @ weight).eigenvectors.flip(1)
+        told = told[:, : layer.self_attn.head_dim * max(1, layer.self_attn.num_kv_heads // 2)]
+        from_embeds = weight @ told
+        weight = torch.linalg.solve(gram[:size, :size], cross[:size] - gram[:size, size:] @ from_embeds @ told.T)
+        guess = taps @ weight + embeds @ from_embeds @ told.T
         scale = guess.square().mean(-1).median().sqrt()
         self.fc.weight.copy_((weight / scale).T)
-        guess, last = guess[-SURE_ROWS:], last[-SURE_ROWS:].to(gain)
+        # Embeddings are told apart by all their principal components but the first, which they have in common.
+        apart = torch.linalg.eigh(among_embeds).eigenvectors.flip(1)[:, 1:]
+        layer.self_attn.look_at_itself(apart, embeds, from_embeds / scale, told)
+        guess, last = guess[-SURE_ROWS:], last[-SURE_ROWS:]
         logits = self.lm_head(F.rms_norm(guess, (width,)) * gain)
         self.norm.weight.copy_(gain * sureness(logits, self.lm_head(last).softmax(-1)))
 
