@@ -169,15 +169,19 @@ def whole_recipe() -> list[str]:
     told = read_json(RESULTS / "smollm2-135m-hour.json")
     marks = sorted({int(step) for row in told["rows"] for step in row["held_out_tau"]})
     rows = [
-        [switches(row["changed"]), row["commit"], *(f"{row['held_out_tau'][str(step)]:.3f}" for step in marks)]
+        [
+            *(switches(row["changed"]), row["commit"]),
+            *(f"{row['held_out_tau'][str(step)]:.3f}" for step in marks),
+            " / ".join(f"{alpha:.3f}" for alpha in row.get("held_out_alpha", [])) or "-",
+        ]
         for row in told["rows"]
     ]
     return [
         "A longer run wants a smaller rate than fifty steps do, and reads its text four times: tau on held-out "
         f"completions after so many steps of `{told['command']}` ({told['hardware']}, the arena's completions, one "
-        "seed):",
+        "seed), and the chance in the end that a sampled draft is accepted:",
         "",
-        *table(["changed", "commit", *map(str, marks)], rows),
+        *table(["changed", "commit", *map(str, marks), "alpha by depth in the end"], rows),
     ]
 
 
