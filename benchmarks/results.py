@@ -344,6 +344,5 @@ if __name__ == "__main__":
     else:
         write_atomic(ROOT / "docs" / "results.md", document())
         write_atomic(ROOT / "docs" / "arena.svg", arena_plot())
-        if any(row["changed"] for row in read_json(RESULTS / "arena.json")["rows"]):
-            write_atomic(ROOT / "docs" / "ablations.md", ablations())
+        write_atomic(ROOT / "docs" / "ablations.md", ablations())
         write_atomic(ROOT / "README.md", readme())
