@@ -91,6 +91,23 @@ def test_a_draft_that_cannot_guess_is_not_sure_of_it():
         assert spread < 0.5 * TARGET.logits(example.last).std(-1).mean()
 
 
+def test_a_softcap_of_the_target_makes_the_guess_less_sure():
+    gains = []
+    for softcap in (None, 0.5):
+        draft, _ = tiny_draft(TARGET)
+        draft.fit([world(512)], 10 * GAIN, softcap)
+        gains.append(draft.norm.weight.norm())
+    assert gains[1] < 0.5 * gains[0]
+
+
+def test_a_last_pack_with_a_single_guess_decides_nothing():
+    drafts = [tiny_draft(TARGET)[0] for _ in range(2)]
+    for draft, more in zip(drafts, ([], [Example(*(part[:1] for part in world(4, seed=5)))]), strict=True):
+        draft.fit([world(512, embedding=ITS_OWN), *more], GAIN)
+    for one, other in zip(*(draft.state_dict().values() for draft in drafts), strict=True):
+        assert float(one.norm()) == pytest.approx(float(other.norm()), rel=0.1)
+
+
 def test_without_an_example_a_draft_stays_as_it_is():
     draft, _ = tiny_draft(TARGET)
     before = {name: weight.clone() for name, weight in draft.state_dict().items()}
@@ -136,6 +153,8 @@ def test_sureness_is_the_scale_that_the_wanted_distributions_were_made_with(scal
 class Known:
     """A target as far as a fit asks it."""
 
+    logit_softcap = None
+
     def norm_gain(self) -> torch.Tensor:
         return GAIN
 
@@ -147,7 +166,7 @@ def test_no_more_packs_are_asked_for_than_are_needed_and_broken_states_are_left_
     draft, _ = tiny_draft(TARGET)
     wanted = FIT_TOKENS * TAPS * HIDDEN
     rows = [Completion(id=str(n), ids=[1, 2, 3, 4] * 8, spans=[(4, 32)]) for n in range(200)]
-    asked = []
+    asked: list = []
 
     def capture(pack):
         asked.append(pack)
@@ -159,7 +178,7 @@ def test_no_more_packs_are_asked_for_than_are_needed_and_broken_states_are_left_
 
     packs = (make_pack(rows[n : n + 2]) for n in range(0, 200, 2))
     fit(draft, packs, capture, Known(), ProcessGroup())
-    tokens = [len(pack.ids_T) for pack in asked]
+    tokens = [pack.chain_count for pack in asked]
     assert sum(tokens) >= wanted > sum(tokens[:-1])
     assert all(weight.isfinite().all() for weight in draft.state_dict().values())
     assert alike(draft.fuse(world(64, seed=99).taps).detach(), world(64, seed=99)) > 0.9
@@ -168,7 +187,7 @@ def test_no_more_packs_are_asked_for_than_are_needed_and_broken_states_are_left_
 def test_an_example_holds_the_embedding_and_the_state_of_the_token_after_its_taps(monkeypatch):
     draft, _ = tiny_draft(TARGET)
     seen = []
-    monkeypatch.setattr(Eagle3Draft, "fit", lambda self, examples, gain: seen.extend(examples))
+    monkeypatch.setattr(Eagle3Draft, "fit", lambda self, examples, gain, softcap: seen.extend(examples))
     pack = make_pack([Completion(id="a", ids=[5, 6, 7, 8, 9, 10], spans=[(2, 6)])])
     states = TARGET.capture(pack.documents, draft.config.taps)
     fit(draft, [pack], lambda pack: states, Known(), ProcessGroup())
@@ -176,3 +195,13 @@ def test_an_example_holds_the_embedding_and_the_state_of_the_token_after_its_tap
     assert torch.equal(taps, states.taps_TKH[1:4])
     assert torch.equal(embeds, TARGET.embedding_rows()[[7, 8, 9]])
     assert torch.equal(last, states.last_TH[2:5])
+
+
+def test_large_states_in_half_precision_are_no_broken_ones(monkeypatch):
+    draft, _ = tiny_draft(TARGET)
+    seen = []
+    monkeypatch.setattr(Eagle3Draft, "fit", lambda self, examples, gain, softcap: seen.extend(examples))
+    pack = make_pack([Completion(id="a", ids=[5, 6, 7, 8, 9, 10], spans=[(2, 6)])])
+    states = Capture(torch.full((6, TAPS, HIDDEN), 4000.0).half(), torch.ones(6, HIDDEN).half())
+    fit(draft, [pack], lambda pack: states, Known(), ProcessGroup())
+    assert [len(example.taps) for example in seen] == [3]

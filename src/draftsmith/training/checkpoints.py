@@ -3,7 +3,7 @@
 checkpoint-000200/
     draft.safetensors       fp32 master weights
     optimizer.safetensors   moments of the optimisers
-    state.json              step, draft configuration, vocabulary name, target identity, status, running sums
+    state.json              step, draft configuration, vocabulary name, target identity, status
 best/
     draft.safetensors state.json    the weights of the highest held-out tau so far: what is exported
 

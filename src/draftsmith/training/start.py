@@ -21,7 +21,7 @@ from draftsmith.training.checkpoints import put_weights, whole_weights
 from draftsmith.training.processes import ProcessGroup
 
 KEY = "train.from_draft"
-FIT_TOKENS = 4  # for each number in a row of taps
+FIT_TOKENS = 4  # that are guessed from, for each number in a row of taps
 
 
 def fit(draft: Draft, packs: Iterable[Pack], capture: CaptureSource, target: Target, processes: ProcessGroup) -> None:
@@ -34,17 +34,19 @@ def fit(draft: Draft, packs: Iterable[Pack], capture: CaptureSource, target: Tar
             states, rows = capture(pack), pack.chains_R
             taps, last = states.taps_TKH[rows].to(gain.device), states.last_TH[rows + 1].to(gain.device)
             embeds = embedding[pack.ids_T[rows + 1].to(embedding.device)].to(gain.device)
-            finite = taps.sum((1, 2)).isfinite() & last.sum(1).isfinite()  # others are quarantined by training
+            # others are quarantined by training; fp16 cannot hold the sums
+            sums = taps.sum((1, 2), dtype=torch.float32) + last.sum(1, dtype=torch.float32)
+            finite = sums.isfinite()
             if bool(finite.any()):
                 yield Example(taps[finite], embeds[finite], last[finite])
-            left -= len(pack.ids_T)
+            left -= len(rows)
             if left <= 0:
                 return
 
     whole = METHODS[draft.method].build(draft.config).to(gain.device)  # of weights that may lie in parts
     whole.load_state_dict(whole_weights(draft, everywhere=True))
     if processes.main:
-        whole.fit(examples(), gain)
+        whole.fit(examples(), gain, target.logit_softcap)
     put_weights(draft, {name: processes.first(weight) for name, weight in whole.state_dict().items()})
 
 

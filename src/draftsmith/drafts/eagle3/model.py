@@ -19,16 +19,17 @@ from draftsmith.decoding.cache import StaticCache
 from draftsmith.drafts.eagle3.config import Eagle3Config
 from draftsmith.drafts.layers import Attention, SwiGLU, rope_frequencies, rotate
 from draftsmith.drafts.method import Draft, Example
+from draftsmith.drafts.objectives import teacher_probabilities
 
 RIDGE = 0.05  # of the mean square of what fc is regressed on
 SURE_ROWS = 512  # guesses that are compared with the target's
 
 
 def sureness(logits_RD: Tensor, wanted_RD: Tensor) -> float:
-    """What logits are best multiplied with, up to 2: where the cross-entropy to the wanted distributions is least, they
-    have the same mean under these as under their own."""
+    """What logits are best multiplied with, 0.01 to 2: where the cross-entropy to the wanted distributions is least,
+    they have the same mean under these as under their own."""
     mean = (wanted_RD * logits_RD).sum()
-    low, high = 0.0, 2.0
+    low, high = 0.01, 2.0
     for _ in range(20):
         middle = (low + high) / 2
         above = bool(((logits_RD * middle).softmax(-1) * logits_RD).sum() > mean)
@@ -84,7 +85,7 @@ class Eagle3Draft(Draft):
         self.norm.weight.copy_(norm_gain_H / deviation)
 
     @torch.no_grad()
-    def fit(self, examples: Iterable[Example], norm_gain_H: Tensor) -> None:
+    def fit(self, examples: Iterable[Example], norm_gain_H: Tensor, softcap: float | None = None) -> None:
         """The draft starts as the best linear guess of the target's next final state, normed, from taps and embedding:
         a ridge regression, whose part of the taps is fc and whose part of the embedding goes through some of the heads,
         which look at their own position; the norm's gain makes the guess as sure as it may be.
@@ -95,13 +96,15 @@ class Eagle3Draft(Draft):
         layer, gain = self.midlayer, torch.where(norm_gain_H == 0, 1, norm_gain_H.to(self.fc.weight))
         size, width = self.fc.in_features, self.fc.out_features
         gram = self.fc.weight.new_zeros(size + width, size + 2 * width)
-        taps = embeds = last = gain.new_zeros(0, size)
+        kept: tuple[Tensor, ...] = tuple(gain.new_zeros(0, columns) for columns in (size, width, width))  # last tokens
         for example in examples:
             taps, embeds = self._fc_input(example.taps.to(gain)), layer.input_layernorm(example.embeds.to(gain))
             last = example.last.to(gain)
             rows = torch.cat([taps, embeds, last / gain], dim=-1)
             rows /= torch.linalg.vector_norm(taps, dim=-1, keepdim=True).clamp_min(1e-6)
             gram += rows[:, : size + width].T @ rows
+            kept = tuple(torch.cat(pair)[-SURE_ROWS:] for pair in zip(kept, (taps, embeds, last), strict=True))
+        taps, embeds, last = kept
         if not len(taps):
             return
         gram, cross = gram.split([size + width, width], dim=1)
@@ -121,9 +124,9 @@ class Eagle3Draft(Draft):
         # Embeddings are told apart by all their principal components but the first, which they have in common.
         apart = torch.linalg.eigh(among_embeds).eigenvectors.flip(1)[:, 1:]
         layer.self_attn.look_at_itself(apart, embeds, from_embeds / scale, told)
-        guess, last = guess[-SURE_ROWS:], last[-SURE_ROWS:]
         logits = self.lm_head(F.rms_norm(guess, (width,)) * gain)
-        self.norm.weight.copy_(gain * sureness(logits, self.lm_head(last).softmax(-1)))
+        wanted = teacher_probabilities(last, self.lm_head.weight, None, softcap, torch.float32)
+        self.norm.weight.copy_(gain * sureness(logits, wanted))
 
     @cached_property
     def _rope(self) -> tuple[Tensor, float]:
