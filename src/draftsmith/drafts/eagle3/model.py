@@ -90,9 +90,11 @@ class Eagle3Draft(Draft):
         a ridge regression, whose part of the taps is fc and whose part of the embedding goes through some of the heads,
         which look at their own position; the norm's gain makes the guess as sure as it may be.
 
-        Every token weighs alike, however large its states (those of first tokens are huge). The output comes out at the
-        scale of 1, which is that of normed states.
+        The output comes out at the scale of 1, which is that of normed states. Where fc reads taps that no norm brings
+        to that scale, nothing is solved for: a step of training is large beside what fc would have to be then.
         """
+        if not (self.config.fc_norm or self.config.norm_before_fc):
+            return
         layer, gain = self.midlayer, torch.where(norm_gain_H == 0, 1, norm_gain_H.to(self.fc.weight))
         size, width = self.fc.in_features, self.fc.out_features
         gram = self.fc.weight.new_zeros(size + width, size + 2 * width)
@@ -101,7 +103,6 @@ class Eagle3Draft(Draft):
             taps, embeds = self._fc_input(example.taps.to(gain)), layer.input_layernorm(example.embeds.to(gain))
             last = example.last.to(gain)
             rows = torch.cat([taps, embeds, last / gain], dim=-1)
-            rows /= torch.linalg.vector_norm(taps, dim=-1, keepdim=True).clamp_min(1e-6)
             gram += rows[:, : size + width].T @ rows
             kept = tuple(torch.cat(pair)[-SURE_ROWS:] for pair in zip(kept, (taps, embeds, last), strict=True))
         taps, embeds, last = kept
