@@ -150,7 +150,8 @@ def ablations() -> str:
         "",
         *ablation_table(now),
         "",
-        f"By commit {random['commit']}, when a draft started from random numbers, with `train.learning_rate 0.008`:",
+        f"By commits up to {random['commit']}, when a draft started from random numbers, with "
+        "`train.learning_rate 0.008`:",
         "",
         *ablation_table(random),
         "",

@@ -86,6 +86,32 @@ def test_lk_losses_see_the_whole_distribution(data, tmp_path):
     assert alphas["lk"][0] < 0.99 * alphas["part"][0]
 
 
+def test_only_a_new_draft_with_normed_taps_is_fitted_and_once(data, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Eagle3Draft, "fit", lambda self, examples, *_: asked.append(len(list(examples))))
+    trainer(data, tmp_path / "raw", **{"train.max_steps": 1}).train()
+    assert not asked
+    normed = {"train.max_steps": 1, "draft.fc_norm": True}
+    trainer(data, tmp_path / "normed", **normed).train()
+    assert len(asked) == 1
+    assert asked[0] > 0
+    trainer(data, tmp_path / "normed", **normed).train()
+    assert len(asked) == 1
+
+
+def test_a_fitted_draft_starts_further_than_a_random_one(data, tmp_path):
+    alphas = []
+    for fitted in (True, False):
+        run = trainer(data, tmp_path / str(fitted), **{"draft.fc_norm": True, "train.max_steps": 1})
+        if not fitted:
+            run._fit = lambda capture: None
+        run.train()
+        alphas.append(
+            next(row.alpha[0] for row in MetricsRow.read_rows(tmp_path / str(fitted) / "metrics.jsonl") if row.alpha)
+        )
+    assert alphas[0] > 1.2 * alphas[1]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_resumed_run_is_bit_identical(data, tmp_path, optimizer):
     changes = {"train.optimizer": optimizer}

@@ -100,8 +100,14 @@ class Draft(nn.Module):
         """Start from the target's own head rows and the gain of its final norm."""
         raise NotImplementedError
 
+    @property
+    def fits(self) -> bool:
+        """Whether anything is solved for before it is trained."""
+        return False
+
     def fit(self, examples: Iterable[Example], norm_gain_H: Tensor, softcap: float | None = None) -> None:
-        """Solve for what can be solved for before training, once it is initialised. `softcap`: of target logits."""
+        """Solve for it, once it is initialised. `softcap`: of target logits."""
+        raise NotImplementedError
 
     def logits(self, output: Tensor) -> Tensor:
         """Draft logits [..., D] from an output [..., H] of `Method.guesses`."""

@@ -136,7 +136,7 @@ class Trainer:
     def _train(self) -> TrainingSummary:
         self._resume()
         settings, processes, source = self.settings, self.processes, self._capture_source()
-        if self.step == 0 and self.start is None:
+        if self.step == 0 and self.start is None and self.draft.fits:
             self._fit(source)
         capture = self._ahead(source, self._packs_to_come())
         tokens = sum(len(self.rows[i].ids) for p in self.steps for q in p for i in q)

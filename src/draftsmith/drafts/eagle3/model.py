@@ -84,17 +84,19 @@ class Eagle3Draft(Draft):
         deviation = (head_rows_DH.float() * norm_gain_H.float()).square().sum(1).mean().sqrt()
         self.norm.weight.copy_(norm_gain_H / deviation)
 
+    @property
+    def fits(self) -> bool:
+        """Where a norm brings fc's taps to the scale of 1: a step of training is large beside an fc of raw ones."""
+        return self.config.fc_norm or self.config.norm_before_fc
+
     @torch.no_grad()
     def fit(self, examples: Iterable[Example], norm_gain_H: Tensor, softcap: float | None = None) -> None:
         """The draft starts as the best linear guess of the target's next final state, normed, from taps and embedding:
         a ridge regression, whose part of the taps is fc and whose part of the embedding goes through some of the heads,
         which look at their own position; the norm's gain makes the guess as sure as it may be.
 
-        The output comes out at the scale of 1, which is that of normed states. Where fc reads taps that no norm brings
-        to that scale, nothing is solved for: a step of training is large beside what fc would have to be then.
+        The output comes out at the scale of 1, which is that of normed states.
         """
-        if not (self.config.fc_norm or self.config.norm_before_fc):
-            return
         layer, gain = self.midlayer, torch.where(norm_gain_H == 0, 1, norm_gain_H.to(self.fc.weight))
         size, width = self.fc.in_features, self.fc.out_features
         gram = self.fc.weight.new_zeros(size + width, size + 2 * width)
