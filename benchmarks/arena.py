@@ -105,7 +105,7 @@ OURS: dict[str, JsonObject] = {  # one switch each
     "decay-0.4": {"train.step_decay": 0.4},  # nearer to the chance that a depth is reached
     "taps-even": {"draft.taps": [7, 15, 23]},
     "taps-late": {"draft.taps": [9, 19, 29]},
-    "no-fc-norm": {"draft.fc_norm": False},
+    "no-fc-norm": {"draft.fc_norm": False, "train.learning_rate": 8e-3},  # not fitted, so the rate of random starts
     "on-prompts": {"train.on_prompts": True},
     "weight-decay": {"train.weight_decay": 1.0},
     "wide": {"draft.intermediate_size": 3072},  # twice the target's
