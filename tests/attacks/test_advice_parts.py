@@ -309,9 +309,13 @@ def test_a_directory_without_a_draft_is_another(exported):
 
 # --- drafts to go on from ---------------------------------------------------------------------------------------------
 
+WITHOUT_TAPS = {"draft.taps": None, "draft.fc_norm": False}
 MISFITS = {  # (the recipe's draft, what is read out of the error, what is left of it)
     "other taps": ({"draft.taps": [1, 2, 4]}, r"^(draft\.\w+): .*; leave the key out, or (train\.\w+)$"),
-    "a norm": ({"draft.taps": None, "draft.fc_norm": True}, r"^(draft\.\w+): .*; leave the key out, or (train\.\w+)$"),
+    "a norm": (
+        WITHOUT_TAPS | {"draft.norm_before_fc": True},
+        r"^(draft\.\w+): .*; leave the key out, or (train\.\w+)$",
+    ),
 }
 
 
@@ -327,7 +331,7 @@ def test_a_draft_to_go_on_from_fits_where_the_key_is_left_out(exported, target, 
 
     left_out = read(pattern, told(first, wrong))[leave]
     assert left_out in wrong
-    default = False if left_out == "draft.fc_norm" else None
+    default = False if left_out == "draft.norm_before_fc" else None
     assert (first(wrong | {left_out: default}) is None) == bool(leave)
 
 

@@ -32,7 +32,7 @@ EXTRA = {"vllm": "--enforce-eager --max-num-seqs 8", "sglang": "--log-level warn
 
 
 # The default taps are named to no engine, others to each in its own way; one directory serves both.
-DRAFTS = {"default": {"draft.taps": [2, 4, 5]}, "own-taps": {"draft.taps": [1, 3, 6], "draft.fc_norm": True}}
+DRAFTS = {"default": {"draft.taps": [2, 4, 5], "draft.fc_norm": False}, "own-taps": {"draft.taps": [1, 3, 6]}}
 
 
 @pytest.fixture(scope="module", params=DRAFTS)

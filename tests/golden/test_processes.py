@@ -24,7 +24,7 @@ def prepared(tmp_path_factory):
         model,
         prompts,
         **{"train.accumulate": 2, "train.epochs": 3, "train.evaluate_every": 3, "train.keep_checkpoints": 9},
-        **{"train.held_out": 12, "draft.fc_norm": True},  # several packs, which are shared out, too; a fitted start
+        **{"train.held_out": 12},  # several packs, which are shared out, too
     )
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     run = Run(recipe, out / "run", ["test"])

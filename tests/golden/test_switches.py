@@ -17,7 +17,7 @@ from draftsmith.training.trainer import Trainer
 def data(tmp_path_factory):
     """(recipe, run with completions and a vocabulary); the draft is as wide as the target's layers."""
     out = tmp_path_factory.mktemp("data")
-    changes = {"draft": {"taps": [1, 3, 4], "fc_norm": True}, "train.max_steps": 3, "train.checkpoint_every": 3}
+    changes = {"draft": {"taps": [1, 3, 4]}, "train.max_steps": 3, "train.checkpoint_every": 3}
     recipe = tiny_recipe(save_tiny_target(out / "model"), write_prompts(out / "p.jsonl"), **changes)
     run = Run(recipe, out / "run", ["test"])
     for stage in ("prompts", "regenerate", "vocab"):

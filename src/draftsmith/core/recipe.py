@@ -168,17 +168,18 @@ class Eagle3Recipe(Model):
     """Width of a head, even as RoPE turns pairs; left out: the target's."""
     rope_theta: Annotated[float, Field(gt=0.0)] | None = None
     """RoPE base; left out: the target's (its full-attention layers')."""
+    fc_norm: bool = True
+    """EAGLE-3.1: one RMSNorm per tap before fc. Engines from before EAGLE-3.1 pass over it without a word and draft
+    badly: false for those."""
     norm_before_fc: bool = False
-    """EAGLE-3.1: one RMSNorm over the concatenated taps before fc."""
-    fc_norm: bool = False
-    """EAGLE-3.1: one RMSNorm per tap before fc."""
+    """EAGLE-3.1: one RMSNorm over the concatenated taps before fc, instead of fc_norm."""
 
     @model_validator(mode="after")
     def _ascending(self) -> "Eagle3Recipe":
         if self.taps is not None and list(self.taps) != sorted(set(self.taps)):
             raise ValueError(f"draft.taps: {list(self.taps)} must be ascending and distinct (vLLM sorts them)")
         if self.norm_before_fc and self.fc_norm:
-            raise ValueError("draft.norm_before_fc and draft.fc_norm: choose one")
+            raise ValueError("draft.norm_before_fc and draft.fc_norm: choose one (draft.fc_norm is true if left out)")
         return self
 
 
