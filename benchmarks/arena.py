@@ -4,9 +4,11 @@
     python benchmarks/arena.py --peers .peers-venv --seconds 300 --seeds 1 2
     python benchmarks/arena.py --only draftsmith --seeds 1    # one cell; whatever is done already is kept
     python benchmarks/arena.py --vllm '/opt/vllm/bin/vllm serve'    # judge by vLLM, too
+    python benchmarks/arena.py --recipe gemma3-270m-cpu    # the other target
 
 SmolLM2-135M-Instruct in fp32 writes the completions of recipes/smollm2-135m-cpu.yaml, once (--work/run, which may be a
-copy of a finished run: its prompts, completions and vocab are taken as they are). Every system trains an EAGLE-3 draft
+copy of a finished run: its prompts, completions and vocab are taken as they are), or Gemma-3-270m those of its recipe;
+RECIPES says what else is changed of them. Every system trains an EAGLE-3 draft
 of the same shape, taps and draft vocabulary on them, a document at a time, loss on what the target wrote, for the same
 CPU seconds of steps (target forward included; loading, compiling and saving are not), measured by a few steps on a
 draft that is thrown away. At SHARES of the steps the draft is exported as engines read it.
@@ -26,7 +28,8 @@ sample, and a draft is taken greedily (accepted where it is the token drawn) or 
 The tree 3/4/8 of the last draft is decoded by the embedded engine. `--vllm PROGRAM` has vLLM decode the same prompts
 with the last draft of every cell, as it is on disk: chain 3, greedily, loops left out.
 
-Everything lies in --work, a file per cell, so an interrupted arena goes on. The result: benchmarks/results/arena.json.
+Everything lies in --work, a file per cell, so an interrupted arena goes on. The result: benchmarks/results/arena.json,
+or arena-RECIPE.json of another target.
 """
 
 import argparse
@@ -44,6 +47,7 @@ import torch
 from arena_switches import SWITCHES
 from safetensors.torch import save_file
 from train_throughput import status_bytes
+from transformers import AutoConfig
 
 from draftsmith.cli import quiet_libraries
 from draftsmith.core import files, run_files
@@ -77,9 +81,14 @@ from draftsmith.training.checkpoints import checkpoint_paths, load_state, load_w
 from draftsmith.training.trainer import Trainer
 
 HERE = Path(__file__).parent
-RECIPE = HERE.parent / "recipes" / "smollm2-135m-cpu.yaml"
-OUT = HERE / "results" / "arena.json"
-TARGET, DOCUMENT = "smollm2-135m-instruct", 512
+RESULTS, DOCUMENT = HERE / "results", 512
+# The recipes read their text several times in hundreds of steps; minutes are some 50 steps, not one reading.
+RECIPES: dict[str, JsonObject] = {
+    "smollm2-135m-cpu": {"train.on_prompts": False, "train.weight_decay": 0.0},
+    # in fp32 for CPUs that multiply no bf16; of the text, what 300 seconds can read
+    "gemma3-270m-cpu": {"target.dtype": "fp32", "train.dtype": "fp32", "regenerate.max_tokens": 50000},
+}
+USUAL_RECIPE = "smollm2-135m-cpu"
 SHARES = (0.125, 0.25, 0.5, 1.0)
 PEERS: dict[str, list[str]] = {
     "specforge": ["--peer", "specforge"],
@@ -88,8 +97,6 @@ PEERS: dict[str, list[str]] = {
     "specforge-3e-3": ["--peer", "specforge", "--lr", "3e-3", "--ttt-steps", "3"],
     "speculators": ["--peer", "speculators", "--optimizer", "muon", "--ttt-steps", "3", "--batch", "2"],
 }
-# The recipe reads its text four times in 600 steps; minutes are some 50 steps, not one reading.
-BASE = {"train.on_prompts": False, "train.weight_decay": 0.0}
 OURS: dict[str, JsonObject] = {  # one switch each
     "draftsmith": {},
     "lr-2e-3": {"train.learning_rate": 2e-3},
@@ -118,21 +125,32 @@ PROMPTS, WRITTEN, DECODED = 8, 96, 48  # of each category; tokens of an answer, 
 SHORTEST = 12  # tokens of a text that is judged
 
 
-def recipe_of(seed: int, changed: JsonObject) -> Recipe:
+def recipe_of(name: str, seed: int, changed: JsonObject) -> Recipe:
     """The recipe with what is changed, by dotted keys."""
     given: JsonObject = {}
-    for key, value in {"train.capture": "online", "train.epochs": 100, **changed}.items():
-        section, name = key.split(".")
-        given.setdefault(section, {})[name] = value
-    return load_recipe(RECIPE, {"seed": seed, **given})
+    for key, value in {"train.capture": "online", "train.epochs": 100, **RECIPES[name], **changed}.items():
+        section, setting = key.split(".")
+        given.setdefault(section, {})[setting] = value
+    return load_recipe(recipe_path(name), {"seed": seed, **given})
+
+
+def recipe_path(name: str) -> Path:
+    return HERE.parent / "recipes" / f"{name}.yaml"
 
 
 # --- the frozen text ----------------------------------------------------------------------------------------------
 
 
-def write_completions(run: RunFiles) -> None:
+def write_completions(name: str, run: RunFiles) -> None:
+    flags = [
+        part
+        for key, value in RECIPES[name].items()
+        if not key.startswith("train.")
+        for part in (f"--{key.replace('_', '-')}", str(value))
+    ]
     for stage in ("prompts", "regenerate", "vocab"):
-        subprocess.run([sys.executable, "-m", "draftsmith", stage, str(RECIPE), "--out", str(run.root)], check=True)
+        command = [sys.executable, "-m", "draftsmith", stage, str(recipe_path(name)), *flags]
+        subprocess.run([*command, "--out", str(run.root)], check=True)
 
 
 def write_peers_data(run: RunFiles, path: Path) -> None:
@@ -168,12 +186,13 @@ def write_texts(recipe: Recipe, run: RunFiles, target: LocalTarget, path: Path) 
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-def vocabulary_of(run: RunFiles, target: LocalTarget, changed: JsonObject, cell: Path) -> DraftVocabulary:
+def vocabulary_of(recipe: Recipe, run: RunFiles, target: LocalTarget, cell: Path) -> DraftVocabulary:
     """The run's, which the peers have, too; of another size where the cell asks for one."""
-    if "vocab.size" not in changed:
-        return DraftVocabulary.load(run.vocabulary)
+    held = DraftVocabulary.load(run.vocabulary)
+    if recipe.vocab.size == len(held.ids_D):
+        return held
     special = {*target.tokenizer.all_special_ids, *target.eos_ids}
-    return build_vocabulary(recipe_of(0, changed), run.completions, target.identity.vocab_size, special, RunFiles(cell))
+    return build_vocabulary(recipe, run.completions, target.identity.vocab_size, special, RunFiles(cell))
 
 
 def count_fit(trainer: Trainer) -> list[float]:
@@ -189,17 +208,17 @@ def count_fit(trainer: Trainer) -> list[float]:
     return spent
 
 
-def train_ours(work: Path, cell: Path, name: str, seed: int, seconds: float) -> None:
+def train_ours(recipe_name: str, work: Path, cell: Path, name: str, seed: int, seconds: float) -> None:
     """The train stage's own trainer, on the completions of the run; the seed is that of training alone."""
-    changed, (_, prepare) = BASE | OURS.get(name, {}), SWITCHES.get(name, ("", None))
-    run = RunFiles(work / "run")
-    target = LocalTarget(load_recipe(RECIPE).target)
+    changed, (_, prepare) = OURS.get(name, {}), SWITCHES.get(name, ("", None))
+    run, asked = RunFiles(work / "run"), recipe_of(recipe_name, seed, changed)
+    target = LocalTarget(asked.target)
     for parameter in target.lm.parameters():
         parameter.sum()  # weights are memory-mapped: touch them, so that they count as the target's
-    after_target, vocabulary = status_bytes("VmRSS"), vocabulary_of(run, target, changed, cell)
+    after_target, vocabulary = status_bytes("VmRSS"), vocabulary_of(asked, run, target, cell)
 
     def trainer(out: Path, **more: int) -> Trainer:
-        recipe = recipe_of(seed, {**changed, **{f"train.{key}": value for key, value in more.items()}})
+        recipe = recipe_of(recipe_name, seed, {**changed, **{f"train.{key}": value for key, value in more.items()}})
         return Trainer(recipe, target, run.completions, vocabulary, out)
 
     trial = trainer(cell / "trial", max_steps=14)
@@ -239,15 +258,19 @@ def train_ours(work: Path, cell: Path, name: str, seed: int, seconds: float) -> 
     files.write_json(cell / "train.json", {**told, "drafts": drafts})
 
 
-def train_peer(work: Path, cell: Path, name: str, seed: int, seconds: float, python: Path) -> None:
-    config = json.loads((materialise(TARGET) / "config.json").read_text())
+def train_peer(recipe: Recipe, work: Path, cell: Path, name: str, seed: int, seconds: float, python: Path) -> None:
+    """With a layer of the shape that ours has."""
+    directory = materialise(recipe.target.model)
+    config = AutoConfig.from_pretrained(directory).get_text_config()
+    shape = METHODS[recipe.draft.method].config(recipe.draft, config, config.num_hidden_layers, recipe.vocab.size)
     same = ["hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"]
-    layer = {key: config[key] for key in (*same, "rms_norm_eps", "max_position_embeddings", "pad_token_id")}
-    layers = config["num_hidden_layers"]
-    layer |= {"rope_theta": config["rope_parameters"]["rope_theta"], "taps": [2, layers // 2, layers - 3]}
+    layer = {key: getattr(shape, key) for key in (*same, "rope_theta", "max_position_embeddings", "taps")}
+    layer |= {"rms_norm_eps": config.rms_norm_eps, "pad_token_id": config.pad_token_id}
     command = [str(python), str(HERE / "peers.py"), *PEERS[name], "--dtype", "fp32", "--seq", str(DOCUMENT)]
     command += ["--layer", json.dumps(layer), "--data", str(work / "data.safetensors")]
-    command += ["--target", str(materialise(TARGET))]
+    command += ["--target", str(directory)]
+    if config.model_type.startswith("gemma"):
+        command += ["--gemma-norm"]
     command += ["--seconds", str(seconds), "--seed", str(seed), "--shares", *map(str, SHARES)]
     done = subprocess.run([*command, "--save", str(cell / "drafts")], capture_output=True, text=True, env=environment())
     if done.returncode:
@@ -342,7 +365,7 @@ def cells(work: Path, systems: list[str], seeds: list[int], seconds: float) -> I
             yield name, seed, work / f"{seconds:g}" / f"{name}-{seed}"
 
 
-def result(work: Path, seconds: float, command: str) -> JsonObject:
+def result(work: Path, seconds: float, command: str, last: Path) -> JsonObject:
     """Every cell that is there, whoever asked for it, and those of the last result on the same text."""
     rows = []
     for path in sorted((work / f"{seconds:g}").glob("*/judged-*.json")):
@@ -365,8 +388,8 @@ def result(work: Path, seconds: float, command: str) -> JsonObject:
         "prompts": len(texts["prompts"]),
         "judged_tokens": {name: sum(map(len, texts[name])) for name in ("greedy", "drawn")},
     }
-    known = files.read_json(OUT)
-    if (known["data"], known["seconds"]) == (data, seconds):
+    known = files.read_json(last) if last.exists() else None
+    if known and (known["data"], known["seconds"]) == (data, seconds):
         anew = {(row["system"], row["seed"]) for row in rows}
         rows += [row for row in known["rows"] if (row["system"], row["seed"]) not in anew]
         rows.sort(key=lambda row: (row["system"], row["seed"], row["share"]))
@@ -375,23 +398,25 @@ def result(work: Path, seconds: float, command: str) -> JsonObject:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", choices=list(RECIPES), default=USUAL_RECIPE, help="of the target and its text")
     parser.add_argument("--peers", type=Path, default=Path(".peers-venv"), help="virtual environment of the peers")
     parser.add_argument("--seconds", type=float, default=300.0, help="CPU seconds of training for everyone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--only", nargs="+", choices=[*PEERS, *OURS, *SWITCHES], default=list(USUAL), metavar="SYSTEM")
     parser.add_argument("--vllm", metavar="PROGRAM", help="what starts vLLM; it judges the last drafts, too")
-    parser.add_argument("--work", type=Path, default=Path("runs/arena"))
+    parser.add_argument("--work", type=Path, help="default: runs/arena, runs/arena-RECIPE of another recipe")
     parser.add_argument("--ours", type=Path, metavar="CELL", help="train one cell of ours in this process")
     options = parser.parse_args()
     quiet_libraries()
-    work = options.work
+    of_recipe = "arena" if options.recipe == USUAL_RECIPE else f"arena-{options.recipe}"
+    work, out = options.work or Path("runs") / of_recipe, RESULTS / f"{of_recipe}.json"
     if options.ours:
         [name], [seed] = options.only, options.seeds
-        train_ours(work, options.ours, name, seed, options.seconds)
+        train_ours(options.recipe, work, options.ours, name, seed, options.seconds)
         return
-    run, recipe = RunFiles(work / "run"), recipe_of(1, {})
+    run, recipe = RunFiles(work / "run"), recipe_of(options.recipe, 1, {})
     if not run.vocabulary.exists():
-        write_completions(run)
+        write_completions(options.recipe, run)
     if not (work / "data.safetensors").exists():
         write_peers_data(run, work / "data.safetensors")
     for name, seed, cell in cells(work, options.only, options.seeds, options.seconds):
@@ -399,12 +424,12 @@ def main() -> None:
             continue
         print(f"arena: {name}, seed {seed}, {options.seconds:g} CPU seconds", flush=True)
         if name in PEERS:
-            train_peer(work, cell, name, seed, options.seconds, options.peers / "bin" / "python")
+            train_peer(recipe, work, cell, name, seed, options.seconds, options.peers / "bin" / "python")
         else:
-            command = [sys.executable, __file__, "--work", str(work), "--seconds", str(options.seconds)]
-            command += ["--only", name, "--seeds", str(seed), "--ours", str(cell)]
+            command = [sys.executable, __file__, "--recipe", options.recipe, "--work", str(work)]
+            command += ["--seconds", str(options.seconds), "--only", name, "--seeds", str(seed), "--ours", str(cell)]
             subprocess.run(command, check=True, env=environment())
-    target = LocalTarget(load_recipe(RECIPE).target)
+    target = LocalTarget(recipe.target)
     if not (work / "texts.json").exists():
         write_texts(recipe, run, target, work / "texts.json")
     texts = files.read_json(work / "texts.json")
@@ -421,7 +446,8 @@ def main() -> None:
             if options.vllm and share == SHARES[-1] and not served.exists():
                 files.write_json(served, judge_on_vllm(recipe, cell / "drafts" / str(share), texts, options.vllm))
                 print(f"{name}-{seed} on vLLM: {files.read_json(served)['tau']:.3f}", flush=True)
-    files.write_json(OUT, result(work, options.seconds, " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])))
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    files.write_json(out, result(work, options.seconds, command, out))
 
 
 if __name__ == "__main__":

@@ -50,14 +50,14 @@ def time_to(curve: Points, tau: float) -> float | None:
     return None
 
 
-def arena_systems() -> dict[str, dict[float, JsonObject]]:
-    told = arena_rows(read_json(RESULTS / "arena.json"))
+def arena_systems(result: str) -> dict[str, dict[float, JsonObject]]:
+    told = arena_rows(read_json(RESULTS / f"{result}.json"))
     return {name: told[name] for name in ARENA if name in told}
 
 
-def arena_table() -> str:
+def arena_table(result: str = "arena") -> str:
     rows = []
-    for name, points in arena_systems().items():
+    for name, points in arena_systems(result).items():
         last = points[max(points)]
         taus = [
             f"{last[key]:.2f}" if key in last else "-"
@@ -70,9 +70,9 @@ def arena_table() -> str:
     return "\n".join(table(["system", "seeds", *taus, *spent], rows))
 
 
-def arena_times() -> str:
+def arena_times(result: str = "arena") -> str:
     """CPU seconds until the best tau of any peer is reached, beside what that peer took."""
-    systems, told = arena_systems(), []
+    systems, told = arena_systems(result), []
     for what, key in (("T=0", GREEDY), ("T=1 with sampled drafts", SAMPLED)):
         peers = [(p[key], p["cpu_s"], name) for name in systems if name != OURS for p in systems[name].values()]
         tau, spent, name = max(peers)
@@ -118,6 +118,19 @@ def arena() -> list[str]:
         f"{arena_times()}",
         "",
         *table(head, rows),
+        "",
+        *second_target(),
+    ]
+
+
+def second_target() -> list[str]:
+    told = read_json(RESULTS / "arena-gemma3-270m-cpu.json")
+    return [
+        f"The same of Gemma-3-270m, in fp32 ({told['hardware']['cpu']}, 2 cores, commit {told['commit']}; "
+        f"`benchmarks/arena.py --recipe gemma3-270m-cpu`, {told['data']['completion_tokens']:,} completion tokens, "
+        f"{told['seconds']:g} CPU seconds). {arena_times('arena-gemma3-270m-cpu')}",
+        "",
+        *arena_table("arena-gemma3-270m-cpu").splitlines(),
         "",
     ]
 
@@ -192,6 +205,6 @@ def switches(changed: JsonObject) -> str:
 
 def arena_plot() -> str:
     """The curves of README, on a ground of their own: a page that is dark would swallow the text."""
-    series = {name: arena_curve(points, GREEDY) for name, points in arena_systems().items()}
+    series = {name: arena_curve(points, GREEDY) for name, points in arena_systems("arena").items()}
     plot = str(line_plot("Accept length by CPU seconds of training", ("CPU seconds", "tau, chain 3/1/4, T=0"), series))
     return plot.replace(">", "><style>svg{background:#fff}</style>", 1) + "\n"
