@@ -13,13 +13,13 @@ of the same shape, taps and draft vocabulary on them, a document at a time, loss
 CPU seconds of steps (target forward included; loading, compiling and saving are not), measured by a few steps on a
 draft that is thrown away. At SHARES of the steps the draft is exported as engines read it.
 
-The peers train with their own model, loss, optimiser, schedule and defaults (specforge-tuned and specforge-3e-3: other
-learning rates, and the depth of ours). Bypassed of them: launchers, data preparation, capture servers and loaders,
-FSDP; what a CPU forces is marked in peers.py (loss and attention without Triton and flex attention; Muon iterates in
-fp32, which makes speculators faster here). speculators packs 1,024 tokens a step instead of 8,192, as ours does, and
-has its norm where SGLang has it; SpecForge takes its default of one document a step, with fp32 weights. Ours is the
-train stage's own trainer, with settings for so few steps (BASE) and capture online instead of offline, so that
-everyone pays for the target's forward. Drafts are written for engines.
+The peers train with their own model, loss, optimiser, schedule and defaults (specforge-tuned, specforge-3e-3,
+speculators-1e-2: other learning rates; all but specforge: the depth of ours). Bypassed of them: launchers, data
+preparation, capture servers and loaders, FSDP; what a CPU forces is marked in peers.py (loss and attention without
+Triton and flex attention; Muon iterates in fp32, which makes speculators faster here). speculators packs 1,024 tokens a
+step instead of 8,192, as ours does, and has its norm where SGLang has it; SpecForge takes its default of one document a
+step, with fp32 weights. Ours is the train stage's own trainer, with settings for so few steps (RECIPES) and capture
+online instead of offline, so that everyone pays for the target's forward. Drafts are written for engines.
 
 All drafts are judged on the same text: what the target writes to prompts that nobody trained on, half of them unlike
 those (arena_prompts.jsonl: translation, summaries, retrieval), without text after the onset of a loop. A chain's tau is
@@ -90,12 +90,14 @@ RECIPES: dict[str, JsonObject] = {
 }
 USUAL_RECIPE = "smollm2-135m-cpu"
 SHARES = (0.125, 0.25, 0.5, 1.0)
+SPECULATORS = ["--peer", "speculators", "--optimizer", "muon", "--ttt-steps", "3", "--batch", "2"]
 PEERS: dict[str, list[str]] = {
     "specforge": ["--peer", "specforge"],
     # their learning rate is meant for a run a thousand times as long, their depth for one served deeper
     "specforge-tuned": ["--peer", "specforge", "--lr", "1e-3", "--ttt-steps", "3"],
     "specforge-3e-3": ["--peer", "specforge", "--lr", "3e-3", "--ttt-steps", "3"],
-    "speculators": ["--peer", "speculators", "--optimizer", "muon", "--ttt-steps", "3", "--batch", "2"],
+    "speculators": SPECULATORS,
+    "speculators-1e-2": [*SPECULATORS, "--lr", "1e-2"],
 }
 OURS: dict[str, JsonObject] = {  # one switch each
     "draftsmith": {},

@@ -8,7 +8,7 @@ from draftsmith.evaluation.plots import Points, line_plot
 
 RESULTS = Path(__file__).parent / "results"
 OURS, GREEDY, SAMPLED = "draftsmith", "all T=0", "all T=1 sampled"
-ARENA = (OURS, "speculators", "specforge", "specforge-tuned", "specforge-3e-3")
+ARENA = (OURS, "speculators", "speculators-1e-2", "specforge", "specforge-tuned", "specforge-3e-3")
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
