@@ -154,8 +154,8 @@ def save_training(files, vocabulary):
 def make(tmp_path):
     """Makes a finished run of a target."""
 
-    def made(target="Qwen/Qwen3-8B", **card):
-        draft, ids = tiny_draft(tiny_target())
+    def made(target="Qwen/Qwen3-8B", norms=(), **card):
+        draft, ids = tiny_draft(tiny_target(), **dict.fromkeys(norms, True))
         provenance = {
             "version": "0.1.0",
             "commit": "abc1234",
@@ -422,6 +422,14 @@ def test_a_loss_on_prompts_is_told(make):
     train = run.recipe.train.model_copy(update={"on_prompts": True})
     run.recipe = run.recipe.model_copy(update={"train": train})
     assert "documents of at most 2048 tokens, the loss on prompts, too" in make_card(run, NOTHING)
+
+
+@pytest.mark.parametrize("norm", [None, "fc_norm", "norm_before_fc"])
+def test_norms_that_older_engines_pass_over_are_told(make, norm):
+    limits = make_card(make(norms=[norm] if norm else []), NOTHING).split("## Limitations\n")[1]
+    told = limits.startswith(f"- It needs an engine that reads {norm} (EAGLE-3.1)")
+    assert told == bool(norm)
+    assert limits.startswith("- Greedy accept length") != told
 
 
 def test_every_number_names_the_record_that_it_was_read_from(make):

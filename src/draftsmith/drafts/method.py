@@ -42,6 +42,11 @@ class DraftConfig(Record, ABC):
         return self.target_hidden_size or self.hidden_size
 
     @property
+    def needs(self) -> str:
+        """What its card tells of engines that cannot serve it; nothing where those of any age can."""
+        return ""
+
+    @property
     def head(self) -> float:
         """Parameters of the output head."""
         return float(self.draft_vocab_size) * self.hidden_size

@@ -166,7 +166,7 @@ def make_card(run: Run, prediction: Predictions) -> str:
         method=method,
         recipe=recipe,
         recipe_text=_fenced(_public_recipe(recipe), "yaml"),
-        draft=report.config,
+        draft=report.draft,
         provenance=provenance,
         parameters=report.parameters,
         coverage=Coverage.load(run.files.coverage),

@@ -29,6 +29,13 @@ class Eagle3Config(DraftConfig):
     """As in config.json, with `rope_type` linear, llama3 or yarn."""
 
     @property
+    def needs(self) -> str:
+        if not (self.fc_norm or self.norm_before_fc):
+            return ""
+        key = "fc_norm" if self.fc_norm else "norm_before_fc"
+        return f"It needs an engine that reads {key} (EAGLE-3.1); older ones pass over it silently and draft badly."
+
+    @property
     def _matrices(self) -> list[tuple[int, int]]:
         """(rows, columns) of the layer's products: attention, SwiGLU."""
         h, wide = self.hidden_size, self.intermediate_size
