@@ -217,6 +217,13 @@ def test_the_figures_are_there(run: RunFiles) -> None:
     assert "tau</b> = 1 + accepted draft tokens / verification steps" in page
 
 
+def test_no_sentence_runs_into_the_next(run: RunFiles) -> None:
+    page = report(run)
+    assert "3 too long. Speed: 4 tokens/s over 3 s.</p>" in page
+    text = re.sub(r"<(style|script|svg|pre)\b.*?</\1>", "", page, flags=re.DOTALL)
+    assert not re.findall(r"\w+\.[A-Z]\w+", re.sub(r"<[^>]+>", "|", text))
+
+
 def test_what_to_run_next_fits_the_run(run: RunFiles) -> None:
     page = report(run)
     assert "--train.epochs 6" in page, "a preview trains longer"
