@@ -8,10 +8,10 @@
 
 SmolLM2-135M-Instruct in fp32 writes the completions of recipes/smollm2-135m-cpu.yaml, once (--work/run, which may be a
 copy of a finished run: its prompts, completions and vocab are taken as they are), or Gemma-3-270m those of its recipe;
-RECIPES says what else is changed of them. Every system trains an EAGLE-3 draft
-of the same shape, taps and draft vocabulary on them, a document at a time, loss on what the target wrote, for the same
-CPU seconds of steps (target forward included; loading, compiling and saving are not), measured by a few steps on a
-draft that is thrown away. At SHARES of the steps the draft is exported as engines read it.
+RECIPES says what is changed of these. Every system trains an EAGLE-3 draft of the same shape, taps and draft vocabulary
+on them, a document at a time, loss on what the target wrote, for the same CPU seconds of steps (target forward
+included; loading, compiling and saving are not), measured by a few steps on a draft that is thrown away. At SHARES of
+the steps the draft is exported as engines read it.
 
 The peers train with their own model, loss, optimiser, schedule and defaults (specforge-tuned, specforge-3e-3,
 speculators-1e-2: other learning rates; all but specforge: the depth of ours). Bypassed of them: launchers, data
@@ -82,12 +82,15 @@ from draftsmith.training.trainer import Trainer
 
 HERE = Path(__file__).parent
 RESULTS, DOCUMENT = HERE / "results", 512
-# The recipes read their text several times in hundreds of steps; minutes are some 50 steps, not one reading.
-RECIPES: dict[str, JsonObject] = {
+RECIPES: dict[str, JsonObject] = {  # what is changed of them
+    # it reads its text four times in 600 steps; minutes are some 50 steps, not one reading
     "smollm2-135m-cpu": {"train.on_prompts": False, "train.weight_decay": 0.0},
+    # in fp32 for CPUs that multiply no bf16; of the text, what 300 seconds can read
     "gemma3-270m-cpu": {
-        **{"target.dtype": "fp32", "train.dtype": "fp32"},  # for CPUs that multiply no bf16
-        **{"regenerate.max_tokens": 30000, "regenerate.shard_prompts": 96},  # what 300 seconds can read
+        "target.dtype": "fp32",
+        "train.dtype": "fp32",
+        "regenerate.max_tokens": 30000,
+        "regenerate.shard_prompts": 96,
     },
 }
 USUAL_RECIPE = "smollm2-135m-cpu"
