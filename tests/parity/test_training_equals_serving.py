@@ -100,6 +100,21 @@ def test_every_step_of_every_chain(options, attention_path):
     assert checked > 100
 
 
+@pytest.mark.parametrize("norm", [None, "fc_norm", "norm_before_fc"])
+def test_fc_reads_the_taps_in_their_order_each_through_its_own_norm(norm):
+    """As engines load it: fc's columns are the first tap's, then the second's."""
+    draft = tiny_draft(**({norm: True} if norm else {}))
+    taps = torch.randn(5, 3, 24, generator=torch.Generator().manual_seed(1))
+    eps, parts = draft.config.rms_norm_eps, list(taps.unbind(1))
+    if norm == "fc_norm":
+        gains = [draft.get_parameter(f"fc_norm.{tap}.weight") for tap in range(3)]
+        parts = [torch.nn.functional.rms_norm(part, (24,), gain, eps) for part, gain in zip(parts, gains, strict=True)]
+    together = torch.cat(parts, dim=-1)
+    if norm == "norm_before_fc":
+        together = torch.nn.functional.rms_norm(together, (72,), draft.input_norm.weight, eps)
+    torch.testing.assert_close(draft.fuse(taps), together @ draft.fc.weight.T)
+
+
 def test_gradients_equal_those_of_a_dense_mask(attention_path):
     """Merged-block backward against autograd through one softmax over all visible keys."""
     pack = make_pack(completions())
