@@ -124,6 +124,7 @@ def save_training(files, vocabulary):
         prompts_too_long=0,
         prompts_refused=0,
         tokens_by_category={},
+        greedy_tokens=99068,
     ).save(files.completions / run_files.SUMMARY)
     Coverage(
         name="v",
@@ -414,6 +415,10 @@ def test_an_unmeasured_draft_gets_no_card(make):
     run.files.results["embedded"].unlink()
     with pytest.raises(DataError, match="run: draftsmith evaluate RECIPE"):
         make_card(run, NOTHING)
+
+
+def test_the_greedy_share_that_was_written_is_told(make):
+    assert "291,375 tokens, temperature 1, top-p 1, top-k off, 34% of them greedily (" in make_card(make(), NOTHING)
 
 
 def test_a_loss_on_prompts_is_told(make):

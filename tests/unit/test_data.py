@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import math
 from collections import Counter
 from random import Random
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ from draftsmith.core.recipe import Template
 from draftsmith.core.records.data import Completion, CompletionsSummary, Prompt
 from draftsmith.core.sources import Source
 from draftsmith.data.prompts import gather
-from draftsmith.data.regenerate import Regeneration, longest_prompt, read_completions, summarise
+from draftsmith.data.regenerate import Regeneration, longest_prompt, loss_tokens, read_completions, summarise
 from draftsmith.data.rows import read_row
 from draftsmith.data.sources import BUNDLED, HUB
 from draftsmith.data.templates import ChatFormat
@@ -222,6 +223,24 @@ def test_max_tokens_is_kept_within_a_batch_and_a_continued_run_ends_with_the_sam
     assert asked_for(recipe, tmp_path / "few", None) == whole
     assert asked_for(recipe, tmp_path / "few", 150) == asked_for(recipe, tmp_path / "again", 150)
     assert all(row["ids"][row["spans"][-1][1] :] == [] for row in map(json.loads, more["00000.jsonl"].splitlines()))
+
+
+@pytest.mark.parametrize("shard", [30, 60])
+def test_few_shards_hold_the_share_of_greedy_answers(tmp_path, shard):
+    """Shards were greedy or drawn as a whole, so a run of one or two of them had none of its third."""
+    model, prompts = save_tiny_target(tmp_path / "m"), write_prompts(tmp_path / "p.jsonl", 62)
+    changes = {"prompts.held_out": 1, "regenerate.shard_prompts": shard, "regenerate.greedy_share": 0.34}
+    recipe = tiny_recipe(model, prompts, **changes)
+    gather(recipe, tmp_path)
+    batch = recipe.regenerate.batch_size * recipe.regenerate.max_new_tokens
+    for max_tokens in (None, 300):
+        out = tmp_path / str(max_tokens)
+        asked_for(recipe, out, max_tokens)
+        rows = list(read_completions(out))
+        greedy = loss_tokens(row for row in rows if row.sampling[0] == 0)
+        assert CompletionsSummary.load(out / "summary.json").greedy_tokens == greedy
+        assert abs(greedy - 0.34 * loss_tokens(rows)) < batch
+        assert 0 < greedy < loss_tokens(rows) < (max_tokens or math.inf) + batch
 
 
 def test_a_template_that_stops_at_once_is_an_error(tmp_path):

@@ -127,7 +127,7 @@ class RegenerateRecipe(Model):
     top_k: Count = 0
     """Keep the k most probable tokens; 0 switches it off."""
     greedy_share: Share = 0.0
-    """Share of shards decoded greedily instead (drafts are also served at temperature 0)."""
+    """Share of prompts answered greedily instead, chosen by their names (drafts are served at temperature 0, too)."""
     max_new_tokens: Positive = 512
     """Longest completion."""
     max_prompt_tokens: Positive = 1024

@@ -146,6 +146,7 @@ def loss_tokens(rows: Iterable[Completion]) -> int:
 def summarise(completions: Iterable[Completion], left_out: Counter[str]) -> CompletionsSummary:
     """What was written, and told; no completion, or no loss token at all, is a `DataError`."""
     reasons = dict.fromkeys(("eos", "stop", "length", "loop"), 0)
+    greedy_tokens = 0
     by_category: Counter[str] = Counter()
     turns: Counter[str] = Counter()
     empty = 0
@@ -153,6 +154,7 @@ def summarise(completions: Iterable[Completion], left_out: Counter[str]) -> Comp
         reasons[row.finish_reason] += 1
         by_category[row.category] += len(row.loss_tokens)
         empty += not row.spans
+        greedy_tokens += len(row.loss_tokens) if row.sampling[0] == 0 else 0
         turns.update(row.turns_left_out)
     if not any(reasons.values()):
         raise DataError(
@@ -172,12 +174,14 @@ def summarise(completions: Iterable[Completion], left_out: Counter[str]) -> Comp
         prompts_refused=left_out["refused by the chat template"],
         tokens_by_category=dict(sorted(by_category.items())),
         turns_left_out=dict(turns),
+        greedy_tokens=greedy_tokens,
     )
     ends = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
     say(
         f"regenerate: {summary.completion_tokens:,} completion tokens in {summary.completions:,} completions ({ends}; "
-        f"{empty} empty, {summary.prompts_too_long} prompts too long, {summary.prompts_refused} refused by the "
-        "template)" + (f"; {turns.total():,} later user turns were not asked: {by_reason(turns)}" if turns else "")
+        f"{greedy_tokens / summary.completion_tokens:.0%} of the tokens greedily, {empty} empty, "
+        f"{summary.prompts_too_long} prompts too long, {summary.prompts_refused} refused by the template)"
+        + (f"; {turns.total():,} later user turns were not asked: {by_reason(turns)}" if turns else "")
     )
     return summary
 
@@ -196,6 +200,7 @@ class Regeneration:
         self.prompts = list(Prompt.read_rows(prompts_file))
         self.longest = longest_prompt(recipe, target, self.settings.max_new_tokens)
         self.total, self.written = self.settings.max_tokens, 0
+        self.greedy_share = self.settings.greedy_share if self.settings.temperature else 1.0
         self.left_out: Counter[str] = Counter()
         self.meter = Meter("regenerate", self.total or len(self.prompts), "tokens" if self.total else "prompts")
 
@@ -220,6 +225,10 @@ class Regeneration:
     def _sampling(self, greedy: bool) -> Sampling:
         settings = self.settings
         return Sampling() if greedy else Sampling(settings.temperature, settings.top_p, settings.top_k)
+
+    def _greedily(self, prompt: Prompt) -> bool:
+        """Chosen by its name, so that any few prompts hold the share."""
+        return int(digest(self.recipe.seed, "greedy", prompt.id), 16) < self.greedy_share * 2**64
 
     def _open(self, prompts: Iterable[Prompt]) -> Iterator[Conversation]:
         return open_conversations(prompts, self.chat, self.longest, self.recipe.prompts.skip_bad, self.left_out)
@@ -264,7 +273,7 @@ class Regeneration:
     def _shard_by_shard(self, shards: dict[Path, list[Prompt]]) -> None:
         """The shard in which `max_tokens` is reached ends there, within one batch. As that depends on `max_tokens`, it
         is written again where a run goes on with another one."""
-        greedy_share, written = self.settings.greedy_share, 0
+        written = 0
         for number, (path, prompts) in enumerate(shards.items()):
             unused = path.with_suffix(".unused")
             left = self.total - written if self.total else None
@@ -279,22 +288,23 @@ class Regeneration:
             complete = sum(row.document == 0 for row in rows) == len(opened)
             if complete and (left is None or loss_tokens(rows) < left):
                 self._resume(rows)
-            else:  # greedy ones are spread evenly
-                sampling = self._sampling(int((number + 1) * greedy_share) > int(number * greedy_share))
-                seed = int(digest(int(digest(self.recipe.seed, number), 16), 0), 16) % 2**63
-                rows = [row for answered in self._answer(opened, sampling, seed, left) for row in answered]
+            else:
+                seed, rows = int(digest(int(digest(self.recipe.seed, number), 16), 0), 16) % 2**63, []
+                for greedily in (True, False):
+                    room = left
+                    if left is not None:
+                        room = round(left * self.greedy_share) if greedily else left - loss_tokens(rows)
+                    chosen = [c for c in opened if self._greedily(c.prompt) is greedily]
+                    rows += itertools.chain(*self._answer(chosen, self._sampling(greedily), seed, room))
                 rows.sort(key=lambda row: row.id)
                 write_rows(path, rows)
             written += loss_tokens(rows)
 
     def _prompt_by_prompt(self, shards: dict[Path, list[Prompt]]) -> None:
-        """Greedy ones are chosen by their names. The files are sorted in the end, so that they do not depend on who
-        answered first."""
+        """The files are sorted in the end, so that they do not depend on who answered first."""
         place = {prompt.id: path for path, prompts in shards.items() for prompt in prompts}
         done: set[str] = set()
-        drawn = self.settings.temperature > 0
-        greedy_share = self.settings.greedy_share if drawn else 1.0
-        shares = {True: greedy_share, False: 1 - greedy_share}  # of max_tokens, greedily or drawn
+        shares = {True: self.greedy_share, False: 1 - self.greedy_share}  # of max_tokens, greedily or drawn
         written = {True: 0, False: 0}  # tokens
         for path in shards:
             held = Completion.whole_rows(path)
@@ -306,13 +316,10 @@ class Regeneration:
             for row in rows:
                 written[row.sampling[0] == 0.0] += len(row.loss_tokens)
 
-        def greedy(prompt: Prompt) -> bool:
-            return int(digest(self.recipe.seed, "greedy", prompt.id), 16) < greedy_share * 2**64
-
         waiting = [prompt for prompt in self.prompts if prompt.id not in done]
-        for greedily, chosen in itertools.groupby(sorted(waiting, key=greedy), greedy):
+        for greedily, chosen in itertools.groupby(sorted(waiting, key=self._greedily), self._greedily):
             left = None if self.total is None else max(0, round(shares[greedily] * self.total) - written[greedily])
-            for rows in self._answer(self._open(chosen), self._sampling(drawn and greedily), self.recipe.seed, left):
+            for rows in self._answer(self._open(chosen), self._sampling(greedily), self.recipe.seed, left):
                 self._keep_identity()
                 # the first row last, as it says that all are there
                 content = b"".join(row.line() for row in reversed(rows))

@@ -15,7 +15,7 @@ from draftsmith.core import files, run_files
 from draftsmith.core.errors import CheckpointError, DataError, RecipeError
 from draftsmith.core.history import recipe_that_ran, results_of
 from draftsmith.core.progress import say
-from draftsmith.core.recipe import Recipe
+from draftsmith.core.recipe import Recipe, RegenerateRecipe
 from draftsmith.core.records.data import CompletionsSummary, Coverage, PromptsSummary
 from draftsmith.core.records.evaluation import Results
 from draftsmith.core.records.machine import Predictions
@@ -126,10 +126,10 @@ def _head(recipe: Recipe, target: str, licence: Licence, found: list[Results]) -
     )
 
 
-def _sampling(recipe: Recipe) -> str:
-    settings = recipe.regenerate
+def _sampling(settings: RegenerateRecipe, written: CompletionsSummary) -> str:
     how = f"temperature {settings.temperature:g}, top-p {settings.top_p:g}, top-k {settings.top_k or 'off'}"
-    return how + (f", {settings.greedy_share:.0%} of them greedy" if settings.greedy_share else "")
+    greedy = written.greedy_tokens / written.completion_tokens
+    return how + (f", {greedy:.0%} of them greedily" if settings.temperature and greedy else "")
 
 
 def make_card(run: Run, prediction: Predictions) -> str:
@@ -143,6 +143,7 @@ def make_card(run: Run, prediction: Predictions) -> str:
         raise DataError(f"card: no results in {run.files.root}; run: draftsmith evaluate RECIPE")
     report = inspect_draft(run.files.draft)
     prompts = PromptsSummary.load(run.files.stage("prompts") / run_files.SUMMARY)
+    written = CompletionsSummary.load(run.files.completions / run_files.SUMMARY)
     provenance = report.config.get("draftsmith") or {}
     told = {**provenance, **(provenance.get("target") or {})}
     lacking = [f"draftsmith.{key} is missing" for key in ("version", "commit", "taps", "num_layers") if key not in told]
@@ -187,8 +188,8 @@ def make_card(run: Run, prediction: Predictions) -> str:
         prompts=prompts,
         sources=sources,
         data=terms,
-        completions=CompletionsSummary.load(run.files.completions / run_files.SUMMARY),
-        sampling=_sampling(recipe),
+        completions=written,
+        sampling=_sampling(recipe.regenerate, written),
         training=TrainingSummary.load(run.files.train / run_files.SUMMARY),
     )
 
