@@ -75,3 +75,13 @@ def test_blockwise_topk_is_exact(k):
     expected = logits.topk(k)
     assert torch.equal(values, expected.values)
     assert torch.equal(ids, expected.indices)
+
+
+def test_greedy_rows_take_their_first_choice_beside_drawn_ones():
+    logits = torch.randn(5, 512, generator=torch.Generator().manual_seed(1))
+    sampling, greedy = Sampling(3.0, 0.9), torch.tensor([True, False, False, True, False])
+    ids = sample(logits, sampling, torch.Generator().manual_seed(2), greedy)
+    assert ids[greedy].tolist() == logits[greedy].argmax(-1).tolist()
+    assert ids[~greedy].tolist() == sample(logits[~greedy], sampling, torch.Generator().manual_seed(2)).tolist()
+    assert ids[~greedy].tolist() != logits[~greedy].argmax(-1).tolist()
+    assert torch.equal(sample(logits, sampling, torch.Generator(), torch.ones(5).bool()), logits.argmax(-1))

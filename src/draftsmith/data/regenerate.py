@@ -200,7 +200,7 @@ class Regeneration:
         self.prompts = list(Prompt.read_rows(prompts_file))
         self.longest = longest_prompt(recipe, target, self.settings.max_new_tokens)
         self.total, self.written = self.settings.max_tokens, 0
-        self.greedy_share = self.settings.greedy_share if self.settings.temperature else 1.0
+        self.sampling = Sampling(self.settings.temperature, self.settings.top_p, self.settings.top_k)
         self.left_out: Counter[str] = Counter()
         self.meter = Meter("regenerate", self.total or len(self.prompts), "tokens" if self.total else "prompts")
 
@@ -222,13 +222,14 @@ class Regeneration:
             timing.save(self.out / run_files.TIMING)
         return summary
 
-    def _sampling(self, greedy: bool) -> Sampling:
+    def _sampling(self, prompt: Prompt) -> Sampling:
+        """Greedy ones are chosen by their names, so that any few prompts hold the share."""
         settings = self.settings
-        return Sampling() if greedy else Sampling(settings.temperature, settings.top_p, settings.top_k)
+        greedy = int(digest(self.recipe.seed, "greedy", prompt.id), 16) < settings.greedy_share * 2**64
+        return Sampling() if greedy else self.sampling
 
-    def _greedily(self, prompt: Prompt) -> bool:
-        """Chosen by its name, so that any few prompts hold the share."""
-        return int(digest(self.recipe.seed, "greedy", prompt.id), 16) < self.greedy_share * 2**64
+    def _rows(self, conversation: Conversation) -> list[Completion]:
+        return conversation.rows(self._sampling(conversation.prompt))
 
     def _open(self, prompts: Iterable[Prompt]) -> Iterator[Conversation]:
         return open_conversations(prompts, self.chat, self.longest, self.recipe.prompts.skip_bad, self.left_out)
@@ -238,9 +239,7 @@ class Regeneration:
         done = loss_tokens(rows) if self.total else sum(row.document == 0 for row in rows)
         self.meter.resume(self.meter.done + done)
 
-    def _answer(
-        self, opened: Iterable[Conversation], sampling: Sampling, seed: int, left: int | None
-    ) -> Iterator[list[Completion]]:
+    def _answer(self, opened: Iterable[Conversation], seed: int, left: int | None) -> Iterator[list[Completion]]:
         """The rows of every conversation, as soon as it ends.
 
         Once `left` tokens are written no turn is begun: what is being written is finished, a conversation that waits
@@ -255,7 +254,7 @@ class Regeneration:
 
         for number, answer in self.target.generate(
             asked(),
-            sampling,
+            self.sampling,
             self.settings.max_new_tokens,
             self.chat.stop,
             seed,
@@ -263,12 +262,13 @@ class Regeneration:
             left,
             lambda number, answer: conversations[number].extend(answer, self.chat, self.longest),
             written=lambda tokens: self.meter.advance(tokens if self.total else 0, tokens),
+            greedily=lambda number: self._sampling(conversations[number].prompt).greedy,
         ):
             self.written += len(answer.ids)
             if conversations[number].last is answer:
                 self.meter.advance(0 if self.total else 1)
-                yield conversations.pop(number).rows(sampling)
-        yield from (c.rows(sampling) for c in conversations.values() if c.spans or c.documents)
+                yield self._rows(conversations.pop(number))
+        yield from map(self._rows, (c for c in conversations.values() if c.spans or c.documents))
 
     def _shard_by_shard(self, shards: dict[Path, list[Prompt]]) -> None:
         """The shard in which `max_tokens` is reached ends there, within one batch. As that depends on `max_tokens`, it
@@ -289,13 +289,8 @@ class Regeneration:
             if complete and (left is None or loss_tokens(rows) < left):
                 self._resume(rows)
             else:
-                seed, rows = int(digest(int(digest(self.recipe.seed, number), 16), 0), 16) % 2**63, []
-                for greedily in (True, False):
-                    room = left
-                    if left is not None:
-                        room = round(left * self.greedy_share) if greedily else left - loss_tokens(rows)
-                    chosen = [c for c in opened if self._greedily(c.prompt) is greedily]
-                    rows += itertools.chain(*self._answer(chosen, self._sampling(greedily), seed, room))
+                seed = int(digest(int(digest(self.recipe.seed, number), 16), 0), 16) % 2**63
+                rows = list(itertools.chain(*self._answer(opened, seed, left)))
                 rows.sort(key=lambda row: row.id)
                 write_rows(path, rows)
             written += loss_tokens(rows)
@@ -304,8 +299,7 @@ class Regeneration:
         """The files are sorted in the end, so that they do not depend on who answered first."""
         place = {prompt.id: path for path, prompts in shards.items() for prompt in prompts}
         done: set[str] = set()
-        shares = {True: self.greedy_share, False: 1 - self.greedy_share}  # of max_tokens, greedily or drawn
-        written = {True: 0, False: 0}  # tokens
+        left = self.total
         for path in shards:
             held = Completion.whole_rows(path)
             done |= {row.id for row in held if row.document == 0}  # written last, so that the others are there
@@ -313,18 +307,14 @@ class Regeneration:
             if len(rows) < len(held):
                 write_rows(path, rows)
             self._resume(rows)
-            for row in rows:
-                written[row.sampling[0] == 0.0] += len(row.loss_tokens)
-
-        waiting = [prompt for prompt in self.prompts if prompt.id not in done]
-        for greedily, chosen in itertools.groupby(sorted(waiting, key=self._greedily), self._greedily):
-            left = None if self.total is None else max(0, round(shares[greedily] * self.total) - written[greedily])
-            for rows in self._answer(self._open(chosen), self._sampling(greedily), self.recipe.seed, left):
-                self._keep_identity()
-                # the first row last, as it says that all are there
-                content = b"".join(row.line() for row in reversed(rows))
-                with place[rows[0].id].open("ab") as file:
-                    file.write(content)  # at once
+            left = None if left is None else left - loss_tokens(rows)
+        waiting = self._open(prompt for prompt in self.prompts if prompt.id not in done)
+        for rows in self._answer(waiting, self.recipe.seed, left):
+            self._keep_identity()
+            # the first row last, as it says that all are there
+            content = b"".join(row.line() for row in reversed(rows))
+            with place[rows[0].id].open("ab") as file:
+                file.write(content)  # at once
         for path in shards:
             if path.exists():
                 kept = sorted(Completion.read_rows(path), key=lambda row: row.id)

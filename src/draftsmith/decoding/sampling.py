@@ -117,10 +117,16 @@ def _draw_nucleus(probs_RV: Tensor, top_p: float, generator: torch.Generator) ->
     return drawn
 
 
-def sample(logits_RV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """One draw per row [R]: the distribution of `probabilities`, without building it over the whole vocabulary."""
+def sample(logits_RV: Tensor, sampling: Sampling, generator: torch.Generator, greedy_R: Tensor | None = None) -> Tensor:
+    """One draw per row [R]: the distribution of `probabilities`, without building it over the whole vocabulary.
+    `greedy_R` [R] bool, on the CPU: rows that take their first choice beside the others."""
     if sampling.greedy:
         return logits_RV.argmax(-1)
+    if greedy_R is not None and greedy_R.any():
+        ids, drawn = logits_RV.argmax(-1), (~greedy_R).nonzero()[:, 0].to(logits_RV.device)
+        if len(drawn):
+            ids[drawn] = sample(logits_RV[drawn], sampling, generator)
+        return ids
     if sampling.top_k and sampling.top_k < logits_RV.shape[-1]:
         values, ids = blockwise_topk(logits_RV, sampling.top_k)  # in descending order
         probs = torch.softmax(values.float() / sampling.temperature, dim=-1)

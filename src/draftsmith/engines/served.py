@@ -22,6 +22,7 @@ from draftsmith.core.errors import TargetError
 from draftsmith.core.files import JsonObject, digest
 from draftsmith.core.recipe import ServerRecipe, TargetRecipe
 from draftsmith.decoding.generation import Generation
+from draftsmith.decoding.sampling import Sampling
 from draftsmith.engines.answers import Models, checked_completion, checked_logprobs, whole_numbers
 from draftsmith.engines.pool import LARGEST_ANSWER, Pool, Replica, all_or_none, reading
 from draftsmith.engines.state_files import FILE_PREFIX, Retry, checked, discard_states, from_numbers, sweep, take_states
@@ -85,7 +86,7 @@ class ServedTarget(WeightsOnlyTarget):
                 number = item[0]
                 ids: list[int] | None = item[1]
                 while ids is not None and room():
-                    answer = await self._complete(ids, asked)
+                    answer = await self._complete(ids, asked, asked.sampling_of(number))
                     tokens += len(answer.ids)
                     ids = asked.follow(number, answer) if asked.follow else None
                     done.put((number, answer))
@@ -111,9 +112,9 @@ class ServedTarget(WeightsOnlyTarget):
 
         return self.pool.run((lambda: self.pool.somewhere(ask, self.replicas), self.replicas))[0]
 
-    async def _complete(self, ids: list[int], asked: Asked) -> Generation:
+    async def _complete(self, ids: list[int], asked: Asked, sampling: Sampling) -> Generation:
         """One completion; raises `TargetError` once `server.attempts` have failed."""
-        sampling, most, texts = asked.sampling, asked.max_new_tokens, asked.ends.texts
+        most, texts = asked.max_new_tokens, asked.ends.texts
         seed = int(digest(asked.seed, ids), 16) % 2**31  # the same whoever else asks, and when
         settings: JsonObject = {  # without defaults: servers take what is left out from the model's generation_config
             self.engine.seed: seed,

@@ -42,6 +42,8 @@ class Asked:
     """How prompts are to be answered, as `Target.generate` is told."""
 
     sampling: Sampling
+    greedily: Callable[[int], bool]
+    """Of a prompt by its index: whether it is answered greedily beside the others."""
     max_new_tokens: int
     ends: Ends
     seed: int
@@ -50,6 +52,9 @@ class Asked:
     written: Written
     at_once: int | None
     ignore_end: bool
+
+    def sampling_of(self, number: int) -> Sampling:
+        return Sampling() if self.greedily(number) else self.sampling
 
 
 class Target:
@@ -84,6 +89,7 @@ class Target:
         follow: Follow | None = None,
         written: Written = lambda tokens: None,
         *,
+        greedily: Callable[[int], bool] = lambda number: False,
         at_once: int | None = None,
         ignore_end: bool = False,
     ) -> Iterator[tuple[int, Generation]]:
@@ -91,7 +97,7 @@ class Target:
         `follow`; once `max_tokens` are written, none is begun. `written` is told of tokens as they come. At most
         `at_once` are in flight, else as many as it is worth giving. `ignore_end`: end tokens do not end them."""
         ends = Ends(frozenset() if ignore_end else self.eos_ids, self.tokenizer, stop, stop_loops)
-        asked = Asked(sampling, max_new_tokens, ends, seed, max_tokens, follow, written, at_once, ignore_end)
+        asked = Asked(sampling, greedily, max_new_tokens, ends, seed, max_tokens, follow, written, at_once, ignore_end)
         return self._answers(prompts, asked)
 
     def _answers(self, prompts: Iterable[list[int]], asked: Asked) -> Iterator[tuple[int, Generation]]:

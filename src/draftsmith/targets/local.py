@@ -22,7 +22,7 @@ from draftsmith.decoding.attention import ATTENTION_NAME, MaskedPlan, PackedPlan
 from draftsmith.decoding.cache import StaticCache
 from draftsmith.decoding.generation import Generation
 from draftsmith.decoding.products import pack_weights
-from draftsmith.decoding.sampling import Sampling, sample
+from draftsmith.decoding.sampling import sample
 from draftsmith.decoding.speculate import Decoder, Drafter
 from draftsmith.targets.base import Asked, Capture, Target
 from draftsmith.targets.identity import PROBE, weights_hash
@@ -274,7 +274,7 @@ class LocalTarget(Target):
             decoder, most = self._decoder or Decoder(self), asked.max_new_tokens
             for number, prompt in enumerate(prompts):
                 seed = asked.seed + number
-                yield number, decoder.generate(prompt, asked.sampling, most, self._shape, seed, asked.ends)
+                yield number, decoder.generate(prompt, asked.sampling_of(number), most, self._shape, seed, asked.ends)
             return
         texts = list(prompts)
         if not texts:
@@ -295,7 +295,7 @@ class LocalTarget(Target):
         capacity = min(max(map(len, texts[:rows])) + CACHE_AHEAD, most)
         cache: Any = self.library.new_cache() if self.library else StaticCache(rows, capacity, most)
         running: list[int | None] = [None] * rows  # prompt index in each cache row
-        lengths = torch.zeros(rows, dtype=torch.long)
+        lengths, greedy_B = torch.zeros(rows, dtype=torch.long), torch.zeros(rows, dtype=torch.bool)
         outputs: dict[int, list[int]] = {}
         next_ids = torch.zeros(rows, dtype=torch.long)
         finished_tokens = 0
@@ -307,7 +307,9 @@ class LocalTarget(Target):
             if waiting and (len(free) >= max(1, rows // 16) or len(free) == rows):
                 admitted = free[: len(waiting)]
                 chosen = [waiting.popleft() for _ in admitted]
-                drawn = self._admit(cache, admitted, [texts[c] for c in chosen], asked.sampling, generator)
+                greedy_B[admitted] = torch.tensor([asked.greedily(c) for c in chosen])
+                last = self._admit(cache, admitted, [texts[c] for c in chosen])
+                drawn = sample(self.logits(last), asked.sampling, generator, greedy_B[admitted]).tolist()
                 for row, index, token in zip(admitted, chosen, drawn, strict=True):
                     running[row], outputs[index] = index, []
                     lengths[row], next_ids[row] = len(texts[index]), token
@@ -315,7 +317,7 @@ class LocalTarget(Target):
                 keep = [i for i, r in enumerate(running) if r is not None]
                 cache.select_rows(keep)
                 running = [running[i] for i in keep]
-                lengths, next_ids, rows = lengths[keep], next_ids[keep], len(keep)
+                lengths, next_ids, greedy_B, rows = lengths[keep], next_ids[keep], greedy_B[keep], len(keep)
             asked.written(sum(number is not None for number in running))
             for row, (number, token) in enumerate(zip(running, next_ids.tolist(), strict=True)):
                 if number is None:
@@ -332,24 +334,21 @@ class LocalTarget(Target):
                     yield number, answer
             if all(r is None for r in running):
                 continue
-            next_ids = self._decode_step(cache, lengths, next_ids, asked.sampling, generator)
+            last = self._decode_step(cache, lengths, next_ids)
+            next_ids = sample(self.logits(last), asked.sampling, generator, greedy_B).cpu()
             lengths = lengths + torch.tensor([r is not None for r in running])
 
-    def _admit(
-        self, cache: Any, rows: list[int], prompts: list[list[int]], sampling: Sampling, generator: torch.Generator
-    ) -> list[int]:
-        """Read prompts into cache rows; the first token of every answer."""
+    def _admit(self, cache: Any, rows: list[int], prompts: list[list[int]]) -> Tensor:
+        """Read prompts into cache rows; the last hidden state of each [B, H]."""
         _, last = self.prefill(cache, rows, prompts)
         ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0) - 1
-        return sample(self.logits(last[ends.to(self.device)]), sampling, generator).cpu().tolist()
+        return last[ends.to(self.device)]
 
-    def _decode_step(
-        self, cache: Any, lengths: Tensor, ids: Tensor, sampling: Sampling, generator: torch.Generator
-    ) -> Tensor:
+    def _decode_step(self, cache: Any, lengths: Tensor, ids: Tensor) -> Tensor:
+        """One more token in every row; the last hidden state of each [B, H]."""
         if self.library:
             depths = torch.zeros(1, dtype=torch.long)
-            _, last = self.library.verify(cache, int(lengths), ids.tolist(), depths, ())
-            return sample(self.logits(last), sampling, generator).cpu()
+            return self.library.verify(cache, int(lengths), ids.tolist(), depths, ())[1]
         lengths_B = lengths.to(self.device)
         visible_length = int(lengths.max()) + 1
         cache.reserve(visible_length)
@@ -360,5 +359,4 @@ class LocalTarget(Target):
             lengths_B[:, None],
             columns[None].expand(len(lengths), -1),
         )
-        _, last = self._forward(ids[:, None].to(self.device), lengths_B[:, None], cache, plan)
-        return sample(self.logits(last[:, 0]), sampling, generator).cpu()
+        return self._forward(ids[:, None].to(self.device), lengths_B[:, None], cache, plan)[1][:, 0]
