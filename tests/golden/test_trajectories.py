@@ -86,6 +86,20 @@ def test_lk_losses_see_the_whole_distribution(data, tmp_path):
     assert alphas["lk"][0] < 0.99 * alphas["part"][0]
 
 
+def test_completions_count_that_were_read(data, tmp_path):
+    """Those that there are stood on the card, however few the steps were."""
+    run = trainer(data, tmp_path, **{"train.max_steps": 1})
+    ((first,),) = run.steps
+    assert run.train().completions == len(first) < len(run.rows)
+
+
+def test_epochs_that_end_before_the_steps_are_told(data, tmp_path, capsys):
+    run = trainer(data, tmp_path, **{"train.max_steps": 500})
+    assert f"epochs end after {len(run.steps)} steps; max_steps is 500" in capsys.readouterr().err
+    trainer(data, tmp_path, **{"train.max_steps": len(run.steps)})
+    assert "max_steps is" not in capsys.readouterr().err
+
+
 def test_only_a_new_draft_with_normed_taps_is_fitted_and_once(data, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(Eagle3Draft, "fit", lambda self, examples, *_: asked.append(len(list(examples))))

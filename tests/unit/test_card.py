@@ -23,7 +23,7 @@ from draftsmith.core.records.evaluation import (
 )
 from draftsmith.core.records.machine import Prediction, Predictions
 from draftsmith.core.records.run import Hardware, Provenance
-from draftsmith.core.records.training import TrainingSummary
+from draftsmith.core.records.training import Best, TrainingSummary
 from draftsmith.drafts.directories import write_draft
 from draftsmith.publishing.card import as_text, make_card, write_card
 from draftsmith.runs.estimates import results_of
@@ -427,6 +427,35 @@ def test_a_loss_on_prompts_is_told(make):
     train = run.recipe.train.model_copy(update={"on_prompts": True})
     run.recipe = run.recipe.model_copy(update={"train": train})
     assert "documents of at most 2048 tokens, the loss on prompts, too" in make_card(run, NOTHING)
+
+
+def test_the_step_that_the_weights_are_of_and_another_engines_length_are_told(make):
+    run = make()
+    assert "of which the weights" not in make_card(run, NOTHING)
+    path = run.files.train / run_files.SUMMARY
+    best = {"best": Best(step=1200, tau_held_out=2.4)}
+    TrainingSummary.load(path).model_copy(update=best).save(path)
+    longer = SETTINGS.model_copy(update={"engine": "vllm", "max_new_tokens": 512, "top_k": 20})
+    save(run, "vllm", results(settings=longer))
+    card = make_card(run, NOTHING)
+    assert "3,120,564 tokens, of which the weights are those of step 1,200, with the highest accept length" in card
+    assert "; at most 512 new tokens, top-k 20 here.\n" in card
+
+
+def test_servers_that_others_started_are_no_machine_of_ours(make):
+    run = make()
+    settings = SETTINGS.model_copy(update={"engine": "vllm", "speed_gpus": None})
+    save(run, "vllm", results(settings=settings))
+    assert "servers that others started, whose hardware is not known.\n" in make_card(run, NOTHING)
+
+
+def test_an_earlier_draft_is_named_without_its_path(make):
+    run = make()
+    train = run.recipe.train.model_copy(update={"from_draft": "/home/alice/drafts/first"})
+    run.recipe = run.recipe.model_copy(update={"train": train})
+    card = make_card(run, NOTHING)
+    assert "from_draft: first\n" in card
+    assert "alice" not in card
 
 
 @pytest.mark.parametrize("norm", [None, "fc_norm", "norm_before_fc"])

@@ -110,6 +110,21 @@ def test_more_trainers_and_a_slow_network():
     assert "the network sets the pace" in page(many)
 
 
+def test_a_limit_of_tokens_is_planned_within_a_batch():
+    few = load_recipe(RECIPES / "smollm2-135m-quick.yaml").regenerate.model_copy(
+        update={"max_tokens": 20000, "shard_prompts": 4096, "batch_size": 8, "max_new_tokens": 512}
+    )
+    told = planned("qwen3-8b-eagle3", "h100-1", regenerate=few)
+    assert 20000 < told.numbers["completion tokens"] < 20000 + 8 * 512
+
+
+def test_sets_that_are_not_counted_are_told():
+    recipe = load_recipe(RECIPES / "qwen3-8b-eagle3.yaml", {"evaluate": {"sets": ["gsm8k", "mt-bench"]}})
+    told = planned("qwen3-8b-eagle3", "h100-1", evaluate=recipe.evaluate)
+    assert "evaluate.sets (gsm8k, mt-bench) are not counted in the evaluation" in told.assumptions
+    assert not any("evaluate.sets" in line for line in planned().assumptions)
+
+
 def test_known_lengths_replace_the_assumed_ones():
     assumed, told = planned(), planned(completion_tokens=600)
     assert assumed.numbers["completion tokens"] > told.numbers["completion tokens"]

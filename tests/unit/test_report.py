@@ -24,7 +24,7 @@ from draftsmith.core.records.evaluation import (
     Tau,
 )
 from draftsmith.core.records.run import Hardware, Provenance
-from draftsmith.core.records.training import HeldOut, MetricsRow, StepTiming, TrainingSummary
+from draftsmith.core.records.training import Best, HeldOut, MetricsRow, StepTiming, TrainingSummary
 from draftsmith.core.run_files import RunFiles
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.evaluation.report import write_report
@@ -201,7 +201,7 @@ def test_the_figures_are_there(run: RunFiles) -> None:
     assert "interval 2.17 to 2.37" in page
     assert "Later user turns that were not asked: 3 too long." in page
     assert "<b>1.37\N{MULTIPLICATION SIGN}</b>" in page
-    assert "identical greedy output on 50 prompts x 128 tokens in fp32" in page
+    assert "identical greedy output on 50 prompts (6,400 tokens, at most 128 each) in fp32" in page
     for figure in (
         "17 duplicates",
         "5 that occur in the evaluation set",
@@ -229,6 +229,57 @@ def test_what_to_run_next_fits_the_run(run: RunFiles) -> None:
     assert "--train.epochs 6" in page, "a preview trains longer"
     assert "<p>Serve on vLLM:</p>\n<pre>vllm serve tiny --spec</pre>" in page
     assert "<p>Serve on SGLang:</p>\n<pre>sglang it</pre>" in page
+
+
+def test_a_preview_says_whether_tau_rose_or_nobody_could_know(run: RunFiles) -> None:
+    seldom = "tau on held-out text was measured too seldom (1) to tell whether it had stopped rising"
+    assert report(run).count(seldom) == 3, "above, beside the status, and where it says what to run"
+    held_out = HeldOut(match=[0.6], alpha=[0.58], tau={2: 1.77}, verifications=300)
+    write_rows(run.train / run_files.METRICS, [MetricsRow(step=s, held_out=held_out) for s in range(1, 7)])
+    assert "PREVIEW: tau on held-out text was still rising when training ended" in report(run)
+
+
+def test_both_keys_that_end_a_training_are_raised(run: RunFiles) -> None:
+    recipe = load_recipe(run.recipe)
+    for most, flags in (
+        (3, "--train.epochs 6 --train.max-steps 6"),
+        (5, "--train.epochs 6 --train.max-steps 6"),
+        (6, "--train.epochs 6"),
+    ):
+        train = recipe.train.model_copy(update={"max_steps": most})
+        run.recipe.write_text(dump_recipe(recipe.model_copy(update={"train": train})))
+        assert f"{flags}</pre>" in report(run)
+
+
+def test_the_step_whose_weights_are_exported_is_told(run: RunFiles) -> None:
+    assert "The draft is that of step" not in report(run)
+    path = run.train / run_files.SUMMARY
+    TrainingSummary.load(path).model_copy(update={"best": Best(step=2, tau_held_out=1.81)}).save(path)
+    assert "at the end. The draft is that of step 2, whose tau was the highest: 1.81." in report(run)
+
+
+def test_speed_names_its_batch_and_the_machine_that_it_was_measured_on(run: RunFiles) -> None:
+    many = [entry.model_copy(update={"batch": 8, "speedup": 3.0}) for entry in results().speed]
+    save(run, results(speed=[*results().speed, *many]))
+    page = report(run)
+    assert ", batch 8, 6 prompts; the fastest of 4 measured; Test CPU, 2 cores, 1 threads" in page
+    assert page.count('<tr class="chosen"><th>3/1/4</th><td>8</td>') == 1
+    assert "<td>1.23\N{MULTIPLICATION SIGN}</td><td>3/4/8</td>" in page, "tree against chain at the smallest batch"
+    elsewhere = SETTINGS.model_copy(update={"engine": "vllm", "threads": None})
+    save(run, results(settings=elsewhere))
+    assert "servers that others started, whose hardware is not known" in report(run)
+
+
+def test_what_an_engine_left_out_is_told_wherever_it_was_measured(run: RunFiles) -> None:
+    save(run, results(left_out=[1.0]))
+    assert "<p>Nothing at T=1.0: this server drafts greedily at any temperature" in report(run)
+
+
+def test_the_greedy_share_is_told_where_it_was_counted(run: RunFiles) -> None:
+    assert "of them greedily" not in report(run)
+    path = run.completions / run_files.SUMMARY
+    CompletionsSummary.load(path).model_copy(update={"greedy_tokens": 3}).save(path)
+    assert "12 tokens (25.0% of them greedily) in 4 completions" in report(run)
 
 
 def test_text_of_the_run_is_escaped(run: RunFiles) -> None:
@@ -289,7 +340,10 @@ def test_what_engines_measured_stands_beside_the_embedded_figures(run: RunFiles)
     page = report(run)
     assert page.count("<th>vllm (bf16), 3/1/4, T=0</th><td>1.87 [") == 1
     assert "<th>vllm, 3/1/4</th><td>4</td><td>20.0</td><td>24.6</td><td>1.19\N{MULTIPLICATION SIGN}</td>" in page
-    assert "vllm: NOT lossless; 2 differences in greedy output on 50 prompts x 128 tokens in bf16" in page
+    assert (
+        "vllm: NOT lossless; 2 differences in greedy output on 50 prompts (6,400 tokens, at most 128 each) in bf16"
+        in page
+    )
 
 
 def test_sampled_drafts_stand_beside_greedy_ones(run: RunFiles) -> None:

@@ -29,8 +29,8 @@ def lossless_verdict(proof: Lossless | None) -> LosslessVerdict:
     if not proof or not proof.tokens:
         return LosslessVerdict("untested", "no output was compared with plain decoding")
     compared = (
-        f"greedy output on {proof.prompts} prompts x {proof.tokens_per_prompt} tokens in {proof.dtype}, "
-        f"shapes {', '.join(map(str, dict.fromkeys(proof.shapes)))}"
+        f"greedy output on {proof.prompts} prompts ({proof.tokens:,} tokens, at most {proof.tokens_per_prompt} each) "
+        f"in {proof.dtype}, shapes {', '.join(map(str, dict.fromkeys(proof.shapes)))}"
     )
     differences = proof.differences
     if not differences:

@@ -88,6 +88,16 @@ class Findings:
         return min(same or entries, key=lambda entry: entry.temperature, default=None)
 
     @property
+    def course_in_words(self) -> str:
+        """How tau on held-out text went, once training ended."""
+        known = sum(row.held_out is not None for row in self.metrics)
+        if self.training and self.training.status == "converged":
+            return "tau on held-out text had stopped rising"
+        if known <= self.recipe.train.patience:
+            return f"tau on held-out text was measured too seldom ({known}) to tell whether it had stopped rising"
+        return "tau on held-out text was still rising"
+
+    @property
     def verdict(self) -> LosslessVerdict:
         return lossless_verdict(self.results.lossless if self.results else None)
 
@@ -120,6 +130,7 @@ def recipe_rows(run: Findings) -> list[tuple[str, str]]:
     passes += ", on prompts, too" if train.on_prompts else ""
     sampling = f"T={regenerate.temperature:g}, top-p {regenerate.top_p:g}, top-k {regenerate.top_k or 'off'}"
     sampling += f", {share(regenerate.greedy_share, 0)} greedy"
+    packs = f"{train.accumulate} packs of at most {train.pack_tokens:,} tokens"
     taps = plain(list(draft.taps)) if draft.taps else "2, L//2, L-3"
     norm = "before fc" if draft.norm_before_fc else "per tap" if draft.fc_norm else "none before fc"
     shape = f"taps {taps}, norm {norm}, {r.vocab.size:,} tokens"
@@ -131,7 +142,7 @@ def recipe_rows(run: Findings) -> list[tuple[str, str]]:
         ("answers", f"{sampling}; at most {regenerate.max_new_tokens} tokens"),
         ("draft", f"{run.method}, {shape}"),
         ("training", f"{passes}, {train.ttt_steps} TTT steps, {train.objective}, {train.optimizer}, {train.dtype}"),
-        ("step", f"{train.pack_tokens * train.accumulate:,} tokens, peak learning rate {train.learning_rate:g}"),
+        ("step", f"{packs}, peak learning rate {train.learning_rate:g}"),
         ("evaluation", f"shapes {plain(r.evaluate.shapes)}; T {plain(r.evaluate.temperatures)}"),
         ("seed", str(r.seed)),
     ]
@@ -143,10 +154,12 @@ def recipe_rows(run: Findings) -> list[tuple[str, str]]:
 def train_longer(run: Findings, steps: int) -> tuple[str, str]:
     gain = run.course.gain_of_doubling
     promise = f"; twice the tokens: about {gain:+.2f}" if gain and gain >= 0.005 else ""
-    words = f"tau was still rising: train longer (or raise regenerate.max_tokens for more data){promise}"
+    words = f"{run.course_in_words}: train longer (or raise regenerate.max_tokens for more data){promise}"
     train = run.recipe.train
-    key, now = ("max-steps", train.max_steps) if train.max_steps == steps else ("epochs", train.epochs)
-    return words, f"{own_command(run, 'run')} --train.{key} {2 * (now or 1)}"
+    flags = [f"--train.epochs {2 * train.epochs}"]  # either key ends a training
+    if train.max_steps and train.max_steps < 2 * steps:
+        flags.append(f"--train.max-steps {2 * steps}")
+    return words, " ".join([own_command(run, "run"), *flags])
 
 
 def own_command(run: Findings, stage: str) -> str:
@@ -193,7 +206,7 @@ def write_report(files_of_run: RunFiles, tokenizer: Any, serve: Mapping[EngineNa
         contexts=sorted({edge for _, e in run.results.entries for edge in e.by_context}) if run.results else [],
         evaluation_plots=[tau_plot(entries), depth_plot(entries)] if entries else [],
         pairs=trees_and_chains(entries),
-        speedups={entry.shape: entry.speedup for entry in run.results.speed} if run.results else {},
+        speedups={s.shape: s.speedup for s in reversed(run.results.speed)} if run.results else {},  # the smallest batch
         engine_categories=categories_of(e for results in run.elsewhere for e in results.acceptance),
         verdict_of=lossless_verdict,
         next_steps=next_steps(run, serve),

@@ -66,6 +66,8 @@ def _public_recipe(recipe: Recipe) -> str:
     values = recipe.model_dump(mode="json", exclude={"server", "serve", "device", "card"})
     values["evaluate"] = {k: v for k, v in values["evaluate"].items() if k not in ("engine", "url", "plain_url")}
     values["target"]["model"] = base_model(recipe)
+    if start := recipe.train.from_draft:
+        values["train"]["from_draft"] = Path(start).name
     for chosen in values["evaluate"]["sets"]:
         chosen["path"] = chosen["path"] and Path(chosen["path"]).name
     for source in (*values["prompts"]["sources"], *values["prompts"]["evaluation"]):
@@ -128,7 +130,7 @@ def _head(recipe: Recipe, target: str, licence: Licence, found: list[Results]) -
 
 def _sampling(settings: RegenerateRecipe, written: CompletionsSummary) -> str:
     how = f"temperature {settings.temperature:g}, top-p {settings.top_p:g}, top-k {settings.top_k or 'off'}"
-    greedy = written.greedy_tokens / written.completion_tokens
+    greedy = (written.greedy_tokens or 0) / written.completion_tokens
     return how + (f", {greedy:.0%} of them greedily" if settings.temperature and greedy else "")
 
 
@@ -182,7 +184,7 @@ def make_card(run: Run, prediction: Predictions) -> str:
         window=found[0].settings.window,
         hottest=max((entry.temperature for entry in entries), default=0.0),
         losslessness=_losslessness(titled),
-        hardware="; ".join(dict.fromkeys(_timed_on(r) for r in found if r.speed)),
+        hardware="; ".join(dict.fromkeys(r.timed_on for r in found if r.speed)),
         predicted=prediction.rows,
         commands=[_command(run, SERVERS[name]) for name in sorted(run.draft_engines)],
         prompts=prompts,
@@ -192,10 +194,6 @@ def make_card(run: Run, prediction: Predictions) -> str:
         sampling=_sampling(recipe.regenerate, written),
         training=TrainingSummary.load(run.files.train / run_files.SUMMARY),
     )
-
-
-def _timed_on(results: Results) -> str:
-    return str(results.created_with.hardware.first(results.settings.speed_gpus))
 
 
 def _records(run: RunFiles, results: list[Path]) -> dict[str, Any]:

@@ -159,7 +159,8 @@ def plan_of(
         raise RecipeError(f"--hardware: a plan needs a probe of a machine, not of {costs.name}; or one by name")
     if network_gbit is not None:
         machine = replace(machine, network_bytes_s=network_gbit * 1e9 / 8)
-    if note := METHODS[run.recipe.draft.method].config_note(run.recipe.draft, run.target_config.get_text_config()):
+    note = METHODS[run.recipe.draft.method].config_note(run.recipe.draft, run.target_config.get_text_config())
+    if note and run.recipe.train.from_draft is None:  # an earlier draft has its own shape
         say(note)
     target = TargetSize.of(run.target_config, run.recipe.target.dtype)
     return plan(Sizes(run.recipe, machine, target, run.draft_config, trainer_gpus, completion_tokens), costs)

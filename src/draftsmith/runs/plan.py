@@ -133,8 +133,8 @@ class Sizes:
             conversations = max(1, conversations - 3 * prompts.held_out)
         every = conversations * self.turns
         self.answers = min(every, (settings.max_tokens or float("inf")) / self.answer)
-        if not self.served:  # whole shards are decoded
-            self.answers = min(every, math.ceil(self.answers / settings.shard_prompts) * settings.shard_prompts)
+        if not self.served:  # of the batch in which max_tokens is reached every answer is finished
+            self.answers = min(every, self.answers + min(settings.batch_size, settings.shard_prompts) / 2)
         self.written = self.answers * self.answer
         self.document = min(self.turns * (self.prompt + TEMPLATE_TOKENS + self.answer), train.max_document_tokens)
         answered = self.answers / self.turns
@@ -365,6 +365,8 @@ def _assumptions(s: Sizes) -> list[str]:
         if s.served
         else f"target and trainer share {s.machine.name} and take turns",
     ]
+    if sets := s.recipe.evaluate.sets:
+        lines.append(f"evaluate.sets ({', '.join(each.name for each in sets)}) are not counted in the evaluation")
     if s.accumulate != s.recipe.train.accumulate:
         lines.append(
             f"train.accumulate {s.recipe.train.accumulate} cannot be dealt out to {s.trainers} trainers: give "
@@ -391,7 +393,7 @@ def against(plan: Plan, run: RunFiles) -> list[tuple[str, float, float]]:
 
     real: dict[str, float] = {}
     if written := CompletionsSummary.found(run.completions / run_files.SUMMARY):
-        real |= {"completions": written.completions, "completion tokens": written.completion_tokens}
+        real["completion tokens"] = written.completion_tokens
     if trained := TrainingSummary.found(run.train / run_files.SUMMARY):
         real |= {"draft parameters": trained.parameters, "training steps": trained.steps}
         real |= {"tokens trained on": trained.tokens}
@@ -402,8 +404,8 @@ def against(plan: Plan, run: RunFiles) -> list[tuple[str, float, float]]:
     # of a stage that was skipped or went on, the manifest knows only the last sitting
     if manifest := Manifest.found(run.manifest):
         real |= {name: stage.seconds for name, stage in manifest.stages.items() if stage.ran}
-    if decoded := Timing.found(run.completions / run_files.TIMING):
-        real["regenerate"] = decoded.seconds
+    if written and (decoded := Timing.found(run.completions / run_files.TIMING)):
+        real["regenerate"] = written.completion_tokens / decoded.tokens_per_s
     if (run.train / run_files.STEP_TIMING).exists():
         stepped = sum(row.seconds for row in StepTiming.read_rows(run.train / run_files.STEP_TIMING))
         real["train"] = max(real.get("train", 0.0), stepped)

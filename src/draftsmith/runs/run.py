@@ -254,7 +254,8 @@ class Run:
     def setup(self, engine: Decodes, logs: Path) -> Setup:
         """What a session of this engine decodes with."""
         draft = self.draft_for(engine) if engine in SERVERS else self.files.draft
-        return Setup(self.recipe, draft, logs, self.target if ENGINES[engine].in_process else None)
+        here = self.target if ENGINES[engine].in_process else None
+        return Setup(self.recipe, draft, logs, here, groups=self.card_groups[:1])
 
     @cached_property
     def draft_config(self) -> DraftConfig:

@@ -84,7 +84,10 @@ class Trainer:
             say(f"train: the last {left} of {packs} packs are left out; a step takes {settings.accumulate}")
         self.method = METHODS[recipe.draft.method]
         layers, rows = target.identity.num_layers, len(vocabulary.ids_D)
-        if note := self.method.config_note(recipe.draft, target.config):
+        if settings.max_steps and settings.max_steps > len(steps):
+            say(f"train: {settings.epochs} epochs end after {len(steps):,} steps; max_steps is {settings.max_steps:,}")
+        note = self.method.config_note(recipe.draft, target.config)
+        if note and settings.from_draft is None:  # an earlier draft has its own shape
             say(note)
         usual = self.method.config(recipe.draft, target.config, layers, rows)
         self.draft, self.start = first_draft(recipe, target, usual, vocabulary.ids_D)
@@ -174,7 +177,7 @@ class Trainer:
         summary = TrainingSummary(
             steps=self.step,
             parameters=sum(p.numel() for p in self.draft.parameters()),
-            completions=len(self.rows),
+            completions=len({i for step in self.steps for pack in step for i in pack}),
             held_out_completions=len(self.heldout),
             completions_left_out=self.left_out,
             completions_cut=self.cut,

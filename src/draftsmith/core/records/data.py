@@ -95,8 +95,8 @@ class CompletionsSummary(Record):
     tokens_by_category: dict[str, int]
     turns_left_out: dict[str, int] = {}
     """User turns that were never asked, by reason, of the conversations that were begun."""
-    greedy_tokens: int = 0
-    """Of the completion tokens, those written at temperature 0."""
+    greedy_tokens: int | None = None
+    """Of the completion tokens, those written at temperature 0; null where an earlier version did not count them."""
 
 
 class Timing(Record):

@@ -239,6 +239,12 @@ class Results(Measured):
     def partial(self) -> bool:
         return self.settings.prompts < self.settings.prompts_available
 
+    @property
+    def timed_on(self) -> str:
+        if self.settings.engine != "embedded" and self.settings.speed_gpus is None:
+            return "servers that others started, whose hardware is not known"
+        return str(self.created_with.hardware.first(self.settings.speed_gpus))
+
 
 class PairedDifference(Record):
     """tau of a draft less tau of the first one, on the prompts that both have."""
