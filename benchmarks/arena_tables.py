@@ -176,6 +176,8 @@ def ablations() -> str:
         *ablation_table(before),
         "",
         *whole_recipe(),
+        "",
+        *split_of_an_hour(),
     ]
     return "\n".join(lines) + "\n"
 
@@ -198,6 +200,29 @@ def whole_recipe() -> list[str]:
         "seed), and the chance in the end that a sampled draft is accepted:",
         "",
         *table(["changed", "commit", *map(str, marks), "alpha by depth in the end"], rows),
+    ]
+
+
+def split_of_an_hour() -> list[str]:
+    """Runs of one recipe on different texts: only what decoding measured can be compared."""
+    rows = []
+    for name in ("smollm2-135m-drawn", "smollm2-135m-100k"):
+        told = read_json(RESULTS / f"{name}.json")
+        here, stages, written = told["embedded"], told["stages"], told["completions"]
+        how = {(e["shape"], e["temperature"], e["drafts"]): e for e in here["acceptance"]}
+        wanted = [("3/1/4", 0, "greedy"), ("3/1/4", 1, "greedy"), ("3/1/4", 1, "sampled"), ("3/4/8", 0, "greedy")]
+        greedy = written.get("greedy_tokens", 0) / written["completion_tokens"]
+        text = [f"{written['completion_tokens']:,}", f"{greedy:.0%}"]
+        minutes = [f"{stages[stage]['seconds'] / 60:.0f} min" for stage in ("regenerate", "train")]
+        taus = [f"{how[key]['all']['tau']:.2f}" for key in wanted]
+        rows.append([*text, f"{told['training']['tokens']:,}", *minutes, *taus, here["created_with"]["commit"]])
+    head = ["completion tokens", "greedily", "trained on", "regenerate", "capture and train"]
+    ways = ["3/1/4, T=0", "3/1/4, T=1", "T=1, sampled drafts", "3/4/8, T=0", "commit"]
+    return [
+        "How an hour is split between writing and training, and how much of the text is greedy (the embedded engine's "
+        "decoding of the 30 prompts of README; the first draft started at random):",
+        "",
+        *table([*head, *ways], rows),
     ]
 
 

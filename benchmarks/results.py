@@ -283,8 +283,8 @@ def document() -> str:
         "tau = 1 + accepted draft tokens / verification steps; the bonus token counts, the prefill token does not, "
         "text after the onset of a loop is left out (beside it: with loops, and their share of the text). A shape is "
         "steps/top-k/draft tokens; top-k 1 is a chain. Brackets are 95 % intervals over prompts, from ten on. "
-        "The oracle is a chain that always proposes the target's first choice; status preview: tau still rose as "
-        "training ended. "
+        "The oracle is a chain that always proposes the target's first choice; status preview: tau was not seen to "
+        "stop rising before training ended. "
         "Commands are those of the commit that is named; those of older ones have lost their quotes.",
         "",
     ]
