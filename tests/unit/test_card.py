@@ -440,13 +440,17 @@ def test_the_step_that_the_weights_are_of_and_another_engines_length_are_told(ma
     card = make_card(run, NOTHING)
     assert "3,120,564 tokens, of which the weights are those of step 1,200, with the highest accept length" in card
     assert "; at most 512 new tokens, top-k 20 here.\n" in card
+    filtered = SETTINGS.model_copy(update={"top_p": 0.9})
+    save(run, "embedded", results(settings=filtered))
+    save(run, "vllm", results(settings=SETTINGS.model_copy(update={"engine": "vllm"})))
+    assert "; at most 128 new tokens, neither top-p nor top-k here.\n" in make_card(run, NOTHING)
 
 
 def test_servers_that_others_started_are_no_machine_of_ours(make):
     run = make()
     settings = SETTINGS.model_copy(update={"engine": "vllm", "speed_gpus": None})
     save(run, "vllm", results(settings=settings))
-    assert "servers that others started, whose hardware is not known.\n" in make_card(run, NOTHING)
+    assert "servers whose hardware is not recorded.\n" in make_card(run, NOTHING)
 
 
 def test_an_earlier_draft_is_named_without_its_path(make):

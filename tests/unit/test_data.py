@@ -226,13 +226,14 @@ def test_max_tokens_is_kept_within_a_batch_and_a_continued_run_ends_with_the_sam
 
 
 @pytest.mark.parametrize("shard", [30, 60])
-def test_few_shards_hold_the_share_of_greedy_answers(tmp_path, shard):
+def test_few_shards_hold_the_share_of_greedy_answers(tmp_path, shard, capsys):
     """Shards were greedy or drawn as a whole, so a run of one or two of them had none of its third."""
     model, prompts = save_tiny_target(tmp_path / "m"), write_prompts(tmp_path / "p.jsonl", 62)
     changes = {"prompts.held_out": 1, "regenerate.shard_prompts": shard, "regenerate.greedy_share": 0.34}
     recipe = tiny_recipe(model, prompts, **changes)
     gather(recipe, tmp_path)
     batch = recipe.regenerate.batch_size * recipe.regenerate.max_new_tokens
+    assert recipe.regenerate.max_prompt_tokens > local_target(model).context
     for max_tokens in (None, 300):
         out = tmp_path / str(max_tokens)
         asked_for(recipe, out, max_tokens)
@@ -241,6 +242,7 @@ def test_few_shards_hold_the_share_of_greedy_answers(tmp_path, shard):
         assert CompletionsSummary.load(out / "summary.json").greedy_tokens == greedy
         assert abs(greedy - 0.34 * loss_tokens(rows)) < batch
         assert 0 < greedy < loss_tokens(rows) < (max_tokens or math.inf) + batch
+    assert f"prompts may have {local_target(model).context - 1} tokens, as an answer needs" in capsys.readouterr().err
 
 
 def test_a_template_that_stops_at_once_is_an_error(tmp_path):

@@ -8,9 +8,10 @@ from transformers import AutoConfig
 
 from draftsmith.core.errors import DraftsmithError
 from draftsmith.core.recipe_file import load_recipe, parse_recipe
+from draftsmith.core.records.data import CompletionsSummary, Timing
 from draftsmith.core.records.machine import Probe
 from draftsmith.core.records.training import TrainingSummary
-from draftsmith.core.run_files import SUMMARY, RunFiles
+from draftsmith.core.run_files import SUMMARY, TIMING, RunFiles
 from draftsmith.drafts.eagle3.config import Eagle3Config
 from draftsmith.drafts.eagle3.shape import draft_config
 from draftsmith.hardware import sizes
@@ -167,8 +168,21 @@ def test_a_finished_run_is_set_beside_its_plan(tmp_path):
         best=None,
         checkpoint="checkpoint-017000",
     ).save(finished.train / SUMMARY)
+    CompletionsSummary(
+        completion_tokens=12_000,
+        completions=90,
+        finish_reasons={},
+        empty=0,
+        prompts_too_long=0,
+        prompts_refused=0,
+        tokens_by_category={},
+    ).save(finished.completions / SUMMARY)
+    last_sitting = Timing(completion_tokens=3_000, seconds=60.0, tokens_per_s=50.0)
+    last_sitting.save(finished.completions / TIMING)
     rows = against(told, finished)
-    assert [what for what, _, _ in rows] == ["draft parameters", "training steps", "tokens trained on"]
+    named = {what: real for what, _, real in rows}
+    assert list(named) == ["draft parameters", "completion tokens", "training steps", "tokens trained on", "regenerate"]
+    assert named["regenerate"] == 240.0, "of all tokens, not of those that the last sitting wrote"
     assert "1.00" in page_against(rows).splitlines()[1]
     assert against(told, RunFiles(tmp_path / "nothing")) == []
 

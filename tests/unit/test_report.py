@@ -260,14 +260,14 @@ def test_the_step_whose_weights_are_exported_is_told(run: RunFiles) -> None:
 
 def test_speed_names_its_batch_and_the_machine_that_it_was_measured_on(run: RunFiles) -> None:
     many = [entry.model_copy(update={"batch": 8, "speedup": 3.0}) for entry in results().speed]
-    save(run, results(speed=[*results().speed, *many]))
+    save(run, results(speed=[*many, *results().speed]))
     page = report(run)
     assert ", batch 8, 6 prompts; the fastest of 4 measured; Test CPU, 2 cores, 1 threads" in page
     assert page.count('<tr class="chosen"><th>3/1/4</th><td>8</td>') == 1
     assert "<td>1.23\N{MULTIPLICATION SIGN}</td><td>3/4/8</td>" in page, "tree against chain at the smallest batch"
     elsewhere = SETTINGS.model_copy(update={"engine": "vllm", "threads": None})
     save(run, results(settings=elsewhere))
-    assert "servers that others started, whose hardware is not known" in report(run)
+    assert "servers whose hardware is not recorded" in report(run)
 
 
 def test_what_an_engine_left_out_is_told_wherever_it_was_measured(run: RunFiles) -> None:

@@ -151,6 +151,21 @@ def changed_recipe(recipe, changes):
     return Recipe.model_validate(given)
 
 
+def test_completions_of_another_rule_for_greedy_ones_are_written_anew(tmp_path):
+    (stage,) = [stage for stage in STAGES if stage.name == "regenerate"]
+
+    def keys(**changes):
+        run = Run(tiny_recipe("m", "p", **changes), tmp_path, [])
+        return stage.key(run), stage.resume_key(run)
+
+    for key in keys(**{"regenerate.greedy_share": 0.3}):
+        assert key["greedy"] == "by name"
+    served = {"target.engine": "vllm", "server.urls": ["http://a:1"]}
+    for changes in ({}, {"regenerate.greedy_share": 0.3, **served}):  # servers have always done so
+        assert not any("greedy" in key for key in keys(**changes))
+    assert keys(**{"regenerate.max_tokens": 5})[1] == keys()[1] != keys()[0]
+
+
 @pytest.mark.parametrize(("stage", "changes", "words"), LATE)
 def test_what_a_late_stage_cannot_do_is_told_before_the_first(finished, tmp_path, monkeypatch, stage, changes, words):
     recipe, directory = finished

@@ -244,6 +244,7 @@ def test_records_name_the_cards_that_a_run_may_use(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"card {number}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,7")
+    monkeypatch.setattr(Run, "draft_for", lambda self, engine: tmp_path)
     every = ("card 0", "card 1", "card 2")
     for device, named, cards in (
         ("cpu", (), []),
@@ -254,6 +255,8 @@ def test_records_name_the_cards_that_a_run_may_use(tmp_path, monkeypatch):
         run = Run(tiny_recipe("m", "p", device=device), tmp_path, ["test"])
         assert run.created_with.hardware.gpus == named
         assert run.cards == cards
+        alone = run.setup("vllm", tmp_path).groups  # of tune, which starts one server at a time
+        assert alone == (cards if device == "cuda:1" else [])
     assert str(run.created_with.hardware.first(2)) == "card 0, card 1"
     assert run.created_with.hardware.first(None).gpus == every
 

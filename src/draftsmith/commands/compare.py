@@ -42,7 +42,7 @@ class Compare(RecipeCommand):
         out = run.files.comparison.parent
         sets = run.evaluation_sets()
         here = run.target if engine.in_process else None
-        base = Setup(run.recipe, own, out, here, self.taps, run.card_groups[:1])
+        base = Setup(run.recipe, own, out, here, self.taps, run.named_card)
         drafts = [measure(engine, replace(base, draft=d), layers, prompts, out, sets) for d in directories]
         drafts = pair_up([draft.model_copy(update={"predicted": speeds_of(run, draft)}) for draft in drafts])
         Comparison(created_with=run.created_with, drafts=drafts).save(run.files.comparison)

@@ -138,7 +138,7 @@ class RegenerateRecipe(Model):
     stop_loops: bool = False
     """End a completion that repeats itself (small base models do); the repetition seen so far is kept."""
     batch_size: Positive = 64
-    """Completions decoded together in this process, at most those of one file; servers take server.concurrency."""
+    """Completions decoded together in this process, at most those of one file; server.urls take server.concurrency."""
     shard_prompts: Positive = 256
     """Prompts per file; an interrupted run loses at most the file in flight."""
 

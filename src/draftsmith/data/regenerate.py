@@ -200,7 +200,7 @@ class Regeneration:
         self.prompts = list(Prompt.read_rows(prompts_file))
         self.longest = longest_prompt(recipe, target, self.settings.max_new_tokens)
         if self.longest < self.settings.max_prompt_tokens:
-            say(f"regenerate: prompts above {self.longest:,} tokens leave an answer no room and are left out")
+            say(f"regenerate: prompts may have {self.longest:,} tokens, as an answer needs room")
         self.total, self.written = self.settings.max_tokens, 0
         self.sampling = Sampling(self.settings.temperature, self.settings.top_p, self.settings.top_k)
         self.left_out: Counter[str] = Counter()

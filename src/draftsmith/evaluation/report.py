@@ -206,7 +206,7 @@ def write_report(files_of_run: RunFiles, tokenizer: Any, serve: Mapping[EngineNa
         contexts=sorted({edge for _, e in run.results.entries for edge in e.by_context}) if run.results else [],
         evaluation_plots=[tau_plot(entries), depth_plot(entries)] if entries else [],
         pairs=trees_and_chains(entries),
-        speedups={s.shape: s.speedup for s in reversed(run.results.speed)} if run.results else {},  # the smallest batch
+        speedups={s.shape: s.speedup for s in sorted(run.results.speed, key=lambda s: -s.batch)} if run.results else {},
         engine_categories=categories_of(e for results in run.elsewhere for e in results.acceptance),
         verdict_of=lossless_verdict,
         next_steps=next_steps(run, serve),

@@ -82,7 +82,7 @@ def agreements_with(
     changed = {"prompts": PROMPTS, "max_new_tokens": TOKENS, "shapes": (shape,)}
     short = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=changed)})
     drafts, hottest = run.serving_drafts(name, shape), max(recipe.evaluate.temperatures, default=0.0)
-    setup = taking(Setup(short, directory, run.files.root, groups=run.card_groups[:1]), drafts)
+    setup = taking(Setup(short, directory, run.files.root, groups=run.named_card), drafts)
     evaluation = Evaluation(engine, setup, run.files.evaluation_prompts, run.files.root)
     with engine.open(setup, shape) as drafted:
         questions = evaluation.questions(drafted)

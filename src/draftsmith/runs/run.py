@@ -239,6 +239,11 @@ class Run:
             yield target
 
     @property
+    def named_card(self) -> list[str]:
+        """What `device: cuda:N` leaves a server that is started alone; none: it sees whatever there is."""
+        return self.cards if ":" in self.recipe.device else []
+
+    @property
     def card_groups(self) -> list[str]:
         """Cards of each server that this machine has room for, serve.tensor_parallel of them."""
         together = self.recipe.serve.tensor_parallel
@@ -255,7 +260,7 @@ class Run:
         """What a session of this engine decodes with."""
         draft = self.draft_for(engine) if engine in SERVERS else self.files.draft
         here = self.target if ENGINES[engine].in_process else None
-        return Setup(self.recipe, draft, logs, here, groups=self.card_groups[:1])
+        return Setup(self.recipe, draft, logs, here, groups=self.named_card)
 
     @cached_property
     def draft_config(self) -> DraftConfig:

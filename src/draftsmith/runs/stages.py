@@ -173,6 +173,17 @@ def _part(*names: str, **without: set[str]) -> Callable[[Run], Any]:
     return key
 
 
+def _regeneration_key(*without: str) -> Callable[[Run], Any]:
+    part = _part("target", "seed", regenerate={"engine", *without})  # whoever answers for it
+
+    def key(run: Run) -> JsonObject:
+        # once whole files of this process were greedy, so that a run of few of them had another share than it was asked
+        by_name = run.recipe.regenerate.greedy_share and run.engine_of("regenerate") == "embedded"
+        return part(run) | ({"greedy": "by name"} if by_name else {})
+
+    return key
+
+
 def _evaluation_key(run: Run, *without: str) -> list[Any]:
     name = run.engine_of("evaluate")
     serve = {"draft_sampling"} if name == "embedded" else MEASURED_WITH
@@ -191,11 +202,11 @@ STAGES = (
     Stage("prompts", _part("prompts", "seed"), _source_files, lambda run, out: gather(run.recipe, out)),
     Stage(
         "regenerate",
-        _part("target", "seed", regenerate={"engine"}),  # whoever answers for it
+        _regeneration_key(),
         lambda run: [run.files.training_prompts],
         _regenerate,
         # More tokens of the same run continue it.
-        _part("target", "seed", regenerate={"max_tokens", "engine"}),
+        _regeneration_key("max_tokens"),
         memory=("regenerate.batch_size",),
         require_possible=_require_regeneration,
     ),

@@ -242,7 +242,7 @@ class Results(Measured):
     @property
     def timed_on(self) -> str:
         if self.settings.engine != "embedded" and self.settings.speed_gpus is None:
-            return "servers that others started, whose hardware is not known"
+            return "servers whose hardware is not recorded"
         return str(self.created_with.hardware.first(self.settings.speed_gpus))
 
 
