@@ -15,7 +15,7 @@ from draftsmith.cli import quiet_libraries
 from draftsmith.core import run_files
 from draftsmith.core.files import JsonObject, read_json, write_atomic, write_json
 from draftsmith.core.recipe_file import load_recipe
-from draftsmith.core.records.data import CompletionsSummary
+from draftsmith.core.records.data import CompletionsSummary, Timing
 from draftsmith.core.records.evaluation import Results, Tau
 from draftsmith.core.records.run import Manifest, Provenance
 from draftsmith.core.records.training import TrainingSummary
@@ -53,6 +53,7 @@ def collect(directory: Path) -> Path:
         told[name] = Results.load(path).model_copy(update=lean).model_dump(mode="json")
     told["training"] = TrainingSummary.load(run.train / run_files.SUMMARY).model_dump(mode="json")
     told["completions"] = CompletionsSummary.load(run.completions / run_files.SUMMARY).model_dump(mode="json")
+    told["timing"] = Timing.load(run.completions / run_files.TIMING).model_dump(mode="json")
     told["stages"] = Manifest.load(run.manifest).model_dump(mode="json")["stages"]
     path = RESULTS / f"{directory.name}.json"
     write_json(path, told)
