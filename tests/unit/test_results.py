@@ -7,7 +7,7 @@ import pytest
 
 from draftsmith.core import run_files
 from draftsmith.core.files import read_json
-from draftsmith.core.records.data import CompletionsSummary
+from draftsmith.core.records.data import CompletionsSummary, Timing
 from draftsmith.core.records.evaluation import Acceptance, EvaluationSettings, Lossless, Profile, Results, Speed, Tau
 from draftsmith.core.records.run import Hardware, Manifest, Provenance, StageRun
 from draftsmith.core.records.training import TrainingSummary
@@ -101,6 +101,7 @@ def finished(run: RunFiles) -> None:
         prompts_refused=0,
         tokens_by_category={},
     ).save(run.completions / run_files.SUMMARY)
+    Timing(completion_tokens=100, seconds=2.0, tokens_per_s=50.0).save(run.completions / run_files.TIMING)
     stages = {"train": StageRun(ran=True, why="no output yet", seconds=236.2)}
     Manifest(created_with=made_by, stages=stages).save(run.manifest)
 
@@ -122,7 +123,7 @@ def test_a_collected_run_can_be_rendered(results, tmp_path, monkeypatch):
     run = RunFiles(tmp_path / "small")
     finished(run)
     told = read_json(results.collect(run.root))
-    assert list(told) == ["embedded", "sglang", "training", "completions", "stages"]
+    assert list(told) == ["embedded", "sglang", "training", "completions", "timing", "stages"]
     assert told["embedded"]["profile"] is told["embedded"]["sampled_profile"] is None, "as large as all the rest"
     assert told["stages"]["train"]["seconds"] == 236.2
     lines = results.section("small", told)
