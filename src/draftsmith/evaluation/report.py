@@ -130,7 +130,7 @@ def recipe_rows(run: Findings) -> list[tuple[str, str]]:
     passes += ", on prompts, too" if train.on_prompts else ""
     sampling = f"T={regenerate.temperature:g}, top-p {regenerate.top_p:g}, top-k {regenerate.top_k or 'off'}"
     sampling += f", {share(regenerate.greedy_share, 0)} greedy"
-    packs = f"{train.accumulate} packs of at most {train.pack_tokens:,} tokens"
+    packs = f"packs of at most {train.pack_tokens:,} tokens, {train.accumulate} a step"
     taps = plain(list(draft.taps)) if draft.taps else "2, L//2, L-3"
     norm = "before fc" if draft.norm_before_fc else "per tap" if draft.fc_norm else "none before fc"
     shape = f"taps {taps}, norm {norm}, {r.vocab.size:,} tokens"
