@@ -206,7 +206,7 @@ def whole_recipe() -> list[str]:
 def split_of_an_hour() -> list[str]:
     """Runs of one recipe on different texts: only what decoding measured can be compared."""
     rows = []
-    for name in ("smollm2-135m-drawn", "smollm2-135m-100k", "smollm2-135m-150k"):
+    for name in ("smollm2-135m-drawn", "smollm2-135m-100k", "smollm2-135m-cpu"):
         told = read_json(RESULTS / f"{name}.json")
         here, stages, written = told["embedded"], told["stages"], told["completions"]
         how = {(e["shape"], e["temperature"], e["drafts"]): e for e in here["acceptance"]}

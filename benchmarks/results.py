@@ -36,7 +36,6 @@ CASES = (  # README's three ways to begin
 )
 TITLES = {
     "smollm2-135m-cpu": "SmolLM2-135M-Instruct, one draft on three engines",
-    "smollm2-135m-150k": "The same recipe with half as much text again, a third of it greedy",
     "gemma3-270m-cpu": "Gemma-3-270m, the longer CPU recipe",
     "gemma3-270m-vllm-bf16": "The same draft on vLLM, bf16",
     "gemma3-270m-vllm-fp32": "The same draft on vLLM, fp32",
