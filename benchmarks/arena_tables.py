@@ -159,6 +159,7 @@ def ablations() -> str:
         "",
         "Made by `python benchmarks/results.py render` from `benchmarks/results/arena*.json`: one switch each of "
         "`recipes/smollm2-135m-cpu.yaml` with no loss on prompts and no weight decay, "
+        f"{now['data']['completion_tokens']:,} tokens of text, all of them drawn, "
         f"{now['seconds']:g} CPU seconds of training (`python benchmarks/arena.py --only NAME`), tau of the chain "
         "3/1/4, in brackets the difference to the first row. What did not help stays here; what was not run is not "
         "here. Seeds differ by about as much as the rows of `docs/results.md` show.",

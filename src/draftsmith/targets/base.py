@@ -95,7 +95,8 @@ class Target:
     ) -> Iterator[tuple[int, Generation]]:
         """Completions as (index of the prompt, generation), each as soon as it ends, and those of the turns that
         `follow`; once `max_tokens` are written, none is begun. `written` is told of tokens as they come. At most
-        `at_once` are in flight, else as many as it is worth giving. `ignore_end`: end tokens do not end them."""
+        `at_once` are in flight, else as many as it is worth giving. `greedily` chooses by their indices those that are
+        answered greedily beside the others; `ignore_end`: end tokens do not end them."""
         ends = Ends(frozenset() if ignore_end else self.eos_ids, self.tokenizer, stop, stop_loops)
         asked = Asked(sampling, greedily, max_new_tokens, ends, seed, max_tokens, follow, written, at_once, ignore_end)
         return self._answers(prompts, asked)
