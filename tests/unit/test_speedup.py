@@ -19,7 +19,6 @@ from draftsmith.hardware.accept_length import (
     GeometricProfile,
     MeasuredProfile,
     SampledProfile,
-    accepted,
     best_tree,
     from_results,
     published,
@@ -108,9 +107,10 @@ def test_sampled_drafts_walk_by_chance():
 def test_a_tree_holds_its_most_frequent_nodes():
     frequency = {(1,): 0.6, (2,): 0.2, (1, 1): 0.4, (1, 2): 0.1, (2, 1): 0.15, (3,): 0.05}
     assert best_tree(lambda path: frequency.get(path, 0.0), Shape(2, 2, 5)) == {(1,), (1, 1), (2,), (2, 1)}
-    assert accepted({(1,), (1, 1), (2,)}, (1, 1, 1)) == 2
-    assert accepted({(1,), (1, 1), (2,)}, (2, 1, 1)) == 1
-    assert accepted({(1,)}, (0, 1, 1)) == 0
+    tree, often = Shape(2, 2, 4), [["11"]] * 3  # holds (1), (1, 1) and (2)
+    assert MeasuredProfile([*often, ["11"]]).tau(tree) == 1 + (3 * 2 + 2) / 4
+    assert MeasuredProfile([*often, ["21"]]).tau(tree) == 1 + (3 * 2 + 1) / 4
+    assert MeasuredProfile([*often, ["01"]]).tau(tree) == 1 + (3 * 2 + 0) / 4
 
 
 def test_a_published_tau_is_met_at_its_own_shape():

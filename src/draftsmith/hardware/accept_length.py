@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from draftsmith.core.errors import RecipeError
 from draftsmith.core.records.evaluation import CERTAIN, ComparedDraft, Results
@@ -36,79 +37,65 @@ def best_tree(frequency: Callable[[Path], float], shape: Shape) -> set[Path]:
     return set(nodes[: shape.draft_tokens - 1])
 
 
-def accepted(tree: set[Path], path: Path) -> int:
-    """Draft tokens that a step accepts whose true continuation has these ranks."""
-    depth = 0
-    while depth < len(path) and path[: depth + 1] in tree:
-        depth += 1
-    return depth
-
-
 @dataclass(frozen=True)
-class MeasuredProfile:
-    """results.json's `profile`: walks[text][position] is a string of ranks, one digit per depth, 0 for none of them.
+class _Walks:
+    """rows[text][position]: what is known of every depth from there on, in so many `digits` each.
 
     tau walks each text as decoding does, so a chain's comes out exactly as greedy decoding would have it. Decoding
     meets hard positions more often than their share of the text: after every miss it stands before the next one.
     """
 
-    walks: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[str]]
+    digits: ClassVar[int]
 
     @property
     def deepest(self) -> int:
         """Steps beyond which nothing is known."""
-        return max(len(digits) for walk in self.walks for digits in walk)
+        return max(len(row) // self.digits for text in self.rows for row in text)
+
+    def _mean(self, steps: int, chance: Callable[[str], float]) -> float:
+        """tau where a step accepts its tokens one by one: `chance` of the last, by the digits up to it. Given the text
+        that is a mean over all walks along it."""
+        taken = hits = 0.0
+        for text in self.rows:
+            visits = [1.0] + [0.0] * (len(text) + steps)
+            for position, row in enumerate(text):
+                if not (reached := visits[position]):
+                    continue
+                if len(row) < self.digits * steps:
+                    break
+                taken += reached
+                for depth in range(1, steps + 1):
+                    accepted = reached * chance(row[: self.digits * depth])
+                    visits[position + depth] += reached - accepted
+                    hits += accepted
+                    reached = accepted
+                visits[position + steps + 1] += reached
+        if not taken:
+            raise RecipeError(f"predict: no text of the profile is long enough for {steps} steps; give fewer")
+        return 1 + hits / taken
+
+
+class MeasuredProfile(_Walks):
+    """results.json's `profile`: a digit is the rank of the target's token at that depth, 0 for none of the choices."""
+
+    digits = 1
 
     def tau(self, shape: Shape) -> float:
-        whole = [digits[: shape.steps] for walk in self.walks for digits in walk if len(digits) >= shape.steps]
-        counts = Counter(tuple(map(int, digits[:depth])) for digits in whole for depth in range(1, shape.steps + 1))
+        whole = [row[: shape.steps] for text in self.rows for row in text if len(row) >= shape.steps]
+        counts = Counter(tuple(map(int, row[:depth])) for row in whole for depth in range(1, shape.steps + 1))
         tree = best_tree(lambda path: counts[path], shape)
-        steps = hits = 0
-        for walk in self.walks:
-            position = 0
-            while position < len(walk) and len(walk[position]) >= shape.steps:
-                path = tuple(int(digit) for digit in walk[position][: shape.steps])
-                step = accepted(tree, path)
-                hits += step
-                steps += 1
-                position += step + 1
-        if not steps:
-            raise RecipeError(f"predict: no text of the profile is long enough for {shape.steps} steps; give fewer")
-        return 1 + hits / steps
+        return self._mean(shape.steps, lambda row: tuple(map(int, row)) in tree)
 
 
-@dataclass(frozen=True)
-class SampledProfile:
-    """results.json's `sampled_profile` for chains of drafts that are sampled; chances as they are there.
+class SampledProfile(_Walks):
+    """results.json's `sampled_profile` for chains of drafts that are sampled; chances as they are there."""
 
-    Given the text, a step accepts its tokens one by one with these chances, so tau is a mean over all walks along it.
-    """
-
-    chances: Sequence[Sequence[str]]
-
-    @property
-    def deepest(self) -> int:
-        return max(len(digits) // 2 for walk in self.chances for digits in walk)
+    digits = 2
 
     def tau(self, shape: Shape) -> float:
         assert shape.topk == 1, "a tree's chances are not known"
-        steps = hits = 0.0
-        for walk in self.chances:
-            visits = [1.0] + [0.0] * (len(walk) + shape.steps)
-            for position, digits in enumerate(walk):
-                if len(digits) < 2 * shape.steps:
-                    break
-                steps += visits[position]
-                reached = visits[position]
-                for depth in range(shape.steps):
-                    accepted = reached * int(digits[2 * depth : 2 * depth + 2]) / CERTAIN
-                    visits[position + depth + 1] += reached - accepted
-                    hits += accepted
-                    reached = accepted
-                visits[position + shape.steps + 1] += reached
-        if not steps:
-            raise RecipeError(f"predict: no text of the profile is long enough for {shape.steps} steps; give fewer")
-        return 1 + hits / steps
+        return self._mean(shape.steps, lambda row: int(row[-2:]) / CERTAIN)
 
 
 @dataclass(frozen=True)
