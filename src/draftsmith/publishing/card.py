@@ -20,7 +20,6 @@ from draftsmith.core.records.data import CompletionsSummary, Coverage, PromptsSu
 from draftsmith.core.records.evaluation import Results
 from draftsmith.core.records.machine import Predictions
 from draftsmith.core.records.training import TrainingSummary
-from draftsmith.core.run_files import RunFiles
 from draftsmith.data.licences import UNSTATED, Licence, data_licences, hub_name, licence_of
 from draftsmith.data.sources import HUB
 from draftsmith.drafts import METHODS
@@ -169,11 +168,12 @@ def make_card(run: Run, prediction: Predictions) -> str:
         method=method,
         recipe=recipe,
         recipe_text=_fenced(_public_recipe(recipe), "yaml"),
-        draft=report.draft,
+        report=report,
         provenance=provenance,
-        parameters=report.parameters,
         coverage=Coverage.load(run.files.coverage),
-        records=_records(run.files, [run.files.results[engine] for engine in measured]),
+        files=run.files,
+        places=[run.files.results[engine] for engine in measured],
+        named=lambda path: Verbatim(f"`{path.relative_to(run.files.root)}`"),
         first=found[0],
         results=titled,
         categories=sorted({name for entry in entries for name in entry.by_category}),
@@ -181,7 +181,6 @@ def make_card(run: Run, prediction: Predictions) -> str:
         unasked=[(title, name, row) for title, results in titled for name, row in results.entries if row.unasked],
         contexts=sorted({edge for results in found for _, entry in results.entries for edge in entry.by_context}),
         longest=max(entry.longest_context for results in found for _, entry in results.entries),
-        window=found[0].settings.window,
         hottest=max((entry.temperature for entry in entries), default=0.0),
         losslessness=_losslessness(titled),
         hardware="; ".join(dict.fromkeys(r.timed_on for r in found if r.speed)),
@@ -194,19 +193,6 @@ def make_card(run: Run, prediction: Predictions) -> str:
         sampling=_sampling(recipe.regenerate, written),
         training=TrainingSummary.load(run.files.train / run_files.SUMMARY),
     )
-
-
-def _records(run: RunFiles, results: list[Path]) -> dict[str, Any]:
-    """The run's files that the card's numbers are read from, as Markdown."""
-    paths = {
-        "prompts": run.stage("prompts") / run_files.SUMMARY,
-        "completions": run.completions / run_files.SUMMARY,
-        "coverage": run.coverage,
-        "train": run.train / run_files.SUMMARY,
-        "prediction": run.prediction("card"),
-    }
-    shown = {name: Verbatim(f"`{path.relative_to(run.root)}`") for name, path in paths.items()}
-    return {**shown, "results": [Verbatim(f"`{path.relative_to(run.root)}`") for path in results]}
 
 
 def write_card(run: Run, prediction: Predictions) -> Path:
