@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import TypeVar
 
-from draftsmith.core.progress import Meter
+from draftsmith.core.progress import Meter, say
 from draftsmith.core.records.data import Completion, Prompt
 from draftsmith.core.records.evaluation import TimedGroup
 from draftsmith.core.tables import by_reason
@@ -55,18 +55,21 @@ def balanced(prompts: Sequence[P], limit: int | None) -> list[P]:
 
 
 def opened(
-    name: str, prompts: Sequence[Prompt], chat: ChatFormat, longest: int, skip_bad: bool
-) -> tuple[list[Question], str]:
-    """The prompts of a set (no name: of the run) that can be asked, and in words what becomes of the others."""
+    name: str, prompts: Sequence[Prompt], chat: ChatFormat, longest: int, skip_bad: bool, told: set[str]
+) -> list[Question]:
+    """The prompts of a set (no name: of the run) that can be asked; says what becomes of the others, where that is not
+    `told`."""
     left_out: Counter[str] = Counter()
     found = open_conversations(prompts, chat, longest, skip_bad, left_out)
     questions = [Question(c.prompt.id, c.prompt.category, c.ids, c.users, longest) for c in found]
-    if not left_out:
-        return questions, ""
     too_long, why = "regenerate.max_prompt_tokens", by_reason(left_out)
     mend = f"; raise {too_long} where the target's context allows it" if not name and too_long in why else ""
     lacking = f"{name or 'own'}: {len(prompts) - len(questions)} of {len(prompts)} prompts left out"
-    return questions, f"{lacking}: {why.replace(too_long, f'{longest} tokens')}{mend}"
+    line = f"evaluate: {lacking}: {why.replace(too_long, f'{longest} tokens')}{mend}"
+    if left_out and line not in told:
+        told.add(line)
+        say(line)
+    return questions
 
 
 def complete(

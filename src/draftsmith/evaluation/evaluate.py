@@ -62,13 +62,11 @@ SAMPLED_PROMPTS, SAMPLED_TOKENS = 4, 24
 class Evaluation:
     """One draft on one engine. `out`: where results.json, its parts and the engine's logs go."""
 
-    told: frozenset[str] = frozenset()
-    """Lines about prompts, said once for all sessions."""
-
     def __init__(
         self, engine: Engine, setup: Setup, prompts_file: Path, out: Path, sets: Sequence[EvaluationPrompts] = ()
     ):
         self.sets = {found.name: found for found in sets}
+        self.told: set[str] = set()  # lines about prompts, said once for all sessions
         self.engine, self.setup, self.out = engine, setup, out
         self.recipe, self.settings = setup.recipe, setup.recipe.evaluate
         self.available = list(Prompt.read_rows(prompts_file))
@@ -89,8 +87,9 @@ class Evaluation:
     def questions(self, session: Target) -> list[Question]:
         """The run's own evaluation prompts."""
         longest = longest_prompt(self.recipe, session, max(self.settings.max_new_tokens, self.settings.lossless_tokens))
-        limit, skip_bad = self.settings.prompts, self.recipe.prompts.skip_bad
-        questions = self._opened(session, "", self.available, limit, longest, skip_bad)
+        self.chat = ChatFormat.of(self.recipe, session)
+        chosen, skip_bad = balanced(self.available, self.settings.prompts), self.recipe.prompts.skip_bad
+        questions = opened("", chosen, self.chat, longest, skip_bad, self.told)
         if not questions:
             raise DataError(
                 f"evaluate: no evaluation prompt fits into {longest} tokens; raise regenerate.max_prompt_tokens where "
@@ -105,19 +104,9 @@ class Evaluation:
         served = window if self.engine.in_process else min(window, self.recipe.serve.context or window)
         longest = served - self.settings.max_new_tokens
         for chosen in self.settings.sets if self.sets else ():
-            prompts, limit = self.sets[chosen.name].prompts, chosen.limit or self.settings.prompts
-            every[chosen.name] = self._opened(session, chosen.name, prompts, limit, longest, True)
+            prompts = balanced(self.sets[chosen.name].prompts, chosen.limit or self.settings.prompts)
+            every[chosen.name] = opened(chosen.name, prompts, self.chat, longest, True, self.told)
         return {name: questions for name, questions in every.items() if questions}
-
-    def _opened(
-        self, session: Target, name: str, prompts: Sequence[Prompt], limit: int | None, longest: int, skip_bad: bool
-    ) -> list[Question]:
-        self.chat = ChatFormat.of(self.recipe, session)
-        questions, lacking = opened(name, balanced(prompts, limit), self.chat, longest, skip_bad)
-        if lacking and lacking not in self.told:
-            self.told |= {lacking}
-            say(f"evaluate: {lacking}")
-        return questions
 
     def measured_sets(self, asked: dict[str, list[Question]], found: dict[str, list[Acceptance]]) -> list[MeasuredSet]:
         return [
