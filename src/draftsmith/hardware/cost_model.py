@@ -66,7 +66,7 @@ class MeasuredCosts:
         """One plain decoding step of `batch` sequences."""
         if batch > 1 and self.times.batched:  # rows with caches of their own, and their sampling
             return interpolate(self.times.batched, batch) + self._beyond_s(batch, context)
-        return self.forward_s(1, batch, context) + self.overhead_s(None)
+        return self.forward_s(1, batch, context) + self.times.overhead_plain_s
 
     def draft_s(self, shape: Shape, tau: float, batch: int, context: int) -> float:
         """All of a step's drafting: reading the tau verified tokens, then `steps` guesses deep."""
@@ -78,10 +78,8 @@ class MeasuredCosts:
         # A draft grows with the batch as its target does: both are a few matrices that every token passes.
         return alone * interpolate(self.times.forward, batch) / interpolate(self.times.forward, 1)
 
-    def overhead_s(self, shape: Shape | None) -> float:
-        """What one step costs beside the two models; None: plain decoding."""
-        if shape is None:
-            return self.times.overhead_plain_s
+    def overhead_s(self, shape: Shape) -> float:
+        """What one drafted step costs beside the two models."""
         return max(0.0, interpolate(self.times.overhead_drafted, shape.draft_tokens))
 
 
@@ -153,9 +151,7 @@ class RooflineCosts:
 
         return sum(forward(tokens * batch, parameters) for tokens, parameters in draft.forwards(shape))
 
-    def overhead_s(self, shape: Shape | None) -> float:
-        if shape is None:
-            return 0.0
+    def overhead_s(self, shape: Shape) -> float:
         return STEP_OVERHEAD_S + (TREE_STEP_S * shape.steps if shape.topk > 1 else 0.0)
 
 
