@@ -335,8 +335,7 @@ class Evaluation:
         for question, plain, answer in zip(chosen, reference, answers, strict=True):
             if alone is not None and plain != answer.ids:
                 plain = next(alone.generate([question.ids], Sampling(), length, at_once=1))[1].ids
-            found = difference(session, question.id, shape, question.ids, plain, answer.ids)
-            differences += [found] if found else []
+            differences += filter(None, [difference(session, question.id, shape, question.ids, plain, answer.ids)])
         return Lossless(
             dtype=session.identity.dtype,
             prompts=len(chosen),
@@ -420,10 +419,8 @@ class Evaluation:
             say(f"speed {shape}: no answer is long enough to be timed")
             return None
         tokens, steps = sum(a.tokens for a, _ in pairs), sum(b.steps for _, b in pairs)
-        differences: list[Difference] = []
-        for question, a, b in zip(questions, without, timed, strict=False) if self.engine.in_process else ():
-            found = difference(drafted, question.id, shape, question.ids, a.outputs[0], b.outputs[0])
-            differences += [found] if found else []
+        texts = zip(questions, without, timed, strict=False) if self.engine.in_process else ()
+        parted = (difference(drafted, q.id, shape, q.ids, a.outputs[0], b.outputs[0]) for q, a, b in texts)
         return Speed(
             shape=shape,
             batch=batch,
@@ -434,5 +431,5 @@ class Evaluation:
             speedup=statistics.median((b.tokens / b.seconds) / (a.tokens / a.seconds) for a, b in pairs),
             tau=1 + sum(b.accepted for _, b in pairs) / steps if steps else None,
             dtype=drafted.identity.dtype,
-            differences=differences,
+            differences=list(filter(None, parted)),
         )
