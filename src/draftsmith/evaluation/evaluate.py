@@ -226,11 +226,10 @@ class Evaluation:
             turn = [question for question in following if question is not None]
         pairs = zip(asked, answers, strict=True)
         rows = conversations([count(q.id, q.category, a, shape.steps, len(q.ids)) for q, a in pairs])
-        entry, target = summarise(rows, shape, temperature, drafts), self.setup.target
-        entry = entry.model_copy(update={"turns": len(asked), "turns_left_out": dict(left_out)})
-        greedy_chain = shape.topk == 1 and drafts == "greedy"
-        known = self.engine.in_process and target is not None  # a server does not tell its first choices
-        return self._with_oracle(entry, asked, answers) if known and temperature and greedy_chain else entry
+        counted = {"turns": len(asked), "turns_left_out": dict(left_out)}
+        entry = summarise(rows, shape, temperature, drafts).model_copy(update=counted)
+        known = self.engine.in_process and temperature > 0  # a server does not tell its first choices
+        return self._with_oracle(entry, asked, answers) if known and (shape.topk, drafts) == (1, "greedy") else entry
 
     def _answers(self, session: Target, turn: list[Question], what: str, temperature: float) -> list[Generation]:
         length, stop = self.settings.max_new_tokens, self.chat.stop
@@ -265,7 +264,7 @@ class Evaluation:
     @torch.inference_mode()
     def _with_oracle(self, entry: Acceptance, questions: list[Question], answers: list[Generation]) -> Acceptance:
         target, walks = self.setup.target, []
-        assert target is not None
+        assert target is not None, "of a target in this process"
         for question, answer in zip(questions, answers, strict=True):
             last_TH = target.capture([[*question.ids, *answer.ids]], ()).last_TH[len(question.ids) - 1 : -1]
             hits = (target.logits(last_TH).argmax(-1).cpu() == torch.tensor(answer.ids)).tolist()
