@@ -9,7 +9,7 @@ from draftsmith.core import files
 from draftsmith.core.progress import say
 from draftsmith.core.recipe import MEASURED_WITH
 from draftsmith.core.records.data import EvaluationPrompts
-from draftsmith.core.records.evaluation import Acceptance, ComparedDraft, PairedDifference, PlainReference, Profile, Tau
+from draftsmith.core.records.evaluation import Acceptance, ComparedDraft, PairedDifference, PlainReference, Profile
 from draftsmith.core.tables import table
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.drafts.directories import inspect_draft, load_draft
@@ -129,11 +129,8 @@ def _labels(drafts: Sequence[str]) -> list[str]:
 
 def plot(drafts: list[ComparedDraft]) -> str:
     """SVG: tau with its interval by category, one row per draft and shape."""
-    names, columns = [], sorted({name for draft in drafts for e in draft.acceptance for name in e.by_category})
-    series: dict[str, list[Tau | None]] = {name: [] for name in ("all", *columns)}
-    for label, draft in zip(_labels([draft.draft for draft in drafts]), drafts, strict=True):
-        for entry in draft.acceptance:
-            names.append(f"{label} {entry.shape}")
-            for name, values in series.items():
-                values.append(entry.all if name == "all" else entry.by_category.get(name))
-    return interval_plot("tau, 95 % intervals over prompts", names, series)
+    labels = _labels([draft.draft for draft in drafts])
+    rows = [(f"{label} {e.shape}", e) for label, draft in zip(labels, drafts, strict=True) for e in draft.acceptance]
+    names = ["all", *sorted({name for _, e in rows for name in e.by_category})]
+    series = {name: [e.all if name == "all" else e.by_category.get(name) for _, e in rows] for name in names}
+    return interval_plot("tau, 95 % intervals over prompts", [row for row, _ in rows], series)
