@@ -20,12 +20,6 @@ from draftsmith.evaluation.evaluate import PROFILE_PROMPTS, Evaluation
 from draftsmith.evaluation.plots import interval_plot
 
 
-def coverage(ids: set[int], answers: Sequence[list[int]]) -> float | None:
-    """Share of the target's own tokens that the draft can propose at all."""
-    total = sum(map(len, answers))
-    return sum(token in ids for answer in answers for token in answer) / total if total else None
-
-
 def measure(
     engine: Engine, setup: Setup, layers: int, prompts: Path, out: Path, sets: Sequence[EvaluationPrompts] = ()
 ) -> ComparedDraft:
@@ -68,11 +62,12 @@ def measure(
         return PlainReference(outputs=[answer.ids for answer in answers], timed={})
 
     plain = evaluation.once("answers", PlainReference, written)
+    ids, tokens = set(ids_D.tolist()), [token for answer in (plain.outputs if plain else []) for token in answer]
     return ComparedDraft(
         draft=str(directory),
         parameters=report.parameters,
         bytes=sum(path.stat().st_size for path in directory.glob("*.safetensors")),
-        coverage=coverage(set(ids_D.tolist()), plain.outputs if plain else []),
+        coverage=sum(token in ids for token in tokens) / len(tokens) if tokens else None,
         acceptance=found[""],
         sets=evaluation.measured_sets(asked, found),
         profile=profile,
