@@ -29,12 +29,12 @@ from draftsmith.drafts import METHODS
 from draftsmith.engines import ENGINES
 from draftsmith.evaluation.lossless import LosslessVerdict, lossless_verdict
 from draftsmith.evaluation.report_sections import (
+    MASK_TOKENS,
     Course,
     as_text,
     categories_of,
     depth_plot,
     loss_mask,
-    nearest_to_readable,
     sample_completions,
     setting,
     size_label,
@@ -186,7 +186,7 @@ def write_report(files_of_run: RunFiles, tokenizer: Any, serve: Mapping[EngineNa
     """Write report.html; sections whose stage has not run say so. `serve`: see `next_steps`."""
     run = Findings(files_of_run)
     rows = sample_completions(read_completions(run.files.completions), ANSWERS, run.recipe.seed)
-    masked = nearest_to_readable(rows)
+    masked = min(rows, key=lambda row: abs(len(row.ids) - MASK_TOKENS // 2), default=None)  # nearest to readable
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters.update(number=number, share=share, plain=plain, duration=short_duration, setting=setting)
     page.filters.update(size_label=size_label, by_reason=by_reason)

@@ -71,10 +71,6 @@ def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
     return [after[len(before) :] for before, after in pairwise([*wholes, tokenizer.decode(ids)])]
 
 
-def nearest_to_readable(rows: Sequence[Completion]) -> Completion | None:
-    return min(rows, key=lambda row: abs(len(row.ids) - MASK_TOKENS // 2), default=None)
-
-
 def loss_mask(row: Completion, tokenizer: Any, vocabulary_file: Path) -> list[tuple[int, str, str]]:
     """(id, text, how the page shows it) of a conversation's first tokens."""
     ids = row.ids[:MASK_TOKENS]
