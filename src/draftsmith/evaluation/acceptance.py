@@ -7,7 +7,7 @@ tells no order of its steps: there whole completions that loop are left out, and
 
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import accumulate, zip_longest
+from itertools import accumulate, takewhile, zip_longest
 
 import numpy as np
 
@@ -157,9 +157,7 @@ def oracle_walk(hits: Sequence[bool], steps: int, limit: int) -> tuple[int, int]
     accepted = verifications = 0
     root = 0
     while root + steps < limit:
-        run = 0
-        while run < steps and hits[root + 1 + run]:
-            run += 1
+        run = sum(takewhile(bool, hits[root + 1 : root + 1 + steps]))
         accepted += run
         verifications += 1
         root += run + 1
