@@ -25,14 +25,15 @@ from draftsmith.decoding.products import pack_weights
 from draftsmith.decoding.sampling import sample
 from draftsmith.decoding.speculate import Decoder, Drafter
 from draftsmith.targets.base import Asked, Capture, Target
+from draftsmith.targets.configs import read_config
 from draftsmith.targets.identity import PROBE, weights_hash
 from draftsmith.targets.lean import LeanLayer, lean_layers
 from draftsmith.targets.library import LibraryCache, LibraryForward
 from draftsmith.targets.parts import (
     DTYPES,
+    auto_class,
     check_amount,
     complaint_of,
-    from_auto_class,
     load_tokenizer,
     on_guard,
     resolve_device,
@@ -68,17 +69,16 @@ class LocalTarget(Target):
         self.tokenizer = load_tokenizer(model, revision, trusted)
         path = resolve_model(model)
         with on_guard(f"cannot load {model!r}"):
-            check_amount(path, revision, trusted)
-            lm, loading = from_auto_class(
-                lambda auto: auto.from_pretrained(
-                    path,
-                    revision=revision,
-                    dtype=DTYPES[settings.dtype],
-                    trust_remote_code=trusted,
-                    use_safetensors=True,
-                    output_loading_info=True,
-                    device_map={"": self.device},  # shard by shard to the card, never the whole through host memory
-                )
+            config = read_config(path, revision, trusted)
+            check_amount(path, config, trusted)
+            lm, loading = auto_class(config).from_pretrained(
+                path,
+                revision=revision,
+                dtype=DTYPES[settings.dtype],
+                trust_remote_code=trusted,
+                use_safetensors=True,
+                output_loading_info=True,
+                device_map={"": self.device},  # shard by shard to the card, never the whole through host memory
             )
         if missing := sorted(loading["missing_keys"]):  # the library fills them with random numbers
             named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")

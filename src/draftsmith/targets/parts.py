@@ -12,7 +12,7 @@ from draftsmith.core.errors import TargetError, out_of_memory
 from draftsmith.core.files import JsonObject
 from draftsmith.core.progress import say
 from draftsmith.targets import embedded
-from draftsmith.targets.configs import read_config, value_of
+from draftsmith.targets.configs import value_of
 
 LONGEST_JSON = 1 << 28  # bytes; the largest vocabularies have a tenth of it
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -112,34 +112,24 @@ def complaint_of(attempt: Callable[[], object]) -> str | None:
     return None
 
 
-def from_auto_class(make: Callable[[Any], Any]) -> Any:
-    """`make(auto class)` of the first class that knows the model: wrappers of a vision tower and a decoder have their
-    own. Raises what the first one raised where none does."""
+def auto_class(config: Any) -> Any:
+    """The first auto class that knows the model: wrappers of a vision tower and a decoder have their own."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    try:
-        return make(AutoModelForCausalLM)
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        unknown = error
-    try:
-        return make(AutoModelForImageTextToText)
-    except ValueError as error:
-        raise (unknown if "Unrecognized configuration class" in str(error) else error) from None
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping or auto.__name__ in (getattr(config, "auto_map", None) or ()):
+            return auto
+    return AutoModelForCausalLM  # says what it does not know
 
 
 def empty_model(config: Any, dtype: str, trust_remote_code: bool) -> Any:
     """Its class without its numbers."""
     with torch.device("meta"):
-        return from_auto_class(
-            lambda auto: auto.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
-        )
+        return auto_class(config).from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
 
 
-def check_amount(place: str, revision: str | None, trust_remote_code: bool) -> None:
+def check_amount(place: str, config: Any, trust_remote_code: bool) -> None:
     """Before memory is asked for: a config that wants more numbers than its files can hold belongs to another model."""
-    config = read_config(place, revision, trust_remote_code)
     if not Path(place).is_dir():
         return
     lm = empty_model(config, "fp32", trust_remote_code)
