@@ -48,8 +48,7 @@ def ttt_outputs(draft: Eagle3Draft, pack: Pack, taps_TKH: Tensor, embeds_TH: Ten
     key0 = rotate(key0, (cos[positions_T], sin[positions_T]))
 
     feature = features_TH[chains_R]
-    own_keys: list[Tensor] = []
-    own_values: list[Tensor] = []
+    own_keys = own_values = key0.new_zeros(0, len(chains_R), *shape_kv)
     outputs: list[Tensor] = []
     for step in range(steps):
         beside = (chains_R + 1 + step).clamp(max=last)
@@ -59,20 +58,12 @@ def ttt_outputs(draft: Eagle3Draft, pack: Pack, taps_TKH: Tensor, embeds_TH: Ten
         if step:
             query, kv = (F.linear(normed, from_feature) + embed_qkv[beside]).tensor_split([query_size], dim=-1)
             key, value = kv.unflatten(-1, (2, *shape_kv)).unbind(1)
-            own_keys.append(rotate(key, table))
-            own_values.append(value)
+            own_keys = torch.cat([own_keys, rotate(key, table)[None]])
+            own_values = torch.cat([own_values, value[None]])
         else:  # its keys and values are among step 0's
             query = F.linear(normed, from_feature[:query_size]) + embed_qkv[beside, :query_size]
         query = rotate(query.unflatten(-1, shape_q), table)
-        empty = key0.new_zeros(0, len(chains_R), *shape_kv)
-        attended = ChainAttention.apply(
-            query,
-            key0,
-            value0,
-            torch.stack(own_keys) if own_keys else empty,
-            torch.stack(own_values) if own_values else empty,
-            index,
-        )
+        attended = ChainAttention.apply(query, key0, value0, own_keys, own_values, index)
         feature = draft.finish(feature, attended.flatten(1))
         outputs.append(feature)
     return outputs
