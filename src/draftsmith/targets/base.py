@@ -6,7 +6,7 @@ Shapes: T tokens of all documents, K taps, H hidden size, V vocabulary.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +25,8 @@ Written = Callable[[int], None]
 """Told how many tokens have come since it was told last."""
 
 
-@dataclass(frozen=True)
-class Capture:
-    """Hidden states of packed documents, in the target's dtype.
+class Capture(NamedTuple):
+    """Hidden states of tokens, such as those of packed documents, in the target's dtype.
 
     taps_TKH: residual stream entering each tapped layer (HF `hidden_states[t]`).
     last_TH: the head's own input, after the target's final norm.

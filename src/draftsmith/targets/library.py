@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.core.errors import TargetError
+from draftsmith.targets.base import Capture
 from draftsmith.targets.parts import complaint_of
 
 TEXT = [1, 2, 3, 4, 5, 6]  # what the caches are tried with
@@ -73,28 +74,24 @@ class LibraryForward:
     def new_cache(self) -> LibraryCache:
         return LibraryCache(self._make_cache)
 
-    def _run(self, ids: Sequence[int], cache: LibraryCache | None, taps: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-        """(taps [T, K, H], last [T, H]) of a text, or of what goes on with it."""
+    def _run(self, ids: Sequence[int], cache: LibraryCache | None, taps: Sequence[int] = ()) -> Capture:
+        """Of a text, or of what goes on with it."""
         start = cache.length if cache else 0
         positions = torch.arange(start, start + len(ids), device=self.device)[None]
         inputs = torch.tensor([list(ids)], device=self.device)
         tapped, last = self.forward(inputs, positions, cache.cache if cache else None, None, taps)
         if cache:
             cache.length += len(ids)
-        return tapped[0], last[0]
+        return Capture(tapped[0], last[0])
 
-    def capture(self, documents: list[list[int]], taps: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(taps [T, K, H], last [T, H]) of all documents, end to end."""
-        made = [self._run(document, None, taps) for document in documents]
-        return torch.cat([tapped for tapped, _ in made]), torch.cat([last for _, last in made])
+    def prefill(self, cache: LibraryCache | None, prompts: list[list[int]], taps: Sequence[int]) -> Capture:
+        """Of all prompts, end to end; a cache has room for one."""
+        if cache:
+            cache.clear()
+        made = [self._run(prompt, cache, taps) for prompt in prompts]
+        return Capture(*map(torch.cat, zip(*made, strict=True)))
 
-    def prefill(self, cache: LibraryCache, prompt: list[int], taps: Sequence[int]) -> tuple[Tensor, Tensor]:
-        cache.clear()
-        return self._run(prompt, cache, taps)
-
-    def verify(
-        self, cache: LibraryCache, length: int, ids: list[int], depths: Tensor, taps: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
+    def verify(self, cache: LibraryCache, length: int, ids: list[int], depths: Tensor, taps: Sequence[int]) -> Capture:
         if depths.tolist() != list(range(len(ids))):
             raise TargetError("evaluate.shapes: this target runs by transformers' own forward, which verifies chains")
         assert cache.length == length

@@ -207,9 +207,7 @@ class LocalTarget(Target):
     @torch.inference_mode()
     def capture(self, documents: list[list[int]], taps: Sequence[int]) -> Capture:
         """One packed forward over all documents; time is linear in their tokens."""
-        if self.library:
-            return Capture(*self.library.capture(documents, taps))
-        return Capture(*self.prefill(None, [], documents, taps))
+        return self.prefill(None, [], documents, taps)
 
     @torch.inference_mode()
     def logprobs(self, document: list[int]) -> list[float]:
@@ -222,12 +220,10 @@ class LocalTarget(Target):
         return self.library.new_cache() if self.library else StaticCache(1, capacity)
 
     @torch.inference_mode()
-    def prefill(
-        self, cache: Any, rows: list[int], prompts: list[list[int]], taps: Sequence[int] = ()
-    ) -> tuple[Tensor, Tensor]:
-        """Whole prompts in one packed forward, into rows of a cache if there is one; (taps [T, K, H], last [T, H])."""
+    def prefill(self, cache: Any, rows: list[int], prompts: list[list[int]], taps: Sequence[int] = ()) -> Capture:
+        """Whole prompts in one packed forward, into rows of a cache if there is one."""
         if self.library:
-            return self.library.prefill(cache, prompts[0], taps)
+            return self.library.prefill(cache, prompts, taps)
         lengths = [len(p) for p in prompts]
         columns = torch.cat([torch.arange(n, device=self.device) for n in lengths])
         if cache is not None:
@@ -238,16 +234,16 @@ class LocalTarget(Target):
             cache.write(row_index, columns, None)
         ids = torch.tensor([i for p in prompts for i in p], device=self.device)[None]
         tapped, last = self._forward(ids, columns[None], cache, PackedPlan(lengths), taps)
-        return tapped[0], last[0]
+        return Capture(tapped[0], last[0])
 
     @torch.inference_mode()
     def verify(
         self, cache: Any, length: int, ids: list[int], depths: Tensor, ancestors: Tensor, taps: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Capture:
         """One forward over a token tree on top of `length` cached positions of a single sequence.
 
         ids [W] with the root first; depths [W]; ancestors [W, W] True where the column is the row's ancestor or
-        itself. Rows go to columns length..length+W-1. Returns (taps [W, K, H], last hidden [W, H]).
+        itself. Rows go to columns length..length+W-1.
         """
         if self.library:
             return self.library.verify(cache, length, ids, depths, taps)
@@ -260,7 +256,7 @@ class LocalTarget(Target):
         visible = torch.cat([past, ancestors.to(self.device)], dim=1)
         plan = MaskedPlan(visible[None], positions[None], key_positions[None])
         tapped, last = self._forward(torch.tensor([ids], device=self.device), positions[None], cache, plan, taps)
-        return tapped[0], last[0]
+        return Capture(tapped[0], last[0])
 
     @torch.inference_mode()
     def _answers(self, prompts: Iterable[list[int]], asked: Asked) -> Iterator[tuple[int, Generation]]:
