@@ -112,15 +112,12 @@ def _complaint(model: str, place: str, revision: str | None, trusted: bool, erro
 
 def _modelopt(place: str, revision: str | None) -> JsonObject | None:
     """The quantisation that ModelOpt's older checkpoints keep beside a config.json without any."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from transformers.utils.hub import cached_file
 
-    path = Path(place, "hf_quant_config.json")
     try:
-        if not Path(place).is_dir():
-            path = Path(hf_hub_download(place, path.name, revision=revision))
-        told = files.read_object(path).get("quantization")
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ValueError):
+        path = cached_file(place, "hf_quant_config.json", revision=revision)
+        told = files.read_object(Path(path or "")).get("quantization")
+    except (OSError, ValueError):
         return None
     return {"quant_method": "modelopt", **told} if isinstance(told, dict) else None
 
