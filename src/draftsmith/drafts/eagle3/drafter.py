@@ -52,12 +52,9 @@ class Eagle3Drafter:
         def expand(tokens: list[int], beam_parents: list[int]) -> Tensor:
             nonlocal outputs, own
             step = own.shape[1] // k
-            if beam_parents[0] < 0:
-                features, seen = outputs.expand(k, -1), own
-            else:
-                index = torch.tensor(beam_parents, device=self.device)
-                features, seen = outputs[index], own[index]
-            own = torch.cat([seen, torch.eye(k, dtype=torch.bool, device=self.device)], dim=1)
+            parents = torch.tensor(beam_parents, device=self.device)  # -1 is the root, whose output is the only one
+            features = outputs[parents]
+            own = torch.cat([own[parents], torch.eye(k, dtype=torch.bool, device=self.device)], dim=1)
             visible = None
             if k > 1:
                 visible = torch.cat([own.new_ones(k, base), own], dim=1)
