@@ -400,7 +400,7 @@ def test_packs_are_fetched_ahead_within_bounds():
         return number
 
     def pack(name, number):
-        return Pack([name], [[number]], [], torch.tensor([number]), torch.tensor([0]))
+        return Pack([name], [[number]], [], torch.tensor([number]))
 
     packs = [pack(str(i), i) for i in range(10)]
     capture = PrefetchedCapture(slow, iter(packs), 3, torch.device("cpu"))

@@ -55,7 +55,7 @@ class PackIndex:
 
     segments: list[Segment]
     ids_T: Tensor
-    positions_T: Tensor
+    positions_T: Tensor  # inside each document
     chains_R: Tensor
     key_rows: Tensor
     """Pack positions that the chains of a segment see, segment after segment; `sequences` tells them apart."""
@@ -70,7 +70,6 @@ class Pack:
     documents: list[list[int]]
     segments: list[Segment]
     ids_T: Tensor
-    positions_T: Tensor  # inside each document
     _indices: dict[torch.device, PackIndex] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -92,7 +91,8 @@ class Pack:
         if device not in self._indices:
             keys = [torch.arange(s.document, s.last) for s in self.segments]
             starts = [torch.tensor([0, *map(len, runs)]).cumsum(0) for runs in (self.segments, keys)]
-            parts = [self.ids_T, self.positions_T, self.chains_R, torch.cat(keys), *starts]
+            positions = torch.cat([torch.arange(len(document)) for document in self.documents])
+            parts = [self.ids_T, positions, self.chains_R, torch.cat(keys), *starts]
             there = to_device(torch.cat(parts), device).split([len(part) for part in parts])
             ids, positions, chains, key_rows, query_starts, key_starts = there
             longest = max(map(len, self.segments)), max(map(len, keys))
@@ -114,19 +114,16 @@ class PackInputs:
 
 def make_pack(completions: Sequence[Completion]) -> Pack:
     """Spans may end after the ids do, where a document was cut."""
-    names, documents, segments, positions, start = [], [], [], [], 0
+    segments, start = [], 0
     for completion in completions:
-        ids = completion.ids
         for first, last in completion.spans:
-            chains = range(first - 1, min(last, len(ids)) - 2)  # none of a span beyond a cut
+            chains = range(first - 1, min(last, len(completion.ids)) - 2)  # none of a span beyond a cut
             if chains and first >= 1:
                 segments.append(Segment(start, start + chains.start, start + chains.stop))
-        names.append(completion.id)
-        documents.append(ids)
-        positions.append(torch.arange(len(ids)))
-        start += len(ids)
+        start += len(completion.ids)
+    documents = [completion.ids for completion in completions]
     ids_T = torch.tensor([i for document in documents for i in document])
-    return Pack(names, documents, segments, ids_T, torch.cat(positions))
+    return Pack([completion.id for completion in completions], documents, segments, ids_T)
 
 
 def trainable(completion: Completion, max_document_tokens: int) -> bool:
