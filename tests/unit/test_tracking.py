@@ -120,6 +120,26 @@ def test_a_run_that_goes_on_sends_what_is_new_under_the_same_id(monkeypatch, tmp
     assert len(before) == 6
 
 
+def test_a_row_that_comes_late_and_in_halves_is_sent(monkeypatch, tmp_path):
+    sent, polls, late = [], iter(range(5)), ROWS[1].line()
+    parts = {0: ROWS[0].line(), 2: late[:9], 4: late[9:]}
+
+    class Ended:
+        def wait(self, seconds):
+            poll = next(polls)
+            with (tmp_path / METRICS).open("ab") as file:
+                file.write(parts.get(poll, b""))
+            return poll == 4
+
+    run = tracking.SimpleNamespace(log=lambda values, step: sent.append((step, values["loss"])), finish=lambda: None)
+    monkeypatch.setitem(tracking.TRACKERS, "wandb", lambda request: run)
+    told = []
+    request = {"tracker": "wandb", "metrics": str(tmp_path / METRICS), "after": 0}
+    tracking.follow(request, Ended(), told.append)
+    assert sent == [(1, 2.5), (2, 2.0)]
+    assert told == [1, 2]
+
+
 def test_a_secret_is_not_sent(monkeypatch, tmp_path):
     journal = fake(monkeypatch, tmp_path)
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")

@@ -187,9 +187,9 @@ def follow(request: JsonObject, ended: threading.Event, report: Callable[[object
             continue
         with metrics.open("rb") as file:
             file.seek(position)
-            whole = file.read().rpartition(b"\n")[0] + b"\n"
-        position += len(whole) if whole != b"\n" else 0
-        for row in map(MetricsRow.model_validate_json, whole.splitlines()):
+            *whole, torn = file.read().split(b"\n")
+            position = file.tell() - len(torn)
+        for row in map(MetricsRow.model_validate_json, whole):
             if row.step <= request["after"]:
                 continue
             values = dict(flat(row.model_dump(mode="json", exclude={"step"})))
