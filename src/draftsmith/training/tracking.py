@@ -40,22 +40,13 @@ def require_tracker(name: str | None) -> None:
         )
 
 
-@contextlib.contextmanager
-def tracked(recipe: Recipe, out: Path, step: int, main: bool) -> Iterator[None]:
+def tracked(recipe: Recipe, out: Path, step: int, main: bool) -> contextlib.AbstractContextManager[object]:
     """Have the rows after `step` sent to `train.track` while this goes on, by the first process alone."""
-    if recipe.train.track is None or not main:
-        yield
-        return
-    tracker = _Tracker(recipe, recipe.train.track, out, step)
-    try:
-        yield
-    except BaseException:  # it ends by itself, and nobody who interrupts waits for it
-        tracker.leave()
-        raise
-    tracker.finish()
+    name = recipe.train.track
+    return _Tracker(recipe, name, out, step) if name and main else contextlib.nullcontext()
 
 
-class _Tracker:
+class _Tracker(contextlib.AbstractContextManager[object]):
     """The process, and what it says."""
 
     def __init__(self, recipe: Recipe, name: str, out: Path, step: int):
@@ -104,14 +95,14 @@ class _Tracker:
                     say(line(f"track: {self.name}: {told.strip()}; training goes on, and {self.metrics} has every row"))
         self.process.wait()
 
-    def leave(self) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for the last rows, and not for ever; say how many did not arrive. After an error it ends by itself, and
+        nobody waits for it."""
         assert self.process.stdin
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
-
-    def finish(self) -> None:
-        """Wait for the last rows, and not for ever; say how many did not arrive."""
-        self.leave()
+        if kind is not None:
+            return
         try:
             self.process.wait(FINISH_S + START_S)
         except subprocess.TimeoutExpired:
