@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,26 +86,19 @@ def evaluate_heldout(
     A depth is scored as serving would reach it, with the target's own tokens before it; tau is that of greedy
     verification of the written text. `add` gives the sums over all processes, each with packs of its own.
     """
-    hits, scored, alphas = [0.0] * steps, [0.0] * steps, [0.0] * steps
     lengths = sorted({min(3, steps), steps})
-    accepted, verified = [0.0] * len(lengths), [0.0] * len(lengths)
+    by_depth, walked = np.zeros((steps, 3)), np.zeros((len(lengths), 2))
     for inputs in packs:
         matches = greedy_matches(draft, inputs, d2t, steps)
-        for step, (_, match, alpha) in enumerate(matches):
-            hits[step] += float(match.sum())
-            scored[step] += len(match)
-            alphas[step] += float(alpha.sum())
-        for at, length in enumerate(lengths):
-            a, v = chain_walk(inputs.pack, matches, length)
-            accepted[at] += a
-            verified[at] += v
-    of_all = iter(add([*hits, *scored, *alphas, *accepted, *verified]))
-    hits, scored, alphas = ([next(of_all) for _ in range(steps)] for _ in range(3))
-    accepted, verified = ([next(of_all) for _ in lengths] for _ in range(2))
+        by_depth += [(float(match.sum()), len(match), float(alpha.sum())) for _, match, alpha in matches]
+        walked += [chain_walk(inputs.pack, matches, length) for length in lengths]
+    of_all = np.array(add([*by_depth.flat, *walked.flat]))
+    hits, scored, alphas = of_all[: by_depth.size].reshape(by_depth.shape).T
+    accepted, verified = of_all[by_depth.size :].reshape(walked.shape).T
     return HeldOut(
-        match=[h / max(1, n) for h, n in zip(hits, scored, strict=True)],
-        alpha=[a / max(1, n) for a, n in zip(alphas, scored, strict=True)],
-        tau={length: 1 + a / max(1, v) for length, a, v in zip(lengths, accepted, verified, strict=True)},
+        match=(hits / np.maximum(1, scored)).tolist(),
+        alpha=(alphas / np.maximum(1, scored)).tolist(),
+        tau=dict(zip(lengths, (1 + accepted / np.maximum(1, verified)).tolist(), strict=True)),
         verifications=round(verified[0]),
     )
 
