@@ -167,6 +167,7 @@ def test_accumulation_equals_one_larger_batch(data, tmp_path):
 def test_packs_that_make_no_whole_step_are_told(data, tmp_path, capsys):
     made = trainer(data, tmp_path / "a", **{"train.epochs": 3, "train.pack_tokens": 32})
     packs = len(made.steps)
+    assert all(len(step) == 1 for step in made.steps)
     assert "left out" not in capsys.readouterr().err
     several = trainer(
         data, tmp_path / "b", **{"train.epochs": 3, "train.pack_tokens": 32, "train.accumulate": packs - 1}

@@ -38,7 +38,7 @@ from draftsmith.data.sources import BUNDLED, HUB
 from draftsmith.data.templates import ChatFormat
 from draftsmith.data.vocabulary import DraftVocabulary, choose, coverage_of
 from draftsmith.decoding.stopping import loop_onset, loops
-from draftsmith.drafts.packing import epoch_packs, make_pack, on_prompts, schedule
+from draftsmith.drafts.packing import epoch_packs, make_pack, on_prompts
 
 USER = [{"role": "user", "content": "hello"}]
 
@@ -324,8 +324,6 @@ def test_packs_hold_every_document_once():
     assert all(sum(lengths[i] for i in pack) <= 40 for pack in packs)
     assert packs == epoch_packs(lengths, 40, seed=1, epoch=0)
     assert packs != epoch_packs(lengths, 40, seed=1, epoch=1)
-    steps = schedule(lengths, 40, seed=1, epochs=3, accumulate=2)
-    assert all(len(step) == 2 for step in steps)
 
 
 @pytest.mark.parametrize(

@@ -157,12 +157,3 @@ def epoch_packs(lengths: Sequence[int], pack_tokens: int, seed: int, epoch: int)
     order = list(range(len(lengths)))
     random.Random(f"{seed}-epoch-{epoch}").shuffle(order)
     return filled(order, lengths, pack_tokens)
-
-
-def schedule(
-    lengths: Sequence[int], pack_tokens: int, seed: int, epochs: int, accumulate: int
-) -> list[list[list[int]]]:
-    """Packs of every optimiser step of a whole training run; a remainder smaller than a step is left out."""
-    packs = [pack for epoch in range(epochs) for pack in epoch_packs(lengths, pack_tokens, seed, epoch)]
-    steps = [packs[i : i + accumulate] for i in range(0, len(packs), accumulate)]
-    return steps[:-1] if len(steps) > 1 and len(steps[-1]) < accumulate else steps

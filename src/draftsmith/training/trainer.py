@@ -22,16 +22,7 @@ from draftsmith.data.regenerate import read_completions
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.drafts import METHODS
 from draftsmith.drafts.objectives import pack_inputs
-from draftsmith.drafts.packing import (
-    Pack,
-    PackInputs,
-    epoch_packs,
-    make_pack,
-    on_prompts,
-    schedule,
-    to_device,
-    trainable,
-)
+from draftsmith.drafts.packing import Pack, PackInputs, epoch_packs, make_pack, on_prompts, to_device, trainable
 from draftsmith.targets.base import Target
 from draftsmith.targets.parts import DTYPES, tell_slow_products
 from draftsmith.training.capture import CaptureSource, OfflineCapture, OnlineCapture, PrefetchedCapture
@@ -76,12 +67,13 @@ class Trainer:
         if target.identity.dtype != settings.dtype:  # else it was told of the target
             tell_slow_products(self.device, settings.dtype, "train.dtype")
         self.heldout, self.rows = self._split(list(read_completions(completions)))
-        lengths = [len(c.ids) for c in self.rows]
-        steps = schedule(lengths, settings.pack_tokens, recipe.seed, settings.epochs, settings.accumulate)
+        lengths, each, seed = [len(c.ids) for c in self.rows], settings.accumulate, recipe.seed
+        packs = [pack for n in range(settings.epochs) for pack in epoch_packs(lengths, settings.pack_tokens, seed, n)]
+        steps = [packs[i : i + each] for i in range(0, len(packs), each)]
+        if len(steps) > 1 and (left := len(packs) % each):
+            steps.pop()
+            say(f"train: the last {left} of {len(packs)} packs are left out; a step takes {each}")
         self.steps = steps[: settings.max_steps]
-        packs = sum(len(epoch_packs(lengths, settings.pack_tokens, recipe.seed, n)) for n in range(settings.epochs))
-        if left := packs - sum(map(len, steps)):
-            say(f"train: the last {left} of {packs} packs are left out; a step takes {settings.accumulate}")
         self.method = METHODS[recipe.draft.method]
         layers, rows = target.identity.num_layers, len(vocabulary.ids_D)
         if settings.max_steps and settings.max_steps > len(steps):
