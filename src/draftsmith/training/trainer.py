@@ -225,10 +225,8 @@ class Trainer:
         norm = clipped.full_tensor() if isinstance(clipped, DTensor) else clipped
         # The step's one look at the device: until here the host only lays out work for it.
         *flat, measured_norm = torch.cat([*(measured for _, _, measured in done), norm.reshape(1)]).tolist()
-        sums = [0.0] * (2 + self.settings.ttt_steps)
-        for start in range(0, len(flat), len(sums)):
-            sums = [a + b for a, b in zip(sums, flat[start : start + len(sums)], strict=True)]
-        broken, total, *alpha_sums = self.processes.sum(sums)
+        width = 2 + self.settings.ttt_steps
+        broken, total, *alpha_sums = self.processes.sum([sum(flat[at::width], 0.0) for at in range(width)])
         if broken:
             for pack, finite_T, _ in done:
                 self._quarantine(pack, finite_T)
