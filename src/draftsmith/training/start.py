@@ -52,16 +52,12 @@ def fit(draft: Draft, packs: Iterable[Pack], capture: CaptureSource, target: Tar
 
 def first_draft(recipe: Recipe, target: Target, usual: DraftConfig, ids_D: Tensor) -> tuple[Draft, str | None]:
     """(draft in fp32, content of the one that it goes on from). `usual`: what a new draft is."""
-    if (directory := recipe.train.from_draft) is not None:
-        say(f"train: going on from {directory}")
-        return _earlier(directory, recipe, target, usual, ids_D), digest(*files_of(directory))
-    draft = METHODS[recipe.draft.method].build(usual)
-    rows = target.head_rows(ids_D)
-    draft.to(rows.device).initialise(rows, target.norm_gain(), torch.Generator().manual_seed(recipe.seed))
-    return draft, None
-
-
-def _earlier(directory: Path, recipe: Recipe, target: Target, usual: DraftConfig, ids_D: Tensor) -> Draft:
+    if (directory := recipe.train.from_draft) is None:
+        draft = METHODS[recipe.draft.method].build(usual)
+        rows = target.head_rows(ids_D)
+        draft.to(rows.device).initialise(rows, target.norm_gain(), torch.Generator().manual_seed(recipe.seed))
+        return draft, None
+    say(f"train: going on from {directory}")
     draft, own_ids = earlier_draft(directory, recipe, usual, target.identity.num_layers)
     embedding = read_tensors(directory, {EMBEDDING}).get(EMBEDDING)
     if embedding is not None and not torch.equal(embedding.bfloat16(), target.embedding_rows().cpu().bfloat16()):
@@ -73,7 +69,7 @@ def _earlier(directory: Path, recipe: Recipe, target: Target, usual: DraftConfig
             f"{KEY}: {directory} drafts {len(own_ids):,} tokens, which are not the {len(ids_D):,} of this run's "
             f"vocabulary; take the draft's: draftsmith vocab RECIPE --from {directory}"
         )
-    return draft.train()
+    return draft.train(), digest(*files_of(directory))
 
 
 def earlier_draft(directory: Path, recipe: Recipe, usual: DraftConfig, layers: int) -> tuple[Draft, Tensor]:
