@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-import orjson
 from pydantic import BeforeValidator, ValidationError
 
 from draftsmith.core import files
@@ -27,13 +26,11 @@ class Record(Model):
     """One file, or a part of one."""
 
     def save(self, path: Path) -> None:
-        options = orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS
-        files.write_atomic(path, orjson.dumps(self.model_dump(mode="json"), option=options) + b"\n")
+        files.write_atomic(path, f"{self.model_dump_json(indent=2)}\n")
 
     def line(self) -> bytes:
         """As a row of a .jsonl file, without what has its default."""
-        values = self.model_dump(mode="json", exclude_defaults=True)
-        return orjson.dumps(values, option=orjson.OPT_NON_STR_KEYS) + b"\n"
+        return f"{self.model_dump_json(exclude_defaults=True)}\n".encode()
 
     @classmethod
     def load(cls, path: Path) -> Self:
