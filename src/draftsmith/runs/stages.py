@@ -36,7 +36,7 @@ class Stage:
     run: Callable[["Run", Path], Any]
     resume_key: Callable[["Run"], Any] | None = None
     always: bool = False
-    """Tells of more than its inputs, so it is made anew each time, and of whatever is there."""
+    """Tells of whatever is there, so it is made anew each time, and needs no key."""
     memory: tuple[str, ...] = ()
     """Keys of the recipe that what it holds at once grows with."""
     require_possible: Callable[["Run"], None] = lambda run: None
@@ -250,13 +250,5 @@ STAGES = (
         memory=("evaluate.lossless_prompts", "regenerate.batch_size"),
         require_possible=_require_evaluation,
     ),
-    Stage(
-        "report",
-        lambda run: {},
-        lambda run: [
-            path for path in (*run.files.results.values(), run.files.train / run_files.METRICS) if path.exists()
-        ],
-        _report,
-        always=True,
-    ),
+    Stage("report", lambda run: {}, lambda run: [], _report, always=True),
 )
