@@ -1,13 +1,12 @@
 """A run directory and the recipe that fills it: its target, its draft, what serves it."""
 
-import contextlib
 import gc
 import os
 import platform
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -172,12 +171,6 @@ class Run:
         settings = self.recipe.target
         return load_tokenizer(settings.model, settings.revision, settings.trust_remote_code)
 
-    @property
-    def special_tokens(self) -> set[int]:
-        """Tokens that a draft vocabulary never leaves out, as far as the target has rows for them."""
-        known = set(self.tokenizer.all_special_ids) | set(self.target.eos_ids)
-        return {token for token in known if token < self.target.identity.vocab_size}
-
     def evaluation_sets(self) -> list[EvaluationPrompts]:
         """Those of evaluate.sets, read where they were not before."""
         training, skip_bad = self.files.training_prompts, self.recipe.prompts.skip_bad
@@ -226,17 +219,6 @@ class Run:
                     "--serve.engine vllm --serve.program '/opt/vllm/bin/vllm serve'"
                 )
         return name
-
-    @contextlib.contextmanager
-    def answering(self, logs: Path) -> Iterator[Any]:
-        """The target that `regenerate` asks: this run's, or servers that are started on all GPUs."""
-        name = self.tell_engine("regenerate")
-        if name == "embedded" or name == self.recipe.target.engine:
-            yield self.target
-            return
-        self.release_target()
-        with SERVERS[name].open(Setup(self.recipe, Path(), logs, groups=self.card_groups), None) as target:
-            yield target
 
     @property
     def named_card(self) -> list[str]:

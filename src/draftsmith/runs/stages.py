@@ -1,5 +1,6 @@
 """The stages of a run: what each of them does, and what decides that it has to be done again."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -20,6 +21,7 @@ from draftsmith.data.templates import ChatFormat
 from draftsmith.data.vocabulary import DraftVocabulary, build_vocabulary, require_size
 from draftsmith.drafts.directories import files_of, inspect_draft
 from draftsmith.engines import ENGINES, SERVERS
+from draftsmith.engines.base import Setup
 from draftsmith.evaluation.evaluate import Evaluation
 from draftsmith.runs.run import Run, commit
 from draftsmith.targets.parts import resolve_device
@@ -48,14 +50,24 @@ def _source_files(run: Run) -> list[Path]:
 
 
 def _regenerate(run: Run, out: Path) -> None:
-    with run.answering(out) as target:
+    """This run's target is asked, or servers that are started on all GPUs."""
+    name = run.tell_engine("regenerate")
+    with contextlib.ExitStack() as stack:
+        if name == "embedded" or name == run.recipe.target.engine:
+            target = run.target
+        else:
+            run.release_target()
+            setup = Setup(run.recipe, Path(), out, groups=run.card_groups)
+            target = stack.enter_context(SERVERS[name].open(setup, None))
         chat = ChatFormat.of(run.recipe, target)
         Regeneration(run.recipe, target, chat, run.files.training_prompts, out).run()
 
 
 def _vocab(run: Run, out: Path) -> None:
     size = run.target.identity.vocab_size
-    build_vocabulary(run.recipe, run.files.completions, size, run.special_tokens, run.files)
+    # what a draft vocabulary never leaves out, as far as the target has rows for it
+    special = {token for token in {*run.tokenizer.all_special_ids, *run.target.eos_ids} if token < size}
+    build_vocabulary(run.recipe, run.files.completions, size, special, run.files)
 
 
 def _train(run: Run, out: Path) -> None:
