@@ -15,7 +15,6 @@ from draftsmith.decoding.speculate import Decoder
 from draftsmith.drafts.directories import load_draft, ready_draft
 from draftsmith.runs.pipeline import run_pipeline, stage_directory
 from draftsmith.runs.run import Run
-from draftsmith.runs.stages import STAGES
 from draftsmith.targets.local import LocalTarget
 
 __all__ = ["decode", "evaluate", "load_draft", "run", "train"]
@@ -25,12 +24,8 @@ def _run(recipe: Recipe | Path | str, out: Path | None, last: str) -> Run:
     """All stages up to this one; finished ones are skipped."""
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
     finished = Run(chosen, out or Path("runs") / chosen.name, ["python"])
-    names = [stage.name for stage in STAGES]
-    with closing(finished), finished.lock:
-        for stage in STAGES[: names.index(last) + 1]:
-            stage.require_possible(finished)
-        for name in names[: names.index(last) + 1]:
-            run_pipeline(finished, name)
+    with closing(finished):
+        run_pipeline(finished, last=last)
     return finished
 
 
@@ -47,8 +42,7 @@ def train(recipe: Recipe | Path | str, out: Path | None = None) -> Path:
 def evaluate(recipe: Recipe | Path | str, out: Path | None = None) -> Results:
     """Prompts to measured draft; returns what `evaluate/results.json` holds."""
     finished = _run(recipe, out, "evaluate")
-    stage = next(stage for stage in STAGES if stage.name == "evaluate")
-    return Results.load(stage_directory(finished, stage) / RESULTS)
+    return Results.load(stage_directory(finished, "evaluate") / RESULTS)
 
 
 def decode(

@@ -27,9 +27,9 @@ from draftsmith.runs.stages import STAGES, Stage
 FORMAT = 4  # raise when a stage's output changes meaning
 
 
-def stage_directory(run: Run, stage: Stage) -> Path:
+def stage_directory(run: Run, name: str) -> Path:
     asked = run.recipe.evaluate.engine not in ("auto", "embedded")  # beside what the embedded engine measured
-    return run.files.stage(stage.name, run.engine_of("evaluate") if stage.name == "evaluate" and asked else "embedded")
+    return run.files.stage(name, run.engine_of("evaluate") if name == "evaluate" and asked else "embedded")
 
 
 def stage_key(run: Run, stage: Stage) -> str:
@@ -44,7 +44,7 @@ def reason_to_run(run: Run, stage: Stage, key: str | None) -> str | None:
     """Why the stage has to run, or None if its output stands. Without a key, as far as its own directory tells."""
     if stage.always:
         return "always written anew"
-    out = stage_directory(run, stage)
+    out = stage_directory(run, stage.name)
     state = StageState.readable(out / run_files.STATE)
     if state is None:
         return "no output yet"
@@ -122,7 +122,7 @@ def _work(run: Run, stage: Stage, out: Path) -> None:
 
 
 def run_stage(run: Run, stage: Stage) -> StageRun:
-    key, out = stage_key(run, stage), stage_directory(run, stage)
+    key, out = stage_key(run, stage), stage_directory(run, stage.name)
     why = reason_to_run(run, stage, key)
     if why is None:
         run.require_same_target()
@@ -166,12 +166,13 @@ def run_stage(run: Run, stage: Stage) -> StageRun:
     )
 
 
-def run_pipeline(run: Run, only: str | None = None, redo: str | None = None) -> None:
-    """All stages, or one of them. `redo`: a stage whose output is made anew.
+def run_pipeline(run: Run, only: str | None = None, redo: str | None = None, last: str = "report") -> None:
+    """All stages up to the `last`, or one of them. `redo`: a stage whose output is made anew.
 
     Under torchrun the first process does everything and the others join it in training.
     """
-    chosen = [stage for stage in STAGES if only in (None, stage.name)]
+    end = [stage.name for stage in STAGES].index(last) + 1
+    chosen = [stage for stage in STAGES[:end] if only in (None, stage.name)]
     if redo is not None and redo not in [stage.name for stage in chosen]:
         raise RecipeError(
             f"--redo: {redo} given, but only {only} runs here; redo it with: draftsmith run RECIPE --redo {redo}"
@@ -181,7 +182,7 @@ def run_pipeline(run: Run, only: str | None = None, redo: str | None = None) -> 
     if not run.processes.main:
         for stage in chosen:
             run.processes.wait()  # until the stage's directory is ready
-            out = stage_directory(run, stage)
+            out = stage_directory(run, stage.name)
             if stage.name == "train" and not StageState.load(out / run_files.STATE).finished:
                 _work(run, stage, out)
                 run.release_target()
@@ -191,7 +192,7 @@ def run_pipeline(run: Run, only: str | None = None, redo: str | None = None) -> 
         if only is not None:
             _require_past(run, chosen[0])
         for stage in STAGES:
-            if stage.name == redo and (out := stage_directory(run, stage)).exists():
+            if stage.name == redo and (out := stage_directory(run, stage.name)).exists():
                 say(f"{stage.name}: asked for anew; the old output is kept in {_set_aside(out, 'redo')}")
         manifest = Manifest.readable(run.files.manifest)
         earlier = manifest.stages if manifest else {}
