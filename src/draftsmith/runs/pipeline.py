@@ -76,9 +76,7 @@ def _require_past(run: Run, stage: Stage) -> None:
 
 def _set_aside(out: Path, key: str) -> Path:
     """Nothing that was produced is lost: an output that is made anew is kept beside the new one."""
-    aside = _free(out.with_name(f"{out.name}.{key[:8]}"))
-    out.rename(aside)
-    return aside
+    return out.rename(_free(out.with_name(f"{out.name}.{key[:8]}")))
 
 
 def _free(path: Path) -> Path:
@@ -146,15 +144,14 @@ def run_stage(run: Run, stage: Stage) -> StageRun:
     out.mkdir(parents=True, exist_ok=True)
     run.lock.require()
     files.write_atomic(run.files.recipe, dump_recipe(run.recipe))  # of a stage that runs, never of a command refused
-    recipe = run.recipe.model_dump(mode="json")
-    StageState(key=key, resume_key=continued, finished=False, recipe=recipe).save(path)
+    state = StageState(key=key, resume_key=continued, finished=False, recipe=run.recipe.model_dump(mode="json"))
+    state.save(path)
     run.processes.wait()
     started = time.monotonic()
     _work(run, stage, out)
     return_freed_memory()
     run.lock.require()
-    outputs = outputs_of(out)
-    StageState(key=key, resume_key=continued, finished=True, recipe=recipe, outputs=outputs).save(path)
+    state.model_copy(update={"finished": True, "outputs": outputs_of(out)}).save(path)
     unit = 1 if sys.platform == "darwin" else 1024
     return StageRun(
         ran=True,
@@ -195,12 +192,11 @@ def run_pipeline(run: Run, only: str | None = None, redo: str | None = None, las
             if stage.name == redo and (out := stage_directory(run, stage.name)).exists():
                 say(f"{stage.name}: asked for anew; the old output is kept in {_set_aside(out, 'redo')}")
         manifest = Manifest.readable(run.files.manifest)
-        earlier = manifest.stages if manifest else {}
-        stages = dict(earlier)
+        stages = dict(manifest.stages) if manifest else {}
         for stage in chosen:
             entry = run_stage(run, stage)
-            if not entry.ran and stage.name in earlier:
-                entry = earlier[stage.name].model_copy(update={"ran": False, "why": entry.why})
+            if not entry.ran and stage.name in stages:
+                entry = stages[stage.name].model_copy(update={"ran": False, "why": entry.why})
             stages[stage.name] = entry
             Manifest(created_with=run.created_with, stages=stages).save(run.files.manifest)
             run.processes.wait()
