@@ -16,7 +16,7 @@ from draftsmith.core.shape import DraftSampling, Shape
 from draftsmith.drafts import METHODS
 from draftsmith.drafts.directories import inspect_draft
 from draftsmith.drafts.method import DraftConfig
-from draftsmith.engines import ENGINES
+from draftsmith.engines import ENGINES, SERVERS
 from draftsmith.hardware.accept_length import AcceptLength, from_results, published
 from draftsmith.hardware.cost_model import Costs, MeasuredCosts, RooflineCosts, predict
 from draftsmith.hardware.predict import predict_all, where_it_pays
@@ -47,16 +47,15 @@ def own_probe(
 ) -> Costs | None:
     """The run's own probe, of this machine before one of a server. One of another target, or not of `draft`, is left
     out and named."""
-    for path in map(run.files.probe, engines):
+    for engine in engines:
+        path = run.files.probe(engine)
         if not path.exists():
             continue
-        probe = _load_probe(path)
-        if problem := _other(run, probe, draft):
-            served = probe.engine is not None and not ENGINES[probe.engine].in_process
-            again = f"draftsmith probe RECIPE{' --url URL' if served else ''}"
-            say(f"{path} {problem}, so it is left out; run: {again}")
-            continue
-        return _as_costs(run, probe, correlation)
+        costs = _read_probe(run, path, draft, correlation)
+        if not isinstance(costs, str):
+            return costs
+        again = f"draftsmith probe RECIPE{' --url URL' if engine in SERVERS else ''}"
+        say(f"{path} {costs}, so it is left out; run: {again}")
     return None
 
 
@@ -65,29 +64,33 @@ def costs_of(run: Run, hardware: str | None, correlation: float = 0.0, draft: Dr
     if hardware in PRESETS:
         return roofline(run, preset(hardware), correlation)
     if hardware is not None:
-        return read_probe(run, Path(hardware), correlation, draft)
-    costs = own_probe(run, draft, correlation=correlation)
-    if costs is None:
+        path = Path(hardware)
+        costs = _read_probe(run, path, draft, correlation)
+        if isinstance(costs, str):
+            raise RecipeError(f"--hardware: {path} {costs}; make one of this target with: draftsmith probe RECIPE")
+        return costs
+    own = own_probe(run, draft, correlation=correlation)
+    if own is None:
         raise DataError(
             f"--hardware: no probe of this target in {run.files.root}; run: draftsmith probe RECIPE, or name one of "
             + ", ".join(PRESETS)
         )
-    return costs
+    return own
 
 
-def read_probe(run: Run, path: Path, correlation: float = 0.0, draft: DraftConfig | None = None) -> Costs:
-    """A `RecipeError` where it is of another target, or not of `draft`."""
-    probe = _load_probe(path)
-    if problem := _other(run, probe, draft):
-        raise RecipeError(f"--hardware: {path} {problem}; make one of this target with: draftsmith probe RECIPE")
-    return _as_costs(run, probe, correlation)
-
-
-def _other(run: Run, probe: Probe, draft: DraftConfig | None) -> str:
-    """What else its times are of; empty where they are of this, there are none, or nobody tells."""
+def _read_probe(run: Run, path: Path, draft: DraftConfig | None, correlation: float) -> Costs | str:
+    """What its times cost; or in words what else they are of, another target, or not `draft`, where anybody tells."""
+    try:
+        probe = Probe.load(path)
+    except OSError:
+        raise RecipeError(
+            f"--hardware: {str(path)!r} given; a probe's JSON file or one of {', '.join(PRESETS)}"
+        ) from None
+    except DataError:
+        raise RecipeError(f"--hardware: {path} is not a probe; make one with: draftsmith probe RECIPE") from None
+    if probe.times is None and probe.rates is not None:  # a machine alone is good for any target
+        return roofline(run, as_machine(probe.machine, probe.rates), correlation)
     target = run.recipe.target
-    if probe.times is None:  # a machine alone is good for any
-        return ""
     for key, was, asked in (("model", probe.target, target.model), ("dtype", probe.dtype, target.dtype)):
         if was not in (None, asked):
             return f"measured target.{key} {was}, not {asked}"
@@ -95,23 +98,6 @@ def _other(run: Run, probe: Probe, draft: DraftConfig | None) -> str:
         timed = METHODS[run.recipe.draft.method].read_config(probe.draft)
         if timed.parameters != draft.parameters:  # those that weigh the same take the same time
             return f"timed a draft of {timed.parameters:,.0f} parameters, not one of {draft.parameters:,.0f}"
-    return ""
-
-
-def _load_probe(path: Path) -> Probe:
-    try:
-        return Probe.load(path)
-    except OSError:
-        raise RecipeError(
-            f"--hardware: {str(path)!r} given; a probe's JSON file or one of {', '.join(PRESETS)}"
-        ) from None
-    except DataError:
-        raise RecipeError(f"--hardware: {path} is not a probe; make one with: draftsmith probe RECIPE") from None
-
-
-def _as_costs(run: Run, probe: Probe, correlation: float) -> Costs:
-    if probe.times is None and probe.rates is not None:
-        return roofline(run, as_machine(probe.machine, probe.rates), correlation)
     return MeasuredCosts(probe)
 
 
