@@ -317,7 +317,7 @@ def cases_table() -> str:
         recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
         run = Run(recipe, ROOT / "runs" / "none", [])
         here = machine if "/" not in machine else str(ROOT / machine)
-        told = plan_of(run, costs_of(run, here, 0.0))
+        told = plan_of(run, costs_of(run, here))
         text = {what: line for section in told.sections.values() for what, line in section}
         memory = f"{text['target'].split(':')[0]} (target), {text['trainer'].split(':')[0]} (trainer)"
         rows.append([what, f"[{name}](recipes/{name}.yaml)", text["all"], memory, text["disk in all"].split(",")[0]])

@@ -1,6 +1,7 @@
 """`draftsmith predict RECIPE`."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -38,14 +39,15 @@ class Predict(RecipeCommand):
         """Print the table and one sentence; write predict/NAME.json and the heat map beside it."""
         from draftsmith.core.records.machine import Predictions
         from draftsmith.engines import ENGINES
+        from draftsmith.hardware.accept_length import published
         from draftsmith.hardware.cost_model import MeasuredCosts, RooflineCosts
         from draftsmith.hardware.predict import advice, candidate_shapes, heat_map, page, predict_all
         from draftsmith.runs.estimates import accept_of, costs_of, current_draft, results_of
         from draftsmith.runs.plan import size
 
-        costs = costs_of(run, self.hardware, self.correlation, current_draft(run))
+        costs = costs_of(run, self.hardware, current_draft(run))
         drafts = run.better_drafts(self.shape) if self.temperature else "greedy"
-        accept = accept_of(run, self.tau, self.shape, self.temperature, drafts)
+        accept = accept_of(run, self.temperature, drafts) if self.tau is None else published(self.tau, self.shape)
         batches, engine = self.batches, None
         if isinstance(costs, MeasuredCosts):
             engine = ENGINES[costs.probe.engine] if costs.probe.engine else None
@@ -61,11 +63,13 @@ class Predict(RecipeCommand):
                 f"predict: {costs.name} was measured at its own prompts' lengths; --context {self.context} changes "
                 "nothing"
             )
-        if isinstance(costs, RooflineCosts) and not costs.fits:
-            say(
-                f"predict: {size(costs.target.bytes)} of weights do not fit {costs.machine.gpus} x "
-                f"{size(costs.machine.memory_bytes)} of {costs.name}; the figures hold as if they did"
-            )
+        if isinstance(costs, RooflineCosts):
+            costs = replace(costs, correlation=self.correlation)
+            if not costs.fits:
+                say(
+                    f"predict: {size(costs.target.bytes)} of weights do not fit {costs.machine.gpus} x "
+                    f"{size(costs.machine.memory_bytes)} of {costs.name}; the figures hold as if they did"
+                )
         shapes = candidate_shapes(accept.deepest, drafts == "greedy" and (engine is None or engine.drafts_trees))
         rows = predict_all(costs, accept, shapes, batches, self.context)
         if math.isnan(rows[0][0].speedup):

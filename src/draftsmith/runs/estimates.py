@@ -7,17 +7,16 @@ from pathlib import Path
 from draftsmith.core import history
 from draftsmith.core.errors import DataError, RecipeError
 from draftsmith.core.progress import say
-from draftsmith.core.recipe import DEFAULT_SHAPE
 from draftsmith.core.records.base import Decodes
 from draftsmith.core.records.evaluation import ComparedDraft, Results
 from draftsmith.core.records.machine import Predictions, Probe
 from draftsmith.core.run_files import DECODERS, WEIGHTS
-from draftsmith.core.shape import DraftSampling, Shape
+from draftsmith.core.shape import DraftSampling
 from draftsmith.drafts import METHODS
 from draftsmith.drafts.directories import inspect_draft
 from draftsmith.drafts.method import DraftConfig
 from draftsmith.engines import ENGINES, SERVERS
-from draftsmith.hardware.accept_length import AcceptLength, from_results, published
+from draftsmith.hardware.accept_length import AcceptLength, from_results
 from draftsmith.hardware.cost_model import Costs, MeasuredCosts, RooflineCosts, predict
 from draftsmith.hardware.predict import predict_all, where_it_pays
 from draftsmith.hardware.presets import CPU, PRESETS, Machine, preset
@@ -27,10 +26,10 @@ from draftsmith.runs.probing import as_machine
 from draftsmith.runs.run import Run
 
 
-def roofline(run: Run, machine: Machine, correlation: float = 0.0, draft: DraftConfig | None = None) -> RooflineCosts:
+def roofline(run: Run, machine: Machine, draft: DraftConfig | None = None) -> RooflineCosts:
     """`draft`: another one than the recipe's."""
     target = TargetSize.of(run.target_config, run.recipe.target.dtype)
-    return RooflineCosts(machine, target, draft or run.draft_config, correlation)
+    return RooflineCosts(machine, target, draft or run.draft_config)
 
 
 def current_draft(run: Run) -> DraftConfig:
@@ -39,19 +38,14 @@ def current_draft(run: Run) -> DraftConfig:
     return exported or run.draft_config
 
 
-def own_probe(
-    run: Run,
-    draft: DraftConfig | None = None,
-    engines: Sequence[Decodes] = DECODERS,
-    correlation: float = 0.0,
-) -> Costs | None:
+def own_probe(run: Run, draft: DraftConfig | None = None, engines: Sequence[Decodes] = DECODERS) -> Costs | None:
     """The run's own probe, of this machine before one of a server. One of another target, or not of `draft`, is left
     out and named."""
     for engine in engines:
         path = run.files.probe(engine)
         if not path.exists():
             continue
-        costs = _read_probe(run, path, draft, correlation)
+        costs = _read_probe(run, path, draft)
         if not isinstance(costs, str):
             return costs
         again = f"draftsmith probe RECIPE{' --url URL' if engine in SERVERS else ''}"
@@ -59,17 +53,17 @@ def own_probe(
     return None
 
 
-def costs_of(run: Run, hardware: str | None, correlation: float = 0.0, draft: DraftConfig | None = None) -> Costs:
+def costs_of(run: Run, hardware: str | None, draft: DraftConfig | None = None) -> Costs:
     """A preset's name, a probe's file, or None for the run's own probe; `draft`: what a probe has to be of, too."""
     if hardware in PRESETS:
-        return roofline(run, preset(hardware), correlation)
+        return roofline(run, preset(hardware))
     if hardware is not None:
         path = Path(hardware)
-        costs = _read_probe(run, path, draft, correlation)
+        costs = _read_probe(run, path, draft)
         if isinstance(costs, str):
             raise RecipeError(f"--hardware: {path} {costs}; make one of this target with: draftsmith probe RECIPE")
         return costs
-    own = own_probe(run, draft, correlation=correlation)
+    own = own_probe(run, draft)
     if own is None:
         raise DataError(
             f"--hardware: no probe of this target in {run.files.root}; run: draftsmith probe RECIPE, or name one of "
@@ -78,7 +72,7 @@ def costs_of(run: Run, hardware: str | None, correlation: float = 0.0, draft: Dr
     return own
 
 
-def _read_probe(run: Run, path: Path, draft: DraftConfig | None, correlation: float) -> Costs | str:
+def _read_probe(run: Run, path: Path, draft: DraftConfig | None) -> Costs | str:
     """What its times cost; or in words what else they are of, another target, or not `draft`, where anybody tells."""
     try:
         probe = Probe.load(path)
@@ -89,7 +83,7 @@ def _read_probe(run: Run, path: Path, draft: DraftConfig | None, correlation: fl
     except DataError:
         raise RecipeError(f"--hardware: {path} is not a probe; make one with: draftsmith probe RECIPE") from None
     if probe.times is None and probe.rates is not None:  # a machine alone is good for any target
-        return roofline(run, as_machine(probe.machine, probe.rates), correlation)
+        return roofline(run, as_machine(probe.machine, probe.rates))
     target = run.recipe.target
     for key, was, asked in (("model", probe.target, target.model), ("dtype", probe.dtype, target.dtype)):
         if was not in (None, asked):
@@ -108,16 +102,8 @@ def results_of(run: Run) -> Results | None:
     return next((found[name] for name in trees_first), None)
 
 
-def accept_of(
-    run: Run,
-    tau: float | None = None,
-    shape: Shape = DEFAULT_SHAPE,
-    temperature: float = 0.0,
-    drafts: DraftSampling = "greedy",
-) -> AcceptLength:
-    """The run's own, or the one of a published tau, measured at `shape`."""
-    if tau is not None:
-        return published(tau, shape)
+def accept_of(run: Run, temperature: float = 0.0, drafts: DraftSampling = "greedy") -> AcceptLength:
+    """As `evaluate` measured it."""
     results = results_of(run)
     if results is None:
         raise DataError(
@@ -155,7 +141,7 @@ def plan_of(
 def speeds_of(run: Run, draft: ComparedDraft) -> dict[str, float]:
     """Predicted speed-up of the best measured shape, by machine: here, if it was probed, and on one named GPU."""
     config = METHODS[run.recipe.draft.method].read_config(draft.config)
-    machines: list[Costs] = [roofline(run, preset("h100-1"), draft=config)]
+    machines: list[Costs] = [roofline(run, preset("h100-1"), config)]
     machines += filter(None, [own_probe(run, config, DECODERS[:1])])
     try:
         accept = from_results(draft)

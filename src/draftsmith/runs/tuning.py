@@ -57,7 +57,7 @@ def _accepted(run: Run, temperature: float) -> dict[DraftSampling, AcceptLength]
     found: dict[DraftSampling, AcceptLength] = {}
     for drafts in ways:
         with contextlib.suppress(RecipeError):
-            found[drafts] = accept_of(run, temperature=temperature, drafts=drafts)
+            found[drafts] = accept_of(run, temperature, drafts)
     return found or {"greedy": accept_of(run)}
 
 
