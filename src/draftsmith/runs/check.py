@@ -132,10 +132,17 @@ def compare_engines(
             f"{engine} accepts tau {tau:.2f} where the trained draft has {trained:.2f} (noise {tolerance:.2f}): it "
             "reads the directory differently"
         )
-    for depth, (a, b, noise) in enumerate(_by_depth(others, own), 1):
-        if abs(a - b) > noise:
+    them, us = total(others), total(own)
+    counts = zip(them.accepted_at, them.reached, us.accepted_at, us.reached, strict=True)
+    for depth, (a, n, b, m) in enumerate(counts, 1):
+        if not (n and m):  # as far as both went
+            break
+        pooled = (a + b) / (n + m)
+        noise = max(LEAST_NOISE, NOISE * (pooled * (1 - pooled) * (1 / n + 1 / m)) ** 0.5)
+        if abs(a / n - b / m) > noise:
             problems.append(
-                f"at depth {depth} {engine} accepts {a:.0%} where the trained draft has {b:.0%} (noise {noise:.0%})"
+                f"at depth {depth} {engine} accepts {a / n:.0%} where the trained draft has {b / m:.0%} "
+                f"(noise {noise:.0%})"
             )
     if temperature:
         return summary, problems
@@ -157,15 +164,3 @@ def _noise(ours: Sequence[PromptCounts], theirs: Sequence[PromptCounts]) -> floa
 
     difference = np.subtract(taus(theirs), taus(ours))
     return max(LEAST_NOISE, NOISE * float(difference.std(ddof=1)) / len(difference) ** 0.5)
-
-
-def _by_depth(theirs: Sequence[PromptCounts], ours: Sequence[PromptCounts]) -> list[tuple[float, float, float]]:
-    """(engine's acceptance, embedded one's, noise of their difference) of every depth that both reached."""
-    rows, them, us = [], total(theirs), total(ours)
-    for a, n, b, m in zip(them.accepted_at, them.reached, us.accepted_at, us.reached, strict=True):
-        if not (n and m):
-            break
-        pooled = (a + b) / (n + m)
-        noise = max(LEAST_NOISE, NOISE * (pooled * (1 - pooled) * (1 / n + 1 / m)) ** 0.5)
-        rows.append((a / n, b / m, noise))
-    return rows
