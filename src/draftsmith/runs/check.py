@@ -78,7 +78,7 @@ def agreements_with(
     """Start the engine with the directory and compare it with the embedded engine and the checkpoint's own weights:
     (what the two made of it, what is wrong) at every temperature."""
     recipe, engine = run.recipe, ENGINES[name]
-    shape = next((s for s in recipe.evaluate.shapes if s.topk == 1 or engine.drafts_trees), recipe.serve.shape)
+    shape = next(filter(engine.drafts, recipe.evaluate.shapes), recipe.serve.shape)
     changed = {"prompts": PROMPTS, "max_new_tokens": TOKENS, "shapes": (shape,)}
     short = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=changed)})
     drafts, hottest = run.serving_drafts(name, shape), max(recipe.evaluate.temperatures, default=0.0)

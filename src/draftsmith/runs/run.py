@@ -319,10 +319,9 @@ class Run:
     def _can_serve(self, engine: EngineName, warm: bool, tried: Tried) -> bool:
         """Whether the engine drafts so, and serve.draft_sampling lets it, which says nothing at temperature 0."""
         chosen, asked = SERVERS[engine], self.recipe.serve.draft_sampling
-        if tried.shape.topk > 1 and not chosen.drafts_trees:
-            return False
         able = chosen.greedy_because(tried.shape, self.files.draft) is None
-        return not warm or (asked if able else "greedy") in ("auto", tried.drafts)
+        taken = not warm or (asked if able else "greedy") in ("auto", tried.drafts)
+        return taken and chosen.drafts(tried.shape)
 
     def better_drafts(self, shape: Shape, engine: Decodes = "embedded") -> DraftSampling:
         """serve.draft_sampling; auto: what is accepted more, as this engine measured it, or else another."""
@@ -361,7 +360,7 @@ class Run:
             serve = serve.model_copy(update={"port": 8000, "host": "127.0.0.1"})
         if purpose == "draft":
             shape, drafts = self.serving_shape(serve.engine)
-            if other and shape.topk > 1 and not SERVERS[serve.engine].drafts_trees:
+            if other and not SERVERS[serve.engine].drafts(shape):
                 shape = Shape.chain(shape.steps)
             draft = draft or self.draft_for(serve.engine)
             self.require_whole_export()
