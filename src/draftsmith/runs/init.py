@@ -202,13 +202,11 @@ def render(values: JsonObject, facts: Facts, needs: Plan, machine: Machine) -> s
         "prompts": "of the evaluation set, for a first look; leave out for all",
     }
     lines = [f"# A draft for {facts.model}, its sizes chosen by `draftsmith init` for {machine.name}."]
-    used = set()
     for line in yaml.safe_dump({k: v for k, v in values.items() if v}, sort_keys=False, width=120).splitlines():
         key = line.strip().removeprefix("- ").split(":")[0]
         top_level = not line.startswith((" ", "-"))
-        if key in reasons and key not in used and not (top_level and key == "prompts"):
-            used.add(key)
-            line = f"{line} # {reasons[key]}"
+        if key in reasons and not (top_level and key == "prompts"):
+            line = f"{line} # {reasons.pop(key)}"
         lines.append(line)
     taps = values["draft"].get("taps") or list(default_taps(layers))
     lines.append(f"# draft: taps {taps} and the target's own widths; draft.* changes them")
