@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 import yaml
 
 from draftsmith.core.errors import RecipeError, TargetError
@@ -75,8 +76,6 @@ def _generation_config(model: str, revision: str | None) -> JsonObject:
 
 def this_machine() -> Machine:
     """The memory that is here, with the rates of a named machine of its kind: enough to choose sizes by."""
-    import torch
-
     if torch.cuda.is_available():
         memory = float(torch.cuda.get_device_properties(0).total_memory)
         return replace(preset("h100-1"), name="this machine", gpus=torch.cuda.device_count(), memory_bytes=memory)

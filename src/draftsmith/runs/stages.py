@@ -7,6 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from draftsmith.core import files, run_files
 from draftsmith.core.errors import CheckpointError, DataError, RecipeError, ServeError, TargetError
 from draftsmith.core.files import JsonObject
@@ -23,9 +25,12 @@ from draftsmith.drafts.directories import files_of, inspect_draft
 from draftsmith.engines import ENGINES, SERVERS
 from draftsmith.engines.base import Setup
 from draftsmith.evaluation.evaluate import Evaluation
+from draftsmith.hardware.presets import peak_flops_s
 from draftsmith.runs.run import Run, commit
 from draftsmith.targets.parts import resolve_device
+from draftsmith.training.export import export
 from draftsmith.training.tracking import require_tracker
+from draftsmith.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,6 @@ def _vocab(run: Run, out: Path) -> None:
 
 
 def _train(run: Run, out: Path) -> None:
-    import torch
-
-    from draftsmith.hardware.presets import peak_flops_s
-    from draftsmith.training.trainer import Trainer
-
     recipe, vocabulary = run.recipe, DraftVocabulary.load(run.files.vocabulary)
     on_gpu = recipe.device != "cpu" and recipe.train.dtype == "bf16" and torch.cuda.is_available()
     peak = peak_flops_s(torch.cuda.get_device_name()) if on_gpu else None
@@ -83,8 +83,6 @@ def _train(run: Run, out: Path) -> None:
 
 
 def _export(run: Run, out: Path) -> None:
-    from draftsmith.training.export import export
-
     provenance = {"version": version("draftsmith"), "commit": commit()}
     export(run.files.train, DraftVocabulary.load(run.files.vocabulary), run.files.draft, provenance)
 
