@@ -20,8 +20,7 @@ from draftsmith.core.history import changed, outputs_of
 from draftsmith.core.progress import say
 from draftsmith.core.recipe_file import dump_recipe
 from draftsmith.core.records.run import Manifest, StageRun, StageState
-from draftsmith.core.secrets import masked
-from draftsmith.runs.run import Run, commit
+from draftsmith.runs.run import Run
 from draftsmith.runs.stages import STAGES, Stage
 
 FORMAT = 4  # raise when a stage's output changes meaning
@@ -158,8 +157,8 @@ def run_stage(run: Run, stage: Stage) -> StageRun:
         why=why,
         seconds=round(time.monotonic() - started, 1),
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-        commit=commit(),
-        command=masked(shlex.join(run.command)),
+        commit=run.created_with.commit,
+        command=run.created_with.command,
     )
 
 

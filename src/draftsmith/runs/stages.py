@@ -26,7 +26,7 @@ from draftsmith.engines import ENGINES, SERVERS
 from draftsmith.engines.base import Setup
 from draftsmith.evaluation.evaluate import Evaluation
 from draftsmith.hardware.presets import peak_flops_s
-from draftsmith.runs.run import Run, commit
+from draftsmith.runs.run import Run
 from draftsmith.targets.parts import resolve_device
 from draftsmith.training.export import export
 from draftsmith.training.tracking import require_tracker
@@ -83,7 +83,7 @@ def _train(run: Run, out: Path) -> None:
 
 
 def _export(run: Run, out: Path) -> None:
-    provenance = {"version": version("draftsmith"), "commit": commit()}
+    provenance = {"version": version("draftsmith"), "commit": run.created_with.commit}
     export(run.files.train, DraftVocabulary.load(run.files.vocabulary), run.files.draft, provenance)
 
 
