@@ -17,7 +17,7 @@ from draftsmith.drafts.directories import inspect_draft
 from draftsmith.drafts.method import DraftConfig
 from draftsmith.engines import ENGINES, SERVERS
 from draftsmith.hardware.accept_length import AcceptLength, from_results
-from draftsmith.hardware.cost_model import Costs, MeasuredCosts, RooflineCosts, predict
+from draftsmith.hardware.cost_model import Costs, MeasuredCosts, RooflineCosts
 from draftsmith.hardware.predict import predict_all, where_it_pays
 from draftsmith.hardware.presets import CPU, PRESETS, Machine, preset
 from draftsmith.hardware.sizes import TargetSize
@@ -148,8 +148,7 @@ def speeds_of(run: Run, draft: ComparedDraft) -> dict[str, float]:
     except RecipeError:  # nothing greedy was long enough
         return {}
     shapes = [entry.shape for entry in draft.acceptance if entry.shape.steps <= accept.deepest]
-    known = [(shape, accept.tau(shape)) for shape in shapes]
-    return {costs.name: max(predict(costs, shape, tau).speedup for shape, tau in known) for costs in machines if known}
+    return {costs.name: predict_all(costs, accept, shapes, [1], 512)[0][0].speedup for costs in machines if shapes}
 
 
 def card_prediction(run: Run) -> Predictions:
@@ -170,9 +169,8 @@ def card_prediction(run: Run) -> Predictions:
     rows = []
     for costs in machines:
         for (prediction,) in predict_all(costs, accept, shapes, [1], 512):
-            pays = where_it_pays(costs, prediction)
-            if isinstance(costs, MeasuredCosts):  # of one sequence at a time
-                pays = "only batch 1 was probed"
+            alone = isinstance(costs, MeasuredCosts)  # of one sequence at a time
+            pays = "only batch 1 was probed" if alone else where_it_pays(costs, prediction)
             rows.append(prediction.model_copy(update={"batches": pays}))
     predictions = Predictions(rows=rows)
     predictions.save(run.files.prediction("card"))
