@@ -24,7 +24,6 @@ class Compare(RecipeCommand):
         from draftsmith.core.records.evaluation import Comparison
         from draftsmith.drafts.directories import load_draft
         from draftsmith.engines import ENGINES
-        from draftsmith.engines.base import Setup
         from draftsmith.evaluation.compare import measure, page, pair_up, plot
         from draftsmith.runs.estimates import speeds_of
 
@@ -41,8 +40,7 @@ class Compare(RecipeCommand):
             load_draft(directory, layers=layers, reading=self.taps)
         out = run.files.comparison.parent
         sets = run.evaluation_sets()
-        here = run.target if engine.in_process else None
-        base = Setup(run.recipe, own, out, here, self.taps, run.named_card)
+        base = replace(run.setup(engine.name, out, own), reading=self.taps)
         drafts = [measure(engine, replace(base, draft=d), layers, prompts, out, sets) for d in directories]
         drafts = pair_up([draft.model_copy(update={"predicted": speeds_of(run, draft)}) for draft in drafts])
         Comparison(created_with=run.created_with, drafts=drafts).save(run.files.comparison)

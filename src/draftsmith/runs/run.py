@@ -238,9 +238,9 @@ class Run:
             gc.collect()
             torch.cuda.empty_cache()
 
-    def setup(self, engine: Decodes, logs: Path) -> Setup:
-        """What a session of this engine decodes with."""
-        draft = self.draft_for(engine) if engine in SERVERS else self.files.draft
+    def setup(self, engine: Decodes, logs: Path, draft: Path | None = None) -> Setup:
+        """What a session of this engine decodes with; `draft`: another one than the run's own."""
+        draft = draft or (self.draft_for(engine) if engine in SERVERS else self.files.draft)
         here = self.target if ENGINES[engine].in_process else None
         return Setup(self.recipe, draft, logs, here, groups=self.named_card)
 
