@@ -123,7 +123,7 @@ class Pool:
         self.replicas = [Replica(url) for url in settings.urls]
         self.last = [Replica(url) for url in settings.last_urls]
         self._random = random.Random(0)  # spreads retries only
-        self._freed = asyncio.Condition()
+        self._freed, self._meeting = asyncio.Condition(), asyncio.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="servers", daemon=True)
         self._thread.start()
@@ -142,23 +142,16 @@ class Pool:
         self._thread.join()
         self._loop.close()
 
-    def run(self, *pieces: tuple[Callable[[], Coroutine[Any, Any, T]], Sequence[Replica]]) -> list[T]:
-        """What coroutine functions give, each of them with its replicas, run side by side from ordinary code."""
-        futures = [self.submit(*piece) for piece in pieces]
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """What a coroutine gives, from ordinary code."""
+        future = self.submit(work)
         try:
-            return [future.result() for future in futures]
+            return future.result()
         finally:
-            for future in futures:
-                future.cancel()
-
-    def submit(self, work: Callable[[], Coroutine[Any, Any, T]], among: Sequence[Replica]) -> Future[T]:
-        """Meets the replicas first."""
-
-        async def met() -> T:
-            await self._meet(among)
-            return await work()
-
-        return asyncio.run_coroutine_threadsafe(met(), self._loop)
+            future.cancel()
 
     @cached_property
     def _client(self) -> httpx.AsyncClient:
@@ -176,15 +169,18 @@ class Pool:
         )
 
     async def _meet(self, among: Sequence[Replica]) -> None:
-        new = [replica for replica in among if not replica.met]
-        for replica in new:
-            replica.met = True
-        failures = await asyncio.gather(*(self._prove(replica) for replica in new))
+        """Whoever asks first has all of them proved; the others wait for it."""
+        async with self._meeting:
+            new = [replica for replica in among if not replica.met]
+            for replica in new:
+                replica.met = True
+            failures = await asyncio.gather(*(self._prove(replica) for replica in new))
         if new and not any(replica.trusted for replica in among):
             raise TargetError(f"server.urls: no server answers; {new[0].url}: {failures[0]}")
 
     async def somewhere(self, ask: Callable[[Replica], Coroutine[Any, Any, T]], among: Sequence[Replica]) -> T:
         """What one of the replicas answers; raises `TargetError` once `server.attempts` have failed."""
+        await self._meet(among)
         last = ""
         failed: set[str] = set()
         for attempt in range(self.settings.attempts):

@@ -11,7 +11,7 @@ import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +95,7 @@ class ServedTarget(WeightsOnlyTarget):
             worth_giving = self.settings.concurrency * len(self.replicas)
             await all_or_none(work() for _ in range(asked.at_once or worth_giving))
 
-        future = self.pool.submit(every, self.replicas)
+        future = self.pool.submit(every())
         future.add_done_callback(lambda _: done.put(None))
         try:
             while (item := done.get()) is not None:
@@ -110,7 +110,7 @@ class ServedTarget(WeightsOnlyTarget):
             with reading("an answer without log-probabilities"):
                 return await self._logprobs(replica, document)
 
-        return self.pool.run((lambda: self.pool.somewhere(ask, self.replicas), self.replicas))[0]
+        return self.pool.run(self.pool.somewhere(ask, self.replicas))
 
     async def _complete(self, ids: list[int], asked: Asked, sampling: Sampling) -> Generation:
         """One completion; raises `TargetError` once `server.attempts` have failed."""
@@ -182,7 +182,7 @@ class ServedTarget(WeightsOnlyTarget):
         async def every_document(count: int, among: Sequence[Replica]) -> list[Tensor]:
             return await all_or_none(self._states(document, count, among) for document in documents)
 
-        found = self.pool.run(*((partial(every_document, *group), group[1]) for group in groups))
+        found = self.pool.run(all_or_none(every_document(*group) for group in groups))
         return [torch.cat(states).to(self.device) for states in found]
 
     async def _states(self, ids: list[int], count: int, among: Sequence[Replica]) -> Tensor:
