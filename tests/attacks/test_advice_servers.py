@@ -20,7 +20,7 @@ from draftsmith.data.prompts import gather
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.engines import SERVERS
 from draftsmith.engines.base import Setup
-from draftsmith.engines.process import launch, running
+from draftsmith.engines.process import running
 from draftsmith.engines.served import ServedTarget
 from draftsmith.evaluation.evaluate import Evaluation
 from draftsmith.runs import probing as probe
@@ -289,7 +289,7 @@ def started(tmp_path):
     @contextlib.contextmanager
     def alive(**changes):
         recipe = tiny_recipe("m", "p", **usual | changes)
-        with running(launch(SERVERS["vllm"], recipe, "m", Path("d"), "plain", ()), recipe.serve.patience_s) as process:
+        with running(SERVERS["vllm"].launch(recipe, "m", Path("d"), "plain", ()), recipe.serve.patience_s) as process:
             yield process.poll() is None
 
     def start(**changes):

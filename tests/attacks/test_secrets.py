@@ -17,7 +17,7 @@ from draftsmith.core import secrets
 from draftsmith.core.errors import DraftsmithError, RecipeError
 from draftsmith.core.recipe_file import dump_recipe, load_recipe, parse_recipe
 from draftsmith.engines import SERVERS
-from draftsmith.engines.process import launch, running
+from draftsmith.engines.process import running
 
 SECRET = "hunter2-Xyz"
 FLAGS = ["--api-key", "--api_key", "--admin-api-key", "--hf-token", "--hf_token", "--token", "--ssl-keyfile-password"]
@@ -167,7 +167,7 @@ def test_an_engine_is_given_its_key_and_its_log_is_not(tmp_path, monkeypatch):
     (tmp_path / "engine.py").write_text(ENGINE)
     program = f"{sys.executable} {tmp_path / 'engine.py'} {tmp_path / 'pids'}"
     serve = {"program": program, "extra": "--api-key $OUR_KEY --hf-token=${OTHER}", "port": 47113}
-    launched = launch(SERVERS["vllm"], tiny_recipe("m", "p", serve=serve), "m", Path("d"), "plain", ())
+    launched = SERVERS["vllm"].launch(tiny_recipe("m", "p", serve=serve), "m", Path("d"), "plain", ())
     monkeypatch.setenv("OUR_KEY", SECRET)
     with pytest.raises(DraftsmithError, match=r"serve\.extra: \$OTHER is not set"), running(launched, 20):
         pass

@@ -28,7 +28,7 @@ from draftsmith.core.shape import Shape
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.engines import SERVERS
 from draftsmith.engines.pool import Pool, _pause_asked_for
-from draftsmith.engines.process import launch, running
+from draftsmith.engines.process import running
 from draftsmith.engines.served import ServedTarget
 from draftsmith.runs.probing import probe_server
 from draftsmith.runs.run import Run
@@ -445,7 +445,7 @@ def test_an_engine_is_found_at_once_wherever_it_listens_and_whatever_proxy_is_se
     for name in PROXIES:
         monkeypatch.setenv(name, "http://127.0.0.1:9")
         monkeypatch.setenv(name.upper(), "http://127.0.0.1:9")
-    launched = launch(SERVERS["vllm"], tiny_recipe("m", "p", serve=serve), "m", Path("d"), "plain", ())
+    launched = SERVERS["vllm"].launch(tiny_recipe("m", "p", serve=serve), "m", Path("d"), "plain", ())
     with running(launched, 60):
         assert time.time() - (tmp_path / "pids").stat().st_mtime < 5  # seconds since it listens
     wanted = {"::": "[::1]", "::1": "[::1]", "0.0.0.0": "127.0.0.1"}.get(host, host)
@@ -476,7 +476,7 @@ def test_a_port_that_is_taken_is_told_on_either_kind_of_address(tmp_path):
             taken.bind(("::1" if ":" in host else host, 0))
             taken.listen()
             recipe = tiny_recipe("m", "p", serve={"program": "false", "host": host, "port": taken.getsockname()[1]})
-            launched = launch(SERVERS["vllm"], recipe, "m", Path("d"), "plain", ())
+            launched = SERVERS["vllm"].launch(recipe, "m", Path("d"), "plain", ())
             with (
                 pytest.raises(ServeError, match=r"serve\.port: something already answers at http"),
                 running(launched, 5),
@@ -558,7 +558,7 @@ def test_an_engine_that_is_started_with_a_certificate_is_found(tmp_path, certifi
         "extra": f"--ssl-certfile {certificate[0]} --ssl-keyfile {certificate[1]}",
         "port": free_port(),
     }
-    launched = launch(SERVERS["vllm"], tiny_recipe("m", "p", serve=settings), "m", Path("d"), "plain", ())
+    launched = SERVERS["vllm"].launch(tiny_recipe("m", "p", serve=settings), "m", Path("d"), "plain", ())
     assert launched.url == f"https://127.0.0.1:{settings['port']}"
     with running(launched, 20):
         pass

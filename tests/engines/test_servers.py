@@ -18,7 +18,7 @@ from draftsmith.core.shape import Shape
 from draftsmith.data.regenerate import Regeneration, read_completions
 from draftsmith.data.templates import ChatFormat
 from draftsmith.engines import SERVERS
-from draftsmith.engines.process import launch, running
+from draftsmith.engines.process import running
 from draftsmith.engines.served import ServedTarget
 from draftsmith.runs import probing
 from draftsmith.runs.pipeline import run_pipeline
@@ -36,7 +36,7 @@ def started(engine: str, model: str, purpose: str, folder: Path):
     """URL of a real server."""
     serve = {"engine": engine, "program": engine_program(engine), "port": free_port(), "context": 512}
     serve |= {"extra": EXTRA[engine], "states": str(folder), "patience_s": 300.0}
-    launched = launch(SERVERS[engine], tiny_recipe(model, "p", serve=serve), model, Path("none"), purpose, (*TAPS, 8))
+    launched = SERVERS[engine].launch(tiny_recipe(model, "p", serve=serve), model, Path("none"), purpose, (*TAPS, 8))
     log = folder / f"{engine}.log"
     with running(launched, 300.0, log):
         yield launched.url

@@ -23,7 +23,7 @@ from draftsmith.core.records.run import Manifest
 from draftsmith.core.run_files import SUMMARY
 from draftsmith.engines import SERVERS
 from draftsmith.engines.base import Setup
-from draftsmith.engines.process import launch, running
+from draftsmith.engines.process import running
 from draftsmith.evaluation.evaluate import Evaluation
 from draftsmith.runs.pipeline import run_pipeline
 from draftsmith.runs.run import Run
@@ -47,7 +47,7 @@ def engine(tmp_path):
 
 def launched(recipe, model, purpose, layers=()):
     """What starts the recipe's engine."""
-    return launch(SERVERS[recipe.serve.engine], recipe, model, Path("d"), purpose, layers)
+    return SERVERS[recipe.serve.engine].launch(recipe, model, Path("d"), purpose, layers)
 
 
 def alive(pids: Path) -> list[int]:

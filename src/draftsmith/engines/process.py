@@ -1,9 +1,8 @@
-"""The command that starts an engine for one of four purposes (commands/serve.py), and its life from start to stop."""
+"""A command that starts an engine, and the life of that engine from start to stop."""
 
 import contextlib
 import ctypes
 import os
-import re
 import shlex
 import signal
 import socket
@@ -11,10 +10,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 from urllib.parse import urlsplit
 
 import httpx2 as httpx
@@ -22,12 +21,7 @@ import httpx2 as httpx
 from draftsmith.core import secrets
 from draftsmith.core.errors import ServeError
 from draftsmith.core.progress import say
-from draftsmith.core.recipe import Recipe
 
-if TYPE_CHECKING:
-    from draftsmith.engines.server import Purpose, ServerEngine
-
-DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
 STOP_S = 30.0  # an engine is given this long to stop by itself
 POLL_S = 0.5
 
@@ -44,29 +38,6 @@ class Launch:
         """A line for a shell."""
         added = [f"{k}={shlex.quote(v)}" for k, v in self.environment.items()]
         return " ".join([*added, secrets.shell_line(self.command)])
-
-
-def launch(
-    engine: "ServerEngine", recipe: Recipe, model: str, draft: Path, purpose: "Purpose", layers: Sequence[int]
-) -> Launch:
-    """`model`: path or hub name; `draft`: its directory; `layers`: taps and the last layer, for capture."""
-    settings = recipe.serve
-    arguments, environment = engine.arguments(recipe, model, draft, purpose, layers)
-    host = settings.host.strip("[]")
-    arguments += ["--host", host, "--port", str(settings.port)]
-    arguments += ["--dtype", DTYPES[recipe.target.dtype]]
-    if recipe.target.revision:
-        arguments += ["--revision", recipe.target.revision]
-    if recipe.target.trust_remote_code:
-        arguments += ["--trust-remote-code"]
-    if not settings.peer_to_peer:  # broken between PCIe cards more often than engines think
-        arguments += ["--disable-custom-all-reduce"]
-        environment = {**environment, "NCCL_P2P_DISABLE": "1"}
-    arguments += shlex.split(settings.extra)
-    scheme = "https" if re.search(r"--ssl[-_]certfile\b", settings.extra) else "http"
-    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # by this machine
-    place = f"[{reached}]" if ":" in reached else reached
-    return Launch((*engine.program_of(recipe), *arguments), environment, f"{scheme}://{place}:{settings.port}")
 
 
 @contextlib.contextmanager

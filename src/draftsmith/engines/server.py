@@ -17,9 +17,9 @@ from draftsmith.core.recipe import EngineName, Recipe
 from draftsmith.core.shape import Shape
 from draftsmith.decoding.generation import Generation
 from draftsmith.engines.base import Engine, Setup
-from draftsmith.engines.process import launch, started, wait_until_healthy
+from draftsmith.engines.process import Launch, started, wait_until_healthy
 from draftsmith.engines.served import ServedTarget
-from draftsmith.targets.parts import resolve_model
+from draftsmith.targets.parts import DTYPES, resolve_model
 
 Purpose = Literal["draft", "plain", "capture", "last"]
 
@@ -60,7 +60,7 @@ class ServerEngine(Engine):
         for number, cards in enumerate(setup.groups or ("",)):
             changed = {"engine": self.name, "port": serve.port + number, **({"shape": shape} if shape else {})}
             chosen = recipe.model_copy(update={"serve": serve.model_copy(update=changed)})
-            launched = launch(self, chosen, resolve_model(recipe.target.model), setup.draft, purpose, ())
+            launched = self.launch(chosen, resolve_model(recipe.target.model), setup.draft, purpose)
             if cards:
                 launched = replace(launched, environment={**launched.environment, "CUDA_VISIBLE_DEVICES": cards})
             say(f"{self.name}: {launched}")
@@ -140,11 +140,31 @@ class ServerEngine(Engine):
     def program_of(self, recipe: Recipe) -> tuple[str, ...]:
         return tuple(shlex.split(recipe.serve.program)) or self.program
 
+    def launch(self, recipe: Recipe, model: str, draft: Path, purpose: Purpose, layers: Sequence[int] = ()) -> Launch:
+        """`model`: path or hub name; `draft`: its directory; `layers`: taps and the last layer, for capture."""
+        settings = recipe.serve
+        arguments, environment = self.arguments(recipe, model, draft, purpose, layers)
+        host = settings.host.strip("[]")
+        arguments += ["--host", host, "--port", str(settings.port)]
+        arguments += ["--dtype", str(DTYPES[recipe.target.dtype]).removeprefix("torch.")]
+        if recipe.target.revision:
+            arguments += ["--revision", recipe.target.revision]
+        if recipe.target.trust_remote_code:
+            arguments += ["--trust-remote-code"]
+        if not settings.peer_to_peer:  # broken between PCIe cards more often than engines think
+            arguments += ["--disable-custom-all-reduce"]
+            environment = {**environment, "NCCL_P2P_DISABLE": "1"}
+        arguments += shlex.split(settings.extra)
+        scheme = "https" if re.search(r"--ssl[-_]certfile\b", settings.extra) else "http"
+        reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # by this machine
+        place = f"[{reached}]" if ":" in reached else reached
+        return Launch((*self.program_of(recipe), *arguments), environment, f"{scheme}://{place}:{settings.port}")
+
     @abstractmethod
     def arguments(
         self, recipe: Recipe, model: str, draft: Path, purpose: Purpose, layers: Sequence[int]
     ) -> tuple[list[str], dict[str, str]]:
-        """(flags, environment) of a server. `layers`: taps and the last layer, for capture. Raises `ServeError`."""
+        """(flags, environment) of a server; see `launch`. Raises `ServeError`."""
 
 
 def is_gemma3(model: str) -> bool:

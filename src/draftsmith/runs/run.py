@@ -33,7 +33,7 @@ from draftsmith.drafts.directories import exported_taps
 from draftsmith.drafts.method import DraftConfig
 from draftsmith.engines import ENGINES, SERVERS
 from draftsmith.engines.base import Setup
-from draftsmith.engines.process import Launch, launch
+from draftsmith.engines.process import Launch
 from draftsmith.engines.served import ServedTarget
 from draftsmith.engines.server import Purpose
 from draftsmith.evaluation.draft_sampling import more_accepted
@@ -369,7 +369,7 @@ class Run:
         layers = self.captured_layers if purpose == "capture" else ()
         recipe = self.recipe.model_copy(update={"serve": serve})
         place = model or resolve_model(recipe.target.model)
-        return launch(SERVERS[serve.engine], recipe, place, draft or Path(), purpose, layers)
+        return SERVERS[serve.engine].launch(recipe, place, draft or Path(), purpose, layers)
 
     @property
     def serve_commands(self) -> dict[EngineName, str]:
