@@ -6,6 +6,7 @@ target id. The map is named by its content, and a draft refuses any other.
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +45,7 @@ class DraftVocabulary:
 
     @property
     def t2d(self) -> Tensor:
-        present = torch.zeros(self.target_size, dtype=torch.bool)
-        present[self.ids_D] = True
-        return present
+        return torch.zeros(self.target_size, dtype=torch.bool).index_fill_(0, self.ids_D, True)
 
     def save(self, path: Path) -> None:
         save_tensors(path, {"d2t": self.d2t, "t2d": self.t2d}, {"name": self.name})
@@ -78,13 +77,9 @@ def require_size(size: int, target_size: int, special: int) -> None:
 def choose(counts: Counter[int], size: int, target_size: int, always: set[int]) -> DraftVocabulary:
     """The `size` most frequent tokens; `always` (special and end tokens) are in first; ties go to the lower id."""
     require_size(size, target_size, len(always))
-    kept = set(always)
     by_count = sorted(counts, key=lambda token: (-counts[token], token))
-    for token in (*by_count, *range(target_size)):  # what the data never shows fills up from the lowest id
-        if len(kept) == size:
-            break
-        kept.add(token)
-    return DraftVocabulary(torch.tensor(sorted(kept)), target_size)
+    ranked = dict.fromkeys((*always, *by_count, *range(target_size)))  # what the data never shows comes last
+    return DraftVocabulary(torch.tensor(sorted(islice(ranked, size))), target_size)
 
 
 def coverage_of(vocabulary: DraftVocabulary, counts: dict[str, Counter[int]], always: set[int]) -> Coverage:
