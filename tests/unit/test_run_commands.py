@@ -182,6 +182,14 @@ def test_wrong_input_is_one_line(monkeypatch, capsys, world, command, flags, mes
     assert message in lines[0]
 
 
+@pytest.mark.parametrize(("command", "flags"), [("compare", ("--drafts", "other")), ("tune", ("--engine", "embedded"))])
+def test_commands_that_start_servers_say_that_they_ask_no_other(monkeypatch, capsys, world, command, flags):
+    served = ("--target.engine", "vllm", "--evaluate.url", "http://127.0.0.1:9")
+    code, told = run(monkeypatch, capsys, world, command, *served, *flags)
+    assert code == 2, "no engine is started in this test"
+    assert f"{command}: evaluate.url is not asked" in told.err
+
+
 def test_a_machine_alone_is_probed_where_the_target_runs_on_servers(monkeypatch, capsys, world, tmp_path):
     for command, flags in (("probe", ()), ("predict", ("--tau", "2.2"))):
         arguments = [command, world / "recipe.yaml", "--out", tmp_path, "--target.engine", "vllm", *flags]

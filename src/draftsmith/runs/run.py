@@ -238,6 +238,11 @@ class Run:
             gc.collect()
             torch.cuda.empty_cache()
 
+    def starts_own_servers(self, command: str) -> None:
+        """Says so where a server is named, which has one draft of one shape."""
+        if self.recipe.evaluate.url is not None:
+            say(f"{command}: evaluate.url is not asked: it drafts in one way, so servers are started here for each")
+
     def setup(self, engine: Decodes, logs: Path, draft: Path | None = None) -> Setup:
         """What a session of this engine decodes with; `draft`: another one than the run's own."""
         draft = draft or (self.draft_for(engine) if engine in SERVERS else self.files.draft)
