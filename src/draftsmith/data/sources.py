@@ -2,7 +2,6 @@
 
 import bz2
 import codecs
-import gc
 import gzip
 import itertools
 import json
@@ -10,7 +9,6 @@ import lzma
 import re
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +20,6 @@ from typing import Any
 import orjson
 
 from draftsmith.core.errors import DataError
-from draftsmith.core.files import JsonObject
 from draftsmith.core.sources import Source
 
 _SETS = Path(str(files("draftsmith.data"))) / "bundled"
@@ -71,14 +68,9 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:.*)?")
 _SPLIT = re.compile(r"(train|test|valid|dev)\w*(\[.*\])?")
 
 _JSON = {".json", ".jsonl", ".ndjson"}
-# Formats that the library `datasets` reads for us, with its options. A cell of a CSV is a text: "NA" is no number.
-_TYPED: dict[str, tuple[str, JsonObject]] = {
-    ".csv": ("csv", {"keep_default_na": False, "encoding": "utf-8-sig"}),
-    ".tsv": ("csv", {"keep_default_na": False, "encoding": "utf-8-sig", "sep": "\t"}),
-    ".parquet": ("parquet", {}),
-    ".arrow": ("arrow", {}),
-    ".txt": ("text", {}),
-}
+_SEPARATED = {".csv": ",", ".tsv": "\t"}
+_TYPED = {".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}  # what the library `datasets` calls them
+_FORMATS = (*sorted(_JSON), *_SEPARATED, *_TYPED)
 _PACKED = {".gz", ".bz2", ".xz", ".zst"}
 _NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # beside a saved data set
 _CHUNK = 1 << 20  # characters of an array read at once
@@ -94,7 +86,7 @@ def hub_source(source: Source) -> HubSource | None:
     if source.name in BUNDLED or Path(source.name).exists() or not _HUB_NAME.fullmatch(source.name):
         return None
     path, *parts = source.name.split(":", 2)
-    if _suffix(Path(path)) in {*_JSON, *_TYPED}:  # a file that is not there
+    if _suffix(Path(path)) in _FORMATS:  # a file that is not there
         return None
     if len(parts) == 1 and _SPLIT.fullmatch(parts[0]):
         parts.insert(0, "")
@@ -108,7 +100,7 @@ def data_files(name: str | Path) -> list[Path]:
     if not path.is_dir():
         return [path] if path.is_file() else []
     found = [p for folder in (path, path / "data") if folder.is_dir() for p in folder.iterdir()]
-    return sorted(p for p in found if p.is_file() and p.name not in _NOT_ROWS and _suffix(p) in {*_JSON, *_TYPED})
+    return sorted(p for p in found if p.is_file() and p.name not in _NOT_ROWS and _suffix(p) in _FORMATS)
 
 
 def read_rows(source: Source, seed: int) -> Iterator[Row]:
@@ -120,7 +112,7 @@ def read_rows(source: Source, seed: int) -> Iterator[Row]:
     if not paths:
         raise DataError(
             f"prompts.sources: {source.name!r} is no file; allowed are {', '.join([*BUNDLED, *HUB])}, a path to "
-            f"{', '.join([*sorted(_JSON), *_TYPED])} (packed as {', '.join(sorted(_PACKED))} or not), a folder of such "
+            f"{', '.join(_FORMATS)} (packed as {', '.join(sorted(_PACKED))} or not), a folder of such "
             "files, or a data set on the hub as owner/name[:config][:split]"
         )
     yield from file_rows(paths)
@@ -129,7 +121,9 @@ def read_rows(source: Source, seed: int) -> Iterator[Row]:
 def file_rows(paths: Sequence[Path]) -> Iterator[Row]:
     for path in paths:
         with _one_line(str(path)):
-            yield from _typed_rows(path) if _suffix(path) in _TYPED else _json_rows(path)
+            kind = _suffix(path)
+            read = _separated_rows if kind in _SEPARATED else _typed_rows if kind in _TYPED else _json_rows
+            yield from read(path)
 
 
 def downloaded_rows(url: str) -> Iterator[Row]:
@@ -251,44 +245,41 @@ def _values(path: Path, file: TextIOWrapper) -> Iterator[Row]:
         yield f"{path} item {number}", row
 
 
-# --- through the library ---------------------------------------------------------------------------------------------
+# --- through libraries -----------------------------------------------------------------------------------------------
+
+
+def _separated_rows(path: Path) -> Iterator[Row]:
+    """Every cell is a text as it is written: neither 007 nor "NA" is a number."""
+    import pandas
+
+    settings = {"sep": _SEPARATED[_suffix(path)], "encoding": "utf-8-sig", "dtype": str, "keep_default_na": False}
+    number = itertools.count(1)
+    with _opened(path) as file, pandas.read_csv(file, chunksize=10_000, **settings) as frames:
+        for frame in frames:
+            if not isinstance(frame.index, pandas.RangeIndex):  # it takes the first cells for the rows' names
+                raise DataError(
+                    f"{path}: its first row has more cells than its header; quote cells that hold the separator, or "
+                    "name every column"
+                )
+            for row in frame.fillna("").to_dict("records"):  # a row that is too short ends in NaN
+                yield f"{path} row {next(number)}", row
 
 
 def _typed_rows(path: Path) -> Iterator[Row]:
     import glob
 
-    import pandas
-    from datasets import Features, Value, load_dataset
+    from datasets import load_dataset
 
-    module, options = _TYPED[_suffix(path)]
     with tempfile.TemporaryDirectory() as scratch:
         plain = path
         if path.suffix.lower() in _PACKED:  # the library unpacks some of these only
             plain = Path(scratch) / path.stem
             with _opened(path) as packed, plain.open("wb") as unpacked:
                 shutil.copyfileobj(packed, unpacked)
-        if module == "csv":  # every cell as it is written: 007 is no number
-            head = pandas.read_csv(plain, nrows=1, dtype=str, **options)
-            if not isinstance(head.index, pandas.RangeIndex):  # it takes the first cells for the rows' names
-                raise DataError(
-                    f"{path}: its first row has more cells than its header; quote cells that hold the separator, or "
-                    "name every column"
-                )
-            options = {**options, "features": Features(dict.fromkeys(head.columns, Value("string")))}
         # escaped, because the library takes a path for a pattern
-        rows = load_dataset(module, data_files=[glob.escape(str(plain))], split="train", streaming=True, **options)
-        iterator = iter(rows)
-        try:
-            for number, row in enumerate(iterator, 1):
-                if module == "csv":  # a row that is too short ends in None
-                    row = {key: "" if value is None else value for key, value in row.items()}
-                yield f"{path} row {number}", row
-        except GeneratorExit:  # the library leaves a CSV open that is not read to its end, in a cycle of references
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ResourceWarning)
-                iterator.close()
-                gc.collect()
-            raise
+        rows = load_dataset(_TYPED[_suffix(path)], data_files=[glob.escape(str(plain))], split="train", streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield f"{path} row {number}", row
 
 
 def hub_rows(hub: HubSource, limit: int | None = None, seed: int | None = None) -> Iterator[Row]:
