@@ -280,9 +280,9 @@ def test_a_vocabulary_is_checked_when_read(tmp_path):
     vocabulary.save(tmp_path / "v.safetensors")
     assert DraftVocabulary.load(tmp_path / "v.safetensors").name == vocabulary.name
     d2t, t2d = vocabulary.d2t, vocabulary.t2d
-    for wrong, message in (((d2t, t2d.roll(1)), "name different tokens"), ((d2t.flip(0), t2d), "ascending")):
+    for wrong in ((d2t, t2d.roll(1)), (d2t.flip(0), t2d), (d2t[:-1], t2d), (d2t, t2d[:5])):
         save_tensors(tmp_path / "w.safetensors", dict(zip(("d2t", "t2d"), wrong, strict=True)))
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(CheckpointError, match="name different tokens"):
             DraftVocabulary.load(tmp_path / "w.safetensors")
     save_tensors(tmp_path / "w.safetensors", {"d2t": d2t})
     with pytest.raises(CheckpointError, match="cannot read the draft vocabulary: 't2d'"):

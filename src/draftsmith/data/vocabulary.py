@@ -57,11 +57,8 @@ class DraftVocabulary:
             d2t, t2d = tensors["d2t"].long(), tensors["t2d"].bool()
         except (OSError, SafetensorError, KeyError) as error:
             raise CheckpointError(f"{path}: cannot read the draft vocabulary: {error}") from None
-        ids = d2t + torch.arange(len(d2t))
-        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= len(t2d) or bool((ids.diff() <= 0).any())):
-            raise CheckpointError(f"{path}: d2t does not give ascending target ids below {len(t2d)}")
-        vocabulary = cls(ids, len(t2d))
-        if not torch.equal(vocabulary.t2d, t2d):
+        vocabulary = cls(t2d.nonzero()[:, 0], len(t2d))
+        if not torch.equal(vocabulary.d2t, d2t):
             raise CheckpointError(f"{path}: d2t and t2d name different tokens")
         return vocabulary
 
