@@ -23,7 +23,7 @@ from draftsmith.data.regenerate import read_completions
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.drafts.directories import load_draft
 from draftsmith.publishing.card import make_card
-from draftsmith.runs import api
+from draftsmith.runs import api, probing
 from draftsmith.runs.estimates import card_prediction
 from draftsmith.runs.pipeline import explain, reason_to_run, run_pipeline, stage_key
 from draftsmith.runs.run import Run
@@ -214,6 +214,14 @@ def test_a_training_that_goes_on_reads_what_the_earlier_draft_reads(finished, tm
     assert own.captured_layers == (2, 4, 5, 8)
     assert later.captured_layers == (1, 3, 4, 8)
     assert later.draft_config.intermediate_size == 40
+
+
+def test_a_probe_before_training_times_the_draft_that_training_goes_on_from(finished, tmp_path):
+    recipe, directory = finished
+    goes_on = {"vocab.size": 36, "train.from_draft": str(directory / "export" / "draft")}
+    with contextlib.closing(Run(changed_recipe(recipe, goes_on), tmp_path / "run", ["test"])) as run:
+        timed = probing._any_draft(run)
+    assert len(timed.ids_D) == timed.draft.config.draft_vocab_size == 40
 
 
 def test_another_engine_or_device_measures_anew(finished, tmp_path):

@@ -319,13 +319,12 @@ def prompts_to_read(run: Run, count: int) -> list[list[int]]:
 
 
 def _any_draft(run: Run) -> ReadyDraft:
-    """The run's draft, or an untrained one of the recipe's shape: a step takes the same time."""
+    """The run's draft, or an untrained one of the shape that it will have: a step takes the same time."""
     recipe, target = run.recipe, run.target
     if (run.files.draft / run_files.WEIGHTS).exists():
         return ready_draft(target, run.files.draft)
-    rows, method = min(recipe.vocab.size, target.identity.vocab_size), METHODS[recipe.draft.method]
-    draft = method.build(method.config(recipe.draft, target.config, target.identity.num_layers, rows))
-    return ReadyDraft(draft.to(target.device, DTYPES[recipe.target.dtype]), torch.arange(rows), target.embedding_rows())
+    draft, rows = METHODS[recipe.draft.method].build(run.draft_config), torch.arange(run.draft_config.draft_vocab_size)
+    return ReadyDraft(draft.to(target.device, DTYPES[recipe.target.dtype]), rows, target.embedding_rows())
 
 
 # --- for a terminal -----------------------------------------------------------------------------------------------
