@@ -1,6 +1,7 @@
 """A target whose layers were never loaded lends the same rows as the whole one."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,3 +191,28 @@ def test_a_head_with_a_bias_is_refused():
 )
 def test_a_context_is_what_engines_derive(rope, context):
     assert context_of(tf.LlamaConfig(**COMMON, rope_parameters=rope)) == context
+
+
+OWN_CODE = """from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_models_own_code_runs_where_it_is_trusted_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tf.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model, usual = Path(save_tiny_target(tmp_path / "own", "llama")), save_tiny_target(tmp_path / "usual", "llama")
+    (model / "own.py").write_text(OWN_CODE)
+    named = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config = json.loads((model / "config.json").read_text()) | {"model_type": "own", "auto_map": named}
+    (model / "config.json").write_text(json.dumps(config))
+    settings = TargetRecipe(model=str(model), dtype="fp32")
+    for target in (LocalTarget, WeightsOnlyTarget):
+        with pytest.raises(TargetError, match=r"comes with code of its own \(own\), which target.trust_remote_code"):
+            target(settings, "cpu")
+    own = LocalTarget(settings.model_copy(update={"trust_remote_code": True}), "cpu")
+    assert type(own.lm).__name__ == "OwnModel"
+    ids = [5, 9, 21]
+    assert torch.equal(own.capture([ids], (1,)).last_TH, local_target(usual).capture([ids], (1,)).last_TH)

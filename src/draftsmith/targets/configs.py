@@ -51,28 +51,28 @@ def target_config(model: str, revision: str | None = None, trust_remote_code: bo
     if not Path(place).is_dir() and model in PUBLISHED:
         published = dict(PUBLISHED[model])
         return AutoConfig.for_model(published.pop("model_type"), **published)
-    try:
-        config = read_config(place, revision, trust_remote_code)
-    except Exception as error:  # a model's own code, and transformers' checks of values, raise what they like
-        raise TargetError(f"target.model: {_complaint(model, place, revision, trust_remote_code, error)}") from None
+    config = read_config(place, revision, trust_remote_code)
     if getattr(config, "quantization_config", None) is None and (found := _modelopt(place, revision)):
         config.quantization_config = found
     return config
 
 
 def read_config(place: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """The library's configuration, of sizes that a model can have; raises whatever the library and odd values raise."""
+    """The library's configuration, of sizes that a model can have; raises `TargetError`."""
     from transformers import AutoConfig, PreTrainedConfig
 
-    raw, _ = PreTrainedConfig.get_config_dict(place, revision=revision)
-    if not isinstance(raw, dict):
-        raise ValueError("it holds no JSON object")
-    _check_sizes(raw)
-    config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
-    for key, least in LEAST.items():
-        value = value_of(config.get_text_config(), key)
-        if (value is not None or key in NEEDED) and (not isinstance(value, int) or value < least):
-            raise ValueError(f"{key} is {value!r}, wanted a whole number of {least} or more")
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(place, revision=revision)
+        if not isinstance(raw, dict):
+            raise ValueError("it holds no JSON object")
+        _check_sizes(raw)
+        config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
+        for key, least in LEAST.items():
+            value = value_of(config.get_text_config(), key)
+            if (value is not None or key in NEEDED) and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{key} is {value!r}, wanted a whole number of {least} or more")
+    except Exception as error:  # a model's own code, and transformers' checks of values, raise what they like
+        raise TargetError(f"target.model: {_complaint(place, revision, trust_remote_code, error)}") from None
     return config
 
 
@@ -86,7 +86,7 @@ def _check_sizes(config: JsonObject) -> None:
                 raise ValueError(f"{key} is {inner}, more than any model has")
 
 
-def _complaint(model: str, place: str, revision: str | None, trusted: bool, error: Exception) -> str:
+def _complaint(place: str, revision: str | None, trusted: bool, error: Exception) -> str:
     """Why a config cannot be read: not there, custom code, an unknown type, or what transformers says of it."""
     from transformers import CONFIG_MAPPING, PreTrainedConfig, __version__
 
@@ -99,15 +99,15 @@ def _complaint(model: str, place: str, revision: str | None, trusted: bool, erro
     raw = raw if isinstance(raw, dict) else {}
     kind = raw.get("model_type")
     if not raw and not Path(place, "config.json").exists():
-        return f"no config.json of {model!r}: {first_line(error)}"
+        return f"no config.json of {place!r}: {first_line(error)}"
     if "AutoConfig" in str(raw.get("auto_map")) and not trusted:
         return (
-            f"{model!r} comes with code of its own ({kind}), which target.trust_remote_code: true "
+            f"{place!r} comes with code of its own ({kind}), which target.trust_remote_code: true "
             "(--target.trust-remote-code) lets run here"
         )
     if isinstance(kind, str) and kind not in CONFIG_MAPPING and "auto_map" not in raw:
-        return f"{model!r} is of type {kind}, which transformers {__version__} does not know; a newer one may"
-    return f"config.json of {model!r} cannot be read: {first_line(error)}"
+        return f"{place!r} is of type {kind}, which transformers {__version__} does not know; a newer one may"
+    return f"config.json of {place!r} cannot be read: {first_line(error)}"
 
 
 def _modelopt(place: str, revision: str | None) -> JsonObject | None:
