@@ -178,7 +178,7 @@ KEYS = {
         ["--out", "new"],
     ),
     "its own draft to go on from": (
-        ["run", "recipe.yaml", "--dry-run", "--from", "run/export/draft", "--out", "run"],
+        ["run", "recipe.yaml", "--from", "run/export/draft", "--out", "run"],
         ["--out", "new"],
     ),
     "trees on vLLM": (
@@ -253,7 +253,7 @@ def test_a_damaged_draft_is_exported_again_as_the_check_says(world, call):
     status, before = path.stat(), path.read_bytes()
     flipped(WEIGHTS)(world)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert call("export", "recipe.yaml", "--check", "vllm")[0] == 1
+    assert call("export", "recipe.yaml", "--check", "vllm", "--serve.program", sys.executable)[0] == 1
     command, _, more = ADVISED.search(call.err.replace("again:", "anew:")).groups()
     assert call(command, "recipe.yaml", *more.split())[0] == 0, call.err
     assert path.read_bytes() == before
@@ -308,7 +308,7 @@ def test_an_export_is_checked_with_the_target_that_is_told_to_be_given(world, ca
     words = ["export", "recipe.yaml", "--check", "vllm", "--serve.program", "no-such"]
     told = call(*words, "--target.engine", "vllm", "--server.urls", "http://127.0.0.1:9")[1]
     flag, value = read(r"where it fits, give (--\S+) (\w+), else use: draftsmith evaluate RECIPE$", told)
-    assert call(*words, flag, value)[1].startswith("draftsmith: serve.program: cannot start")
+    assert call(*words, flag, value)[1].startswith("draftsmith: serve.program: 'no-such' is not on this machine")
 
 
 def test_taps_that_an_engine_cannot_capture_serve_on_the_others(world, call):

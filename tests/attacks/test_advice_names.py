@@ -36,7 +36,7 @@ THEIRS = {  # flags in lines of ours that are no flags of draftsmith
     "--version": "of the program alone",
 }
 # Files that write command lines of others, engines and torchrun, and one with names of CSS.
-ELSEWHERE = ("engines/vllm.py", "engines/sglang.py", "engines/process.py", "training/processes.py", "report.html")
+ELSEWHERE = ("engines/vllm.py", "engines/sglang.py", "engines/server.py", "training/processes.py", "report.html")
 
 
 def texts() -> Iterator[tuple[str, str]]:

@@ -92,7 +92,7 @@ class Recorder:
 @pytest.fixture(autouse=True)
 def one_commit(monkeypatch):
     """Whoever edits the checkout meanwhile would change what the draft says of its origin."""
-    monkeypatch.setattr(pipeline, "commit", lambda: "0" * 12)
+    monkeypatch.setattr("draftsmith.runs.run.commit", lambda: "0" * 12)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def recorded(tmp_path_factory):
         patch.setattr(os, "fsync", recorder.fsync)
         patch.setattr(os, "replace", recorder.replace)
         patch.setattr(os, "rename", recorder.rename)
-        patch.setattr(pipeline, "commit", lambda: "0" * 12)
+        patch.setattr("draftsmith.runs.run.commit", lambda: "0" * 12)
         again(recipe, out / "run")
     assert recorder.count > 40
     return recipe, out / "run", sorted((out / "states").iterdir())
