@@ -183,7 +183,7 @@ def test_wrong_input_is_one_line(monkeypatch, capsys, world, command, flags, mes
 
 
 @pytest.mark.parametrize(("command", "flags"), [("compare", ("--drafts", "other")), ("tune", ("--engine", "embedded"))])
-def test_commands_that_start_servers_say_that_they_ask_no_other(monkeypatch, capsys, world, command, flags):
+def test_commands_that_decode_in_several_ways_say_that_no_server_is_asked(monkeypatch, capsys, world, command, flags):
     served = ("--target.engine", "vllm", "--evaluate.url", "http://127.0.0.1:9")
     code, told = run(monkeypatch, capsys, world, command, *served, *flags)
     assert code == 2, "no engine is started in this test"

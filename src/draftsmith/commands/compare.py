@@ -27,7 +27,7 @@ class Compare(RecipeCommand):
         from draftsmith.evaluation.compare import measure, page, pair_up, plot
         from draftsmith.runs.estimates import speeds_of
 
-        run.starts_own_servers("compare")
+        run.tell_unasked_url("compare")
         prompts, own = run.files.evaluation_prompts, run.files.draft
         if not prompts.exists():
             raise DataError(f"compare: {prompts} is missing; run: draftsmith prompts RECIPE")

@@ -23,7 +23,7 @@ class Tune(RecipeCommand):
         from draftsmith.core.tables import table
         from draftsmith.runs.tuning import sentence, tune
 
-        run.starts_own_servers("tune")
+        run.tell_unasked_url("tune")
         own = run.recipe.target.engine
         engine = run.engine_of("evaluate") if self.engine == "auto" else self.engine
         if engine == "embedded" and own != "transformers":

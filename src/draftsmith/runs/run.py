@@ -238,10 +238,10 @@ class Run:
             gc.collect()
             torch.cuda.empty_cache()
 
-    def starts_own_servers(self, command: str) -> None:
-        """Says so where a server is named, which has one draft of one shape."""
+    def tell_unasked_url(self, command: str) -> None:
+        """For commands that decode in several ways."""
         if self.recipe.evaluate.url is not None:
-            say(f"{command}: evaluate.url is not asked: it drafts in one way, so servers are started here for each")
+            say(f"{command}: evaluate.url is not asked, as its server drafts in one way, with one draft")
 
     def setup(self, engine: Decodes, logs: Path, draft: Path | None = None) -> Setup:
         """What a session of this engine decodes with; `draft`: another one than the run's own."""
