@@ -8,8 +8,9 @@ from draftsmith.core.records.data import Completion
 from draftsmith.core.shape import Shape
 from draftsmith.decoding.sampling import Sampling
 from draftsmith.decoding.speculate import Decoder
-from draftsmith.decoding.tree import DraftTree, Sampled
+from draftsmith.decoding.tree import DraftTree, Sampled, first_choices
 from draftsmith.drafts.eagle3.drafter import Eagle3Drafter
+from draftsmith.drafts.eagle3.ttt import ttt_outputs
 from draftsmith.drafts.objectives import pack_inputs
 from draftsmith.drafts.packing import make_pack
 from draftsmith.evaluation.acceptance import count
@@ -87,6 +88,33 @@ def test_what_is_sampled_comes_from_the_drafts_own_distribution(shape):
             torch.testing.assert_close(tree.drawn[node], expected)
             assert expected[tree.tokens[node]] > 0
         assert shape == TREE or drawn == [1]
+
+
+def test_a_tree_guesses_at_every_node_what_training_does_along_its_path():
+    """However many beams grow side by side: each reads the output, the keys and the position of its own ancestors."""
+    target, draft, ids = trained_draft()
+    drafter, prompt, top = Eagle3Drafter(draft, ids, target.embedding_rows()), prompts(1)[0], 4
+    drafter.start()
+    drafter.extend(target.capture([prompt[:-1]], drafter.taps).taps_TKH, prompt[1:])
+    levels = []
+
+    def recorded(logits_KD, topk):
+        levels.append(logits_KD)
+        return first_choices(logits_KD, topk)
+
+    tree = drafter.propose(prompt[-1], Shape(3, top, 1 + top + 2 * top**2), recorded)  # all that was ever considered
+    grown = [node for node, children in enumerate(tree.children) if children]
+    assert sorted(tree.depths[node] for node in grown) == [0, *[1] * top, *[2] * top]
+    for node in grown:
+        depth, path = tree.depths[node], tree.ancestors()[node].nonzero()[1:, 0]
+        text = [*prompt, *(tree.tokens[i] for i in path), 1, 1]
+        pack = make_pack([Completion(id="a", ids=text, spans=[(len(prompt) - 1, len(text))])])
+        states = target.capture([text], draft.config.taps).taps_TKH.clone()
+        with torch.no_grad():
+            guesses = ttt_outputs(draft, pack, states, target.embedding_rows()[pack.ids_T], depth + 1)
+            expected_D = draft.logits(guesses[depth][:1])[0]  # of the chain that begins where the tree does
+        assert (levels[depth] - expected_D).abs().amax(1).min() < 1e-4
+        assert [tree.tokens[child] for child in tree.children[node]] == ids[expected_D.topk(top).indices].tolist()
 
 
 class OracleDrafter:
