@@ -14,7 +14,7 @@ from draftsmith.drafts.eagle3.ttt import ttt_outputs
 from draftsmith.drafts.objectives import pack_inputs
 from draftsmith.drafts.packing import make_pack
 from draftsmith.evaluation.acceptance import count
-from draftsmith.training.metrics import chain_walk, greedy_matches
+from draftsmith.training.metrics import chain_walk, evaluate_heldout, greedy_matches
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3", "minimax_m2"]
 CHAIN, TREE = Shape(3, 1, 4), Shape(3, 4, 8)
@@ -183,11 +183,24 @@ def test_acceptance_in_training_is_acceptance_when_decoding(architecture):
         verified += counted.steps + counted.looping_steps
         span = [len(prompt), len(prompt) + len(decoded.ids)]
         completions.append(Completion(id=str(i), ids=prompt + decoded.ids, spans=[span]))
-    pack = make_pack(completions)
-    states = target.capture(pack.documents, draft.config.taps)
     rows = target.head_rows(ids)
-    inputs = pack_inputs(
-        pack, states.taps_TKH, states.last_TH, target.embedding_rows(), rows, None, None, torch.float32
-    )
-    assert chain_walk(pack, greedy_matches(draft, inputs, ids, 3), 3) == (accepted, verified)
+
+    def inputs_of(completions):
+        pack = make_pack(completions)
+        states = target.capture(pack.documents, draft.config.taps)
+        return pack_inputs(
+            pack, states.taps_TKH, states.last_TH, target.embedding_rows(), rows, None, None, torch.float32
+        )
+
+    inputs = inputs_of(completions)
+    assert chain_walk(inputs.pack, greedy_matches(draft, inputs, ids, 3), 3) == (accepted, verified)
     assert 0 < accepted < 3 * verified
+    # what is told of held-out text: the same whether in one pack or in two, and however many processes share them
+    deep = greedy_matches(draft, inputs, ids, 4)
+    packs = [inputs_of(completions[:3]), inputs_of(completions[3:])]
+    held_out = evaluate_heldout(draft, packs, ids, 4, lambda sums: [2 * one for one in sums])
+    assert held_out.match == pytest.approx([match.float().mean().item() for _, match, _ in deep])
+    assert held_out.alpha == pytest.approx([alpha.mean().item() for _, _, alpha in deep], rel=1e-4)
+    further, steps = chain_walk(inputs.pack, deep, 4)
+    assert held_out.tau == pytest.approx({3: 1 + accepted / verified, 4: 1 + further / steps})
+    assert held_out.verifications == 2 * verified
