@@ -47,8 +47,11 @@ def stub(layer: dict, device: str):
         return LlamaForCausalLM(config).bfloat16().eval()
 
 
-def run_ours(layer: dict, documents: int, length: int, steps: int, device: str = "cuda") -> dict:
+def run_ours(
+    layer: dict, documents: int, length: int, steps: int, device: str = "cuda", gate: Path | None = None
+) -> dict:
     import torch
+    from peers import wait_at
 
     from draftsmith.core.recipe_file import parse_recipe
     from draftsmith.core.records.base import write_rows
@@ -80,6 +83,8 @@ def run_ours(layer: dict, documents: int, length: int, steps: int, device: str =
         capture = trainer._ahead(trainer._capture_source(), trainer._packs_to_come())
         seconds, flops = [], []
         for [indices] in trainer.steps:
+            if trainer.step == WARM_UP:
+                wait_at(gate)
             pack = make_pack([trainer.rows[i] for i in indices])
             started = time.perf_counter()
             trainer._optimiser_step([pack], capture)  # ends with a look at the loss: the GPU has done it by then,
@@ -148,6 +153,7 @@ def peers(options: argparse.Namespace, name: str, scratch: Path) -> list[dict]:
                     *("--peer", peer, "--device", "cuda", "--layer", json.dumps(shape), "--target", str(target)),
                     *("--data", str(scratch / "data.safetensors"), "--batch", str(documents), "--seq", str(length)),
                     *("--steps", str(options.steps)),
+                    *(("--gate", str(options.gate)) if options.gate else ()),
                 ]
             )
             rows.append({"system": peer, "draft": name, "documents": documents, "length": length, **found})
@@ -167,7 +173,10 @@ def main() -> None:
     parser.add_argument(
         "--ours", nargs=3, metavar=("DRAFT", "DOCUMENTS", "LENGTH"), help="one setting, in this process"
     )
+    parser.add_argument("--gate", type=Path, help="file to wait for between compiling and timing (peers.py)")
     options = parser.parse_args()
+    if options.gate and max(map(len, (options.system, options.draft, options.pack))) > 1:
+        parser.error("--gate is for one setting: one --system, --draft and --pack")
     import torch
 
     from draftsmith.runs.run import commit
@@ -176,12 +185,13 @@ def main() -> None:
         sys.exit("benchmarks/gpu.py: no CUDA device")
     if options.ours:
         name, documents, length = options.ours
-        print(json.dumps(run_ours(LAYERS[name], int(documents), int(length), options.steps)))
+        print(json.dumps(run_ours(LAYERS[name], int(documents), int(length), options.steps, gate=options.gate)))
         return
     rows = []
     for name in options.draft:
         for documents, length in options.pack if "draftsmith" in options.system else ():
             command = [sys.executable, __file__, "--steps", str(options.steps)]
+            command += ["--gate", str(options.gate)] if options.gate else []
             found = one([*command, "--ours", name, str(documents), str(length)])
             rows.append({"system": "draftsmith", "draft": name, "documents": documents, "length": length, **found})
         if options.peers:

@@ -1,4 +1,4 @@
-"""Train an EAGLE-3 draft with a peer's own classes, and time it. Run on CPUs so far; --device cuda has yet to be tried.
+"""Train an EAGLE-3 draft with a peer's own classes, and time it. On a CPU, or with --device cuda.
 
 Run with the environment of install_peers.sh:
 
@@ -13,6 +13,8 @@ Data file: input_ids int64 [N, S], loss_mask bool or int [N, S], d2t int64 [D] (
 id = draft id + d2t), t2d bool [V]. With lengths int64 [N] every row is a document of its own,
 padded to S: they come in an order of the seed, as many to a step as --batch times --seq tokens hold,
 for SpecForge --batch of them.
+
+With --gate what compiles for minutes can do so beside other work, and is timed once that is stopped: see wait_at.
 
 The peers run as shipped, SpecForge's @torch.compile included; what a CPU forced is marked "CPU:".
 """
@@ -278,6 +280,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--target", required=True, help="Hugging Face directory of the target")
     parser.add_argument("--lr", type=float, help="default: the peer's own (1e-4 SpecForge, 1e-3 speculators)")
     parser.add_argument("--save", type=Path, help="write SHARE/ here, the draft after that share, in SGLang's layout")
+    parser.add_argument("--gate", type=Path, help="wait for this file after the warm-up step; GATE.ready says so")
     parser.add_argument("--gemma-norm", action="store_true", help="speculators: correct its teacher's final norm")
     args = parser.parse_args()
     if args.steps < 1:
@@ -304,6 +307,14 @@ def timed(target: PreTrainedModel, step: Callable[[list[Capture]], float], docum
     end, tokens = time.perf_counter(), sum(len(ids) for ids, _ in documents)
     print(f"loss {loss:.4f}, {tokens} tokens, {end - start:.2f} s", file=sys.stderr)
     return Timed(tokens, captured - start, end - captured, time.process_time() - cpu)
+
+
+def wait_at(gate: Path | None) -> None:
+    """Say by a file GATE.ready that timing can begin, and wait for somebody to make GATE."""
+    if gate is not None:
+        gate.with_name(f"{gate.name}.ready").touch()
+        while not gate.exists():
+            time.sleep(0.05)
 
 
 def affordable(args: argparse.Namespace, target: PreTrainedModel, data: dict[str, torch.Tensor]) -> int:
@@ -339,6 +350,8 @@ def main() -> None:
     steps: list[Timed] = []
     drafts = {max(1, round(share * (args.steps + 1))): share for share in args.shares} if args.save else {}
     for documents in itertools.islice(batches(data, args), args.steps + 1):
+        if len(steps) == 1:
+            wait_at(args.gate)
         steps.append(timed(target, step, documents))
         if len(steps) in drafts:
             save_sglang(draft, draft_config(data), args.save / str(drafts[len(steps)]))
