@@ -178,6 +178,8 @@ def ablations() -> str:
         "",
         *whole_recipe(),
         "",
+        *on_a_gpu(),
+        "",
         *split_of_an_hour(),
     ]
     return "\n".join(lines) + "\n"
@@ -201,6 +203,34 @@ def whole_recipe() -> list[str]:
         "seed), and the chance in the end that a sampled draft is accepted:",
         "",
         *table(["changed", "commit", *map(str, marks), "alpha by depth in the end"], rows),
+    ]
+
+
+def on_a_gpu() -> list[str]:
+    """Millions of tokens, where a switch that costs a CPU its few steps may pay."""
+    told = read_json(RESULTS / "gpu-ablations.json")
+    rows = []
+    for cell in told["cells"]:
+        given = {
+            f"{part}.{key}": value
+            for part, values in cell["changed"].items()
+            if isinstance(values, dict)
+            for key, value in values.items()
+        }
+        given |= {"a random start": ""} if cell["changed"].get("random") else {}
+        given |= {f"one in {cell['changed']['text']} of the completions": ""} if cell["changed"].get("text") else {}
+        taus = [f"{cell['tau'][step]:.3f}" if step in cell["tau"] else "-" for step in ("200", "400", "600")]
+        depths = [" / ".join(f"{x:.3f}" for x in cell[kind]) for kind in ("match", "alpha")]
+        rows.append([switches(given), f"{cell['text_tokens'] / 1e6:.1f} M", *taus, *depths])
+    return [
+        f"Where minutes are millions of tokens ({told['device']}, commit {told['commit'].split()[0]}: "
+        f"`{told['command']}`, RUN being that of [results.md](results.md#training-on-a-gpu), "
+        "`train.objective soft_ce`, packs of 8,192 tokens, 256 completions held out, one seed): held-out tau after so "
+        "many steps of a whole schedule of 600, and in the end, by depth, the shares of drafts that are the target's "
+        "own token and the chances that a sampled one is accepted. "
+        f"A cell without a last tau was cut off, as {told['cut']}; its shares are those of its last tau.",
+        "",
+        *table(["changed", "text", "200", "400", "600", "greedy by depth", "sampled by depth"], rows),
     ]
 
 

@@ -175,7 +175,7 @@ def main() -> None:
     )
     parser.add_argument("--gate", type=Path, help="file to wait for between compiling and timing (peers.py)")
     options = parser.parse_args()
-    if options.gate and max(map(len, (options.system, options.draft, options.pack))) > 1:
+    if options.gate and not options.ours and max(map(len, (options.system, options.draft, options.pack))) > 1:
         parser.error("--gate is for one setting: one --system, --draft and --pack")
     import torch
 

@@ -32,6 +32,7 @@ from draftsmith.training.trainer import Trainer
 HERE = Path(__file__).parent
 RECIPE, RESULT = HERE.parent / "recipes" / "smollm2-135m-gpu.yaml", HERE / "results" / "gpu-ablations.json"
 HELD_OUT = 256
+OBJECTIVE = "soft_ce"  # of the first cells; the recipe has the winner's
 ADAMW = {"optimizer": "adamw", "learning_rate": 1e-3}
 CELLS: dict[str, JsonObject] = {  # keys of the recipe; `random`: a random start; `text`: of the completions, one in n
     "nothing": {},
@@ -69,8 +70,8 @@ def train(name: str, run: RunFiles, target: LocalTarget, steps: int, work: Path)
     changed = dict(CELLS[name])
     random, Cell.one_in = changed.pop("random", False), changed.pop("text", 1)
     every = max(1, steps // 3)
-    length = {"max_steps": steps, "epochs": 1000, "held_out": HELD_OUT, "evaluate_every": every}
-    given = {**changed, "train": {**changed.get("train", {}), **length, "checkpoint_every": steps}}
+    length = {"objective": OBJECTIVE, "max_steps": steps, "epochs": 1000, "held_out": HELD_OUT, "evaluate_every": every}
+    given = {**changed, "train": {**length, "checkpoint_every": steps, **changed.get("train", {})}}
     trainer = Cell(
         load_recipe(RECIPE, given), target, run.completions, DraftVocabulary.load(run.vocabulary), work / name
     )

@@ -232,29 +232,46 @@ def decoding() -> list[str]:
 
 
 def on_gpus() -> list[str]:
-    told = read_json(RESULTS / "h100.json")
+    machines = [read_json(RESULTS / f"{name}.json") for name in ("h100", "h200")]
     rows = [
         [
-            *(r["system"], r["draft"], f"{r['documents']} x {r['length']}", f"{r['tokens_per_s']:,.0f}"),
+            *(
+                r["system"],
+                told["device"].removeprefix("NVIDIA "),
+                r["draft"],
+                f"{r['documents']} x {r['length']}",
+                f"{r['tokens_per_s']:,.0f}",
+            ),
             f"{r['mfu']:.0%}" if r.get("mfu") else "-",  # nobody counts a peer's arithmetic
             f"{r['peak_bytes'] / 1e9:.1f} GB",
             f"{r['kernels']:,}" if "kernels" in r else "-",
         ]
+        for told in machines
         for r in told["rows"]
         if "failed" not in r
     ]
-    small = told["small_draft"]
+    small, long = (told["small_draft"] for told in machines)
+    curve = ", ".join(f"{tau:.2f} after {int(step):,}" for step, tau in long["held_out_tau"].items())
     return [
         "## Training on a GPU",
         "",
-        f"{told['device']}, torch {told['torch']}, commit {told['commit']}: `{told['command']}`. Beside it: "
-        f"{told['peers']}.",
-        "",
-        *table(["system", "draft of", "pack", "tokens/s", "MFU", "peak memory", "kernels a step"], rows),
+        *(
+            f"{told['device']}, torch {told['torch']}, commit {told['commit']}: `{told['command']}`. Beside it: "
+            f"{told['peers']}.\n"
+            for told in machines
+        ),
+        *table(["system", "card", "draft of", "pack", "tokens/s", "MFU", "peak memory", "kernels a step"], rows),
         "",
         f"A small draft waits for the host that launches its kernels: {small['step_s'] * 1e3:.0f} ms a step of "
         f"{small['step_tokens']:,} tokens, {small['fastest_step_s'] * 1e3:.0f} the fastest of {small['steps']} "
         f"(`{small['command']}`; held-out tau {small['held_out_tau_of_600_steps']:.2f} after 600 of them).",
+        "",
+        f"A longer one, on an H200: {long['completion_tokens']:,} tokens of {long['completions']:,} answers, "
+        f"{long['greedy_tokens'] / long['completion_tokens']:.0%} of them greedy, written at "
+        f"{long['regenerate_tokens_per_s']:,.0f} tokens/s by the embedded engine at batch "
+        f"{long['regenerate_batch']:,}; {long['steps']:,} of {long['planned_steps']:,} steps of "
+        f"{long['step_tokens']:,} tokens before the loan ended; held-out tau {curve} steps (`{long['command']}`). What "
+        "one switch changes there is in [ablations.md](ablations.md).",
         "",
     ]
 

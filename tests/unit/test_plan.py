@@ -75,7 +75,7 @@ def test_a_small_draft_on_a_gpu_waits_for_the_host():
     told = plan_of(run, roofline(run, preset("h100-1")))
     assert 0.9 * timed["fastest_step_s"] < told.numbers["train"] / recipe.train.max_steps < timed["step_s"]
     assert "launching kernels sets the pace" in page(told)
-    assert "the target sets the pace" in page(planned("qwen3-8b-eagle3", "h100-1"))
+    assert "the trainer sets the pace" in page(planned("qwen3-8b-eagle3", "h100-1"))
 
 
 def test_what_does_not_fit_is_said_with_what_would():

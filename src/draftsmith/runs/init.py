@@ -124,7 +124,10 @@ def _values(facts: Facts, data: Path | None, gpu: bool, revision: str | None, tr
         "pack_tokens": 4096 if gpu else 1024,
         "max_document_tokens": min(4096 if gpu else 512, context),
         "ttt_steps": 7 if gpu else 3,
-        **({} if gpu else {"optimizer": "muon", "learning_rate": 0.004, "head_rate": 0.3, "dtype": "fp32"}),
+        **({"objective": "lk_lambda"} if gpu else {"dtype": "fp32"}),
+        "optimizer": "muon",
+        "learning_rate": 0.001 if gpu else 0.004,
+        "head_rate": 0.3,
         "capture": "online" if gpu else "offline",
     }
     regenerate = {
