@@ -20,6 +20,7 @@ from draftsmith.core.records.evaluation import Results, Tau
 from draftsmith.core.records.run import Manifest, Provenance
 from draftsmith.core.records.training import TrainingSummary
 from draftsmith.core.run_files import RunFiles
+from draftsmith.core.shape import Shape
 from draftsmith.engines import ENGINES
 from draftsmith.evaluation.acceptance import INTERVAL_PROMPTS
 from draftsmith.evaluation.lossless import lossless_verdict
@@ -36,6 +37,7 @@ CASES = (  # README's three ways to begin
 )
 TITLES = {
     "smollm2-135m-cpu": "SmolLM2-135M-Instruct, one draft on three engines",
+    "smollm2-135m-gpu": "SmolLM2-135M-Instruct, the draft of the H200 (see below) after 40 more steps on this CPU",
     "gemma3-270m-cpu": "Gemma-3-270m, the longer CPU recipe",
     "gemma3-270m-vllm-bf16": "The same draft on vLLM, bf16",
     "gemma3-270m-vllm-fp32": "The same draft on vLLM, fp32",
@@ -312,12 +314,27 @@ def document() -> str:
     return "\n".join([*parts, *arena(), *throughput(), *decoding(), *on_gpus(), *predictions()]).rstrip() + "\n"
 
 
+def of_minutes_on_a_gpu() -> str:
+    told, trained = dict(measured(read_json(RESULTS / "smollm2-135m-gpu.json"))), read_json(RESULTS / "h200.json")
+    here, small = told[ENGINES["embedded"].title], trained["small_draft"]
+    taus = {(e.shape, e.temperature, e.drafts): e.all for e in here.acceptance}
+    speed = max((s for s in here.speed if s.batch == 1), key=lambda s: s.speedup)
+    chain, own = Shape.chain(3), ENGINES["embedded"].title
+    others = [f"{r.acceptance[0].all.tau:.2f} on {engine}" for engine, r in told.items() if engine != own]
+    return (
+        f"From {small['completion_tokens'] / 1e6:.1f} M tokens, minutes on an H200 and 40 steps here: "
+        f"{taus[chain, 0, 'greedy']} at {chain} ({', '.join(others)}), {taus[Shape(3, 4, 8), 0, 'greedy']} as a tree, "
+        f"{taus[chain, 1, 'sampled']} at T = 1; {speed.plain_tokens_per_s:.1f} → {speed.drafted_tokens_per_s:.1f} "
+        "tokens/s."
+    )
+
+
 def first_table() -> str:
     told = dict(measured(read_json(RESULTS / f"{FIRST}.json")))
     rows = []
     for engine, result in told.items():
         speeds = {s.shape: s for s in result.speed if s.batch == 1}
-        for e in result.acceptance:
+        for e in (e for e in result.acceptance if e.temperature == 0 or e.drafts == "sampled"):
             taus = [f"{e.by_category[c].tau:.2f}" for c in ("chat", "code", "math")]
             speed = speeds.get(e.shape) if e.temperature == 0 else None
             gain = "-"
@@ -325,7 +342,7 @@ def first_table() -> str:
                 gain = f"{speed.plain_tokens_per_s:.1f} → {speed.drafted_tokens_per_s:.1f} tokens/s"
             rows.append([engine, str(e.shape), e.how.removeprefix("T="), str(e.all), " / ".join(taus), gain])
     head = ["engine", "shape", "T", "tau [95 %]", "chat / code / math", "batch 1, plain → drafted"]
-    return "\n".join(table(head, rows))
+    return "\n".join([*table(head, rows), "", of_minutes_on_a_gpu()])
 
 
 def cases_table() -> str:

@@ -235,6 +235,9 @@ def test_gpus_answer_by_vllm_where_it_is_installed(tmp_path, monkeypatch, capsys
     assert "--serve.program '/opt/vllm/bin/vllm serve'" in told
     one = run("sh", "one", **{"evaluate.engine": "embedded"})
     assert (one.tell_engine("regenerate"), one.tell_engine("evaluate")) == ("vllm", "embedded")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert run("no-such-vllm serve", "single").tell_engine("regenerate") == "embedded"
+    assert "decodes on the GPU," in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert run("sh", "none").tell_engine("regenerate") == "embedded"
     assert "GPUs" not in capsys.readouterr().err

@@ -213,9 +213,10 @@ class Run:
                 here = f"--{stage}.engine embedded: this process, several times slower"
                 say(f"{stage}: {ENGINES[name].title} decodes; {here}")
             else:
+                where = f"one of {len(self.cards)} GPUs" if len(self.cards) > 1 else "the GPU"
                 say(
-                    f"{stage}: this process decodes on one of {len(self.cards)} GPUs, without CUDA graphs and several "
-                    "times slower than vLLM; python -m venv /opt/vllm && /opt/vllm/bin/pip install vllm, then give "
+                    f"{stage}: this process decodes on {where}, without CUDA graphs and several times "
+                    "slower than vLLM; python -m venv /opt/vllm && /opt/vllm/bin/pip install vllm, then give "
                     "--serve.engine vllm --serve.program '/opt/vllm/bin/vllm serve'"
                 )
         return name
