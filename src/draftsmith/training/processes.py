@@ -55,7 +55,10 @@ class ProcessGroup:
                 f"processes; give a multiple of {self.size}"
             )
         if settings.shard and self.size > 1 and settings.optimizer == "muon":
-            raise DataError("train.shard: not with Muon; give train.optimizer adamw or train.shard false")
+            raise DataError(
+                "train.shard: not with Muon; give train.shard false, or train.optimizer adamw with its own rates "
+                "(train.learning_rate 1e-4 and train.head_rate 1 in published recipes)"
+            )
 
     @property
     def main(self) -> bool:
