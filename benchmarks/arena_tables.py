@@ -157,7 +157,7 @@ def ablations() -> str:
     lines = [
         "# Ablations",
         "",
-        "Made by `python benchmarks/results.py render` from `benchmarks/results/arena*.json`: one switch each of "
+        "Made by `python benchmarks/results.py render` from `benchmarks/results/`: one switch each of "
         "`recipes/smollm2-135m-cpu.yaml` with no loss on prompts and no weight decay, "
         f"{now['data']['completion_tokens']:,} tokens of text, all of them drawn, "
         f"{now['seconds']:g} CPU seconds of training (`python benchmarks/arena.py --only NAME`), tau of the chain "
@@ -209,6 +209,7 @@ def whole_recipe() -> list[str]:
 def on_a_gpu() -> list[str]:
     """Millions of tokens, where a switch that costs a CPU its few steps may pay."""
     told = read_json(RESULTS / "gpu-ablations.json")
+    marks = sorted({step for cell in told["cells"] for step in cell["tau"]}, key=int)
     rows = []
     for cell in told["cells"]:
         given = {
@@ -219,18 +220,22 @@ def on_a_gpu() -> list[str]:
         }
         given |= {"a random start": ""} if cell["changed"].get("random") else {}
         given |= {f"one in {cell['changed']['text']} of the completions": ""} if cell["changed"].get("text") else {}
-        taus = [f"{cell['tau'][step]:.3f}" if step in cell["tau"] else "-" for step in ("200", "400", "600")]
+        taus = [f"{cell['tau'][step]:.3f}" if step in cell["tau"] else "-" for step in marks]
         depths = [" / ".join(f"{x:.3f}" for x in cell[kind]) for kind in ("match", "alpha")]
-        rows.append([switches(given), f"{cell['text_tokens'] / 1e6:.1f} M", *taus, *depths])
+        cost = [f"{cell[key] / 1e6:.1f} M" for key in ("text_tokens", "read_tokens")]
+        seconds = f"{cell['seconds']:.0f}" if cell["seconds"] else "-"
+        rows.append([switches(given), *cost, seconds, *taus, *depths])
     return [
         f"Where minutes are millions of tokens ({told['device']}, commit {told['commit'].split()[0]}: "
-        f"`{told['command']}`, RUN being that of [results.md](results.md#training-on-a-gpu), "
+        f"`{told['command']}`, RUN being the H200's of [results.md](results.md#training-on-a-gpu), "
         "`train.objective soft_ce`, packs of 8,192 tokens, 256 completions held out, one seed): held-out tau after so "
-        "many steps of a whole schedule of 600, and in the end, by depth, the shares of drafts that are the target's "
-        "own token and the chances that a sampled one is accepted. "
-        f"A cell without a last tau was cut off, as {told['cut']}; its shares are those of its last tau.",
+        f"many steps of a whole schedule of {marks[-1]}, and in the end, by depth, the shares of drafts that are the "
+        "target's own token and the chances that a sampled one is accepted (with `lk_lambda` by the target's whole "
+        "distribution, else by the one renormalised over the draft vocabulary, a little too high). Text with its "
+        "prompts; seconds beside other jobs. A cell without a last tau was cut off when the machine went back; its "
+        "shares are those of its last tau.",
         "",
-        *table(["changed", "text", "200", "400", "600", "greedy by depth", "sampled by depth"], rows),
+        *table(["changed", "text", "read", "seconds", *marks, "greedy by depth", "sampled by depth"], rows),
     ]
 
 

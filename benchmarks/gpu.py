@@ -8,7 +8,7 @@ runs in a process of its own; one that fails is told with its last line. MFU (do
 the peak of the GPU is known. The peers (benchmarks/install_peers.sh, but with a CUDA build of torch) run by peers.py
 and compile for minutes before their first step; without --peers they are left out, and the file says so.
 
-benchmarks/results/h100.json is what one H100 gave: please send yours.
+benchmarks/results/h100.json and h200.json are what one of each gave: please send yours.
 """
 
 import argparse

@@ -5,8 +5,10 @@
 
 Every cell trains anew, by the train stage's own trainer, on the run's completions and draft vocabulary, for --steps
 steps with a whole schedule; the same completions are held out of all. Tau is that of chains of three (a prefix of the
-text is accepted as decoding accepts it), alpha the chance by depth that a sampled draft token is accepted. Several
-processes may work on one --work: whoever starts a cell first has it, and what is done already is kept. The result:
+text is accepted as decoding accepts it), alpha the chance by depth that a sampled draft token is accepted: by the
+target's own distribution with lk_* and true_probabilities, else by the one renormalised over the draft vocabulary,
+which is a little too high. Several processes may work on one --work: whoever makes NAME.begun first has the cell (to
+try one again that was cut off, delete that file), and what is done already is kept. The result:
 benchmarks/results/gpu-ablations.json.
 """
 
@@ -70,7 +72,7 @@ def train(name: str, run: RunFiles, target: LocalTarget, steps: int, work: Path)
     changed = dict(CELLS[name])
     random, Cell.one_in = changed.pop("random", False), changed.pop("text", 1)
     every = max(1, steps // 3)
-    length = {"objective": OBJECTIVE, "max_steps": steps, "epochs": 1000, "held_out": HELD_OUT, "evaluate_every": every}
+    length = {"objective": OBJECTIVE, "max_steps": steps, "epochs": 20, "held_out": HELD_OUT, "evaluate_every": every}
     given = {**changed, "train": {**length, "checkpoint_every": steps, **changed.get("train", {})}}
     trainer = Cell(
         load_recipe(RECIPE, given), target, run.completions, DraftVocabulary.load(run.vocabulary), work / name

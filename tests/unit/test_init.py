@@ -83,7 +83,7 @@ def test_sizes_and_engine_follow_the_machine(tmp_path):
     assert (recipe.target.engine, recipe.target.dtype, recipe.vocab.size) == ("transformers", "bf16", 32000)
     assert (recipe.train.ttt_steps, recipe.train.capture) == (7, "online")
     published = load_recipe(Path(__file__).parents[2] / "recipes" / "qwen3-8b-eagle3.yaml").train
-    for key in ("objective", "optimizer", "learning_rate", "head_rate"):  # what measurements chose for GPUs
+    for key in ("objective", "optimizer", "learning_rate", "head_rate"):
         assert getattr(recipe.train, key) == getattr(published, key)
     assert (published.objective, published.optimizer) == ("lk_lambda", "muon")
     assert "8.19 B parameters, 16.4 GB as served" in text

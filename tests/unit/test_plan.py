@@ -64,7 +64,7 @@ def test_the_reference_run_is_that_of_a_quarter_billion_draft():
     assert told.numbers["target weights"] / 8 < told.numbers["target"] < told.numbers["target weights"] / 4
     text = page(told)
     assert "sets the pace" in text
-    assert "minutes on one H100 are all that stands behind these hours" in text
+    assert "minutes on an H100 and an H200 are all that stands behind these hours" in text
 
 
 def test_a_small_draft_on_a_gpu_waits_for_the_host():

@@ -207,7 +207,8 @@ class TrainRecipe(Model):
     accumulate: Positive = 1
     """Packs per optimiser step, dealt out to all processes."""
     shard: bool = False
-    """Several processes only: keep weights and optimiser in parts on them (FSDP2) instead of a copy on each."""
+    """Several processes and AdamW only: keep weights and optimiser in parts on them (FSDP2) instead of a copy on
+    each."""
     timeout_min: Annotated[float, Field(gt=0, le=10080)] = 15.0
     """Several processes only: how long they wait for one another, in minutes, before a training ends that one of them
     hangs in. The first one evaluates and saves meanwhile, so it is to be longer than that takes."""

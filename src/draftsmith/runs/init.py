@@ -198,6 +198,8 @@ def render(values: JsonObject, facts: Facts, needs: Plan, machine: Machine) -> s
         "size": f"of {text.vocab_size:,} tokens; what is outside can never be drafted (the report has the coverage)",
         "taps": f"the default needs more than {layers} layers",
         "pack_tokens": parts["trainer"],
+        "objective": "drafts are served sampled, too",
+        "learning_rate": "not measured at every width: halve or double it and compare held-out tau",
         "capture": f"hidden states go to disk once, {parts['all of them'].split(' on disk')[0]}"
         if values["train"]["capture"] == "offline"
         else "hidden states never touch the disk",

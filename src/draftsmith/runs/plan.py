@@ -179,9 +179,10 @@ class Sizes:
         self.trainer_state = 10 * self.draft.parameters + self.optimiser
         self.activations = self.draft.activation_bytes(train, self.gpu)
         # What the trainer has of the target: all of it and what one of its layers makes of a pack, or both its ends;
-        # with them the draft's rows of the head, or all of them a second time.
+        # with them the draft's rows of the head, and where the teacher takes all of them a second copy.
         ends = target.embedding.parameters + (0.0 if target.tied else target.head.parameters)
-        rows = 2 * (target.head.parameters if train.full_teacher else self.draft.head)
+        full = train.full_teacher and self.draft.head < target.head.parameters
+        rows = 2 * (self.draft.head + (target.head.parameters if full else 0.0))
         made = 2 * train.pack_tokens * target.active_body / (target.layers * target.hidden)
         self.target_beside = rows + (2 * ends if self.served else target.bytes + self.packed + made)
         self.trainer = self.trainer_state + self.activations + self.ahead + self.target_beside
@@ -237,7 +238,8 @@ def _put_memory(out: Plan, s: Sizes) -> None:
         f"weights, gradients and optimiser {size(s.trainer_state)}, activations at most {size(s.activations)}, of the "
         f"target {size(s.target_beside)}"
     )
-    mend = "a smaller train.pack_tokens or train.max_document_tokens, or train.shard"
+    shard = "train.shard" if recipe.train.optimizer == "adamw" else "train.optimizer adamw and train.shard"
+    mend = f"a smaller train.pack_tokens or train.max_document_tokens, or {shard}"
     out.put("memory", "trainer", s.trainer, f"{size(s.trainer)} of {device}: {parts}; {fits(s.trainer, mend)}")
     if not s.served and recipe.target.dtype != "fp32":
         what = (
@@ -296,7 +298,9 @@ def _put_hours(out: Plan, s: Sizes, costs: Costs) -> float:
     if s.gpu and not s.served:
         out.assumptions.append(f"steps in this process take {EAGER_LAYER_S * 1e3} ms a layer more than a graph's")
     if machine.flops_s > GPU_FLOPS_S:
-        out.assumptions.append("minutes on one H100 are all that stands behind these hours: take them as the least")
+        out.assumptions.append(
+            "minutes on an H100 and an H200 are all that stands behind these hours: take them as the least"
+        )
     return s.token_bytes * s.trained / max(compute_s, capture_s)
 
 

@@ -56,8 +56,8 @@ class ProcessGroup:
             )
         if settings.shard and self.size > 1 and settings.optimizer == "muon":
             raise DataError(
-                "train.shard: not with Muon; give train.shard false, or train.optimizer adamw with its own rates "
-                "(train.learning_rate 1e-4 and train.head_rate 1 in published recipes)"
+                "train.shard: not with Muon, and AdamW wants rates of its own (train.learning_rate 1e-4 and "
+                "train.head_rate 1 in published recipes); give train.optimizer adamw or train.shard false"
             )
 
     @property
