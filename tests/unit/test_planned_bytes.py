@@ -43,10 +43,11 @@ def counted(config, train: TrainRecipe, documents: int) -> int:
             loss = TTTLoss(Eagle3Draft(config).to(dtype), train)
         embedding = torch.empty(config.vocab_size, config.hidden_size, **states)
         head = torch.empty(config.draft_vocab_size, config.hidden_size, **states)
+        full = torch.empty(config.vocab_size, config.hidden_size, **states) if train.full_teacher else None
         base = bytes_.peak = bytes_.live
         taps = torch.empty(len(pack.ids_T), len(config.taps), config.hidden_size, **states)
         last = torch.empty(len(pack.ids_T), config.hidden_size, **states)
-        inputs = pack_inputs(pack, taps, last, embedding, head, None, None, dtype)
+        inputs = pack_inputs(pack, taps, last, embedding, head, full, None, dtype)
         del taps, last
         value, _ = loss(inputs, [1e-4] * train.ttt_steps)
         value.backward()
@@ -58,8 +59,8 @@ def test_activations_are_those_counted(name):
     text = TARGETS[name]().get_text_config()
     config = draft_config(Eagle3Recipe(), text, text.num_hidden_layers, 32000)
     size = config
-    for documents, length in ((4, 2048), (1, 8192)):
-        train = TrainRecipe(pack_tokens=documents * length, max_document_tokens=length)
+    for documents, length, objective in ((4, 2048, "soft_ce"), (1, 8192, "soft_ce"), (1, 8192, "lk_lambda")):
+        train = TrainRecipe(pack_tokens=documents * length, max_document_tokens=length, objective=objective)
         with as_on_cuda():
             assert size.activation_bytes(train, gpu=True) == pytest.approx(counted(config, train, documents), rel=0.1)
 

@@ -78,9 +78,12 @@ def test_training_and_decoding_give_the_cpus_numbers(gpu, architecture):
         assert on_device.ids == decoded(cpu, architecture, CPU, shape, sampling).ids
 
 
-@pytest.mark.parametrize(("capture", "optimizer"), [("online", "adamw"), ("offline", "muon")])
-def test_the_host_waits_once_a_training_step(gpu, tmp_path, capture, optimizer):
-    changes = {"train.capture": capture, "train.optimizer": optimizer}
+@pytest.mark.parametrize(
+    ("capture", "optimizer", "objective"),
+    [("online", "adamw", "soft_ce"), ("offline", "muon", "lk_lambda"), ("offline", "muon", "lk_alpha")],
+)
+def test_the_host_waits_once_a_training_step(gpu, tmp_path, capture, optimizer, objective):
+    changes = {"train.capture": capture, "train.optimizer": optimizer, "train.objective": objective}
     on = trainer_on(target_on(gpu.device, "llama"), tmp_path / "gpu", **changes)
     cpu = trainer_on(on_cpu("llama")[0], tmp_path / "cpu", **changes)
     sources = on._capture_source(), cpu._capture_source()
