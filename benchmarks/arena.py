@@ -127,6 +127,8 @@ OURS: dict[str, JsonObject] = {  # one switch each
     "no-fc-norm": {"draft.fc_norm": False, "train.learning_rate": 8e-3},  # not fitted, so the rate of random starts
     "on-prompts": {"train.on_prompts": True},
     "weight-decay": {"train.weight_decay": 1.0},
+    "head-rate-1": {"train.head_rate": 1.0},
+    "head-still": {"train.head_rate": 1e-6},  # what a step would save by freezing it is not taken off
     "wide": {"draft.intermediate_size": 3072},  # twice the target's
     "vocab-4096": {"vocab.size": 4096},
     "vocab-16384": {"vocab.size": 16384},
