@@ -345,7 +345,7 @@ def test_results_of_another_draft_are_left_out(copied, capsys):
     assert "evaluate-vllm/results.json is of another draft and left out" in capsys.readouterr().err
 
 
-def test_a_training_goes_on_from_an_earlier_draft(copied, tmp_path):
+def test_a_training_goes_on_from_an_earlier_draft(copied, tmp_path, capsys):
     """With its vocabulary, shape and weights; what is in it decides whether anything is made anew, not where it is."""
     recipe, directory = copied
     earlier = shutil.copytree(directory / "export" / "draft", tmp_path / "earlier")
@@ -363,6 +363,7 @@ def test_a_training_goes_on_from_an_earlier_draft(copied, tmp_path):
     with pytest.raises(DataError, match=f"`vocab` has to run .* draftsmith vocab RECIPE --from {earlier}"):
         again(going_on(earlier), directory, "train")
     assert trained(earlier) < before
+    assert f"vocab: the 40 tokens of {earlier}; vocab.size 30 is for new drafts" in capsys.readouterr().err
     assert torch.equal(DraftVocabulary.load(RunFiles(directory).vocabulary).ids_D, load_draft(earlier)[1])
     moved = shutil.move(earlier, tmp_path / "moved")
     with contextlib.closing(Run(going_on(moved), directory, ["test"])) as run:

@@ -153,6 +153,29 @@ def test_several_turns_are_those_of_the_target_in_process(model, target, tmp_pat
     assert sum(len(r.spans) for r in served) > 6, "later turns were answered too"
 
 
+def test_talks_that_a_limit_ended_are_asked_to_their_end_where_it_is_raised(model, target, tmp_path):
+    """They stayed as the first limit had left them: a third of a talk, though more was asked for."""
+    talk = [{"role": "user", "content": c} for c in ("the of", "to in w3", "is it")]
+    begun = [[{"role": "system", "content": f"w{i}"}, *talk] for i in range(6)]
+    prompts = tmp_path / "prompts.jsonl"
+    write_rows(prompts, [Prompt(id=f"t#{i}", category="chat", source="t", messages=m) for i, m in enumerate(begun)])
+
+    def asked_for(most, out):
+        settings = recipe.regenerate.model_copy(update={"max_tokens": most, "temperature": 0.0})
+        rows, _ = regenerate(recipe.model_copy(update={"regenerate": settings}), prompts, tmp_path / out)
+        return rows
+
+    with serving(FaultyServer(tiny_engine(target, model))) as urls:
+        recipe = recipe_for(model, urls, concurrency=4)
+        whole = asked_for(None, "whole")
+        some = asked_for(20, "some")
+        ended = [row for row in some if row.turns_left_out == {"past regenerate.max_tokens": 2}]
+        assert ended
+        assert asked_for(20, "some") == some
+        assert asked_for(10, "some") == some, "what is written stays"
+        assert asked_for(None, "some") == whole
+
+
 def test_a_balancer_that_turns_to_another_model_is_found_out(model, target):
     other = tiny_target(seed=1, tokenizer=target.tokenizer)
     engines, asked = (tiny_engine(target, model), tiny_engine(other, model)), itertools.count()

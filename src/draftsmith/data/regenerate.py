@@ -21,6 +21,8 @@ from draftsmith.decoding.sampling import Sampling
 from draftsmith.targets.base import Target
 from draftsmith.targets.identity import require_same_logprobs
 
+PAST_LIMIT = "past regenerate.max_tokens"
+
 
 def read_completions(directory: Path) -> Iterator[Completion]:
     for path in run_files.shards(directory):
@@ -81,7 +83,7 @@ class Conversation:
         if self.spans or not documents:
             documents.append(self._document())
         name = self.prompt.id
-        waiting = {"past regenerate.max_tokens": 1 + len(self.users)} if self.last is None else {}
+        waiting = {PAST_LIMIT: 1 + len(self.users)} if self.last is None else {}
         return [
             Completion(
                 id=f"{name}#{number}" if number else name,
@@ -137,6 +139,10 @@ def longest_prompt(recipe: Recipe, target: Target, answer: int) -> int:
             "give fewer, or a larger serve.context where the target has it"
         )
     return min(recipe.regenerate.max_prompt_tokens, room)
+
+
+def _prompt_of(row: Completion) -> str:
+    return row.id.rsplit("#", 1)[0] if row.document else row.id
 
 
 def loss_tokens(rows: Iterable[Completion]) -> int:
@@ -301,11 +307,19 @@ class Regeneration:
         """The files are sorted in the end, so that they do not depend on who answered first."""
         place = {prompt.id: path for path, prompts in shards.items() for prompt in prompts}
         done: set[str] = set()
-        left = self.total
+        ended: set[str] = set()  # by an earlier limit, before their last turn
+        tokens = 0
         for path in shards:
             held = Completion.whole_rows(path)
             done |= {row.id for row in held if row.document == 0}  # written last, so that the others are there
-            rows = [row for row in held if row.document == 0 or row.id.rsplit("#", 1)[0] in done]
+            ended |= {_prompt_of(row) for row in held if PAST_LIMIT in row.turns_left_out}
+            tokens += loss_tokens(row for row in held if _prompt_of(row) in done)
+        if self.total is None or tokens < self.total:  # a higher limit now: they are asked anew, with all their turns
+            done -= ended
+        left = self.total
+        for path in filter(Path.exists, shards):
+            held = list(Completion.read_rows(path))
+            rows = [row for row in held if _prompt_of(row) in done]
             if len(rows) < len(held):
                 write_rows(path, rows)
             self._resume(rows)

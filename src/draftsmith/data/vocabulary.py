@@ -111,6 +111,8 @@ def build_vocabulary(
             meter.advance(tokens=len(tokens))
     if (start := recipe.train.from_draft) is not None:
         vocabulary = DraftVocabulary(load_draft(start, reading="auto")[1], target_size)
+        if (own := len(vocabulary.ids_D)) != recipe.vocab.size:
+            say(f"vocab: the {own:,} tokens of {start}; vocab.size {recipe.vocab.size:,} is for new drafts")
     else:
         vocabulary = choose(sum(counts.values(), Counter()), recipe.vocab.size, target_size, always)
     coverage = coverage_of(vocabulary, counts, always)

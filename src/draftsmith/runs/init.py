@@ -27,6 +27,9 @@ from draftsmith.runs.plan import GPU_FLOPS_S, ROOM, Plan, Sizes, plan, size
 from draftsmith.targets.configs import target_config
 from draftsmith.targets.parts import context_of, load_tokenizer, resolve_model
 
+MEASURED_WIDTH = 1024
+"""Hidden size up to which drafts were trained at 0.004 (docs/ablations.md); wider ones take what peers do with Muon."""
+
 
 @dataclass
 class Facts:
@@ -126,7 +129,7 @@ def _values(facts: Facts, data: Path | None, gpu: bool, revision: str | None, tr
         "ttt_steps": 7 if gpu else 3,
         **({"objective": "lk_lambda"} if gpu else {"dtype": "fp32"}),
         "optimizer": "muon",
-        "learning_rate": 0.001 if gpu else 0.004,
+        "learning_rate": 0.004 if text.hidden_size <= MEASURED_WIDTH else 0.001,
         "head_rate": 0.3,
         "capture": "online" if gpu else "offline",
     }
@@ -199,7 +202,9 @@ def render(values: JsonObject, facts: Facts, needs: Plan, machine: Machine) -> s
         "taps": f"the default needs more than {layers} layers",
         "pack_tokens": parts["trainer"],
         "objective": "drafts are served sampled, too",
-        "learning_rate": "not measured at every width: halve or double it and compare held-out tau",
+        "learning_rate": "measured up to this width"
+        if text.hidden_size <= MEASURED_WIDTH
+        else "not measured this wide: halve or double it and compare held-out tau",
         "capture": f"hidden states go to disk once, {parts['all of them'].split(' on disk')[0]}"
         if values["train"]["capture"] == "offline"
         else "hidden states never touch the disk",
