@@ -8,8 +8,8 @@ steps with a whole schedule; the same completions are held out of all. Tau is th
 text is accepted as decoding accepts it), alpha the chance by depth that a sampled draft token is accepted: by the
 target's own distribution with lk_* and true_probabilities, else by the one renormalised over the draft vocabulary,
 which is a little too high. Several processes may work on one --work: whoever makes NAME.begun first has the cell (to
-try one again that was cut off, delete that file), and what is done already is kept. The result:
-benchmarks/results/gpu-ablations.json.
+try one again that was cut off, delete that file), and what is measured already is kept, of cells that were cut off,
+too. The result: benchmarks/results/gpu-ablations.json.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from draftsmith.core.run_files import RunFiles
 from draftsmith.data.vocabulary import DraftVocabulary
 from draftsmith.runs.run import commit
 from draftsmith.targets.local import LocalTarget
+from draftsmith.training.capture import CaptureSource
 from draftsmith.training.trainer import Trainer
 
 HERE = Path(__file__).parent
@@ -61,14 +62,43 @@ CELLS: dict[str, JsonObject] = {  # keys of the recipe; `random`: a random start
 
 
 class Cell(Trainer):
+    """Tells what it has measured at every evaluation, so that a loan that ends takes no more than what came after."""
+
     one_in = 1
+    name: str
+    planned_steps: int
 
     def _split(self, every: list[Completion]) -> tuple[list[Completion], list[Completion]]:
         held_out, rows = super()._split(every)
         return held_out, rows[: len(rows) // self.one_in]
 
+    def _evaluate(self, source: CaptureSource) -> None:
+        super()._evaluate(source)
+        self.tell(None)
 
-def train(name: str, run: RunFiles, target: LocalTarget, steps: int, work: Path) -> JsonObject:
+    def tell(self, seconds: float | None) -> None:
+        """`seconds`: of the whole training; None where it is not at its end."""
+        rows = MetricsRow.read_rows(self.out / run_files.METRICS)
+        held_out = {row.step: row.held_out for row in rows if row.held_out}
+        last = max(held_out)
+        read = (self.rows[i].ids for step in self.steps[:last] for pack in step for i in pack)
+        told = {
+            "name": self.name,
+            "changed": CELLS[self.name],
+            "steps": last,
+            "planned_steps": self.planned_steps,
+            "seconds": seconds,
+            "text_tokens": sum(len(row.ids) for row in self.rows),
+            "read_tokens": sum(map(len, read)),
+            "parameters": sum(p.numel() for p in self.draft.parameters()),
+            "tau": {step: row.tau[3] for step, row in held_out.items()},
+            "match": held_out[last].match,
+            "alpha": held_out[last].alpha,
+        }
+        files.write_json(self.out.with_suffix(".json"), told)
+
+
+def train(name: str, run: RunFiles, target: LocalTarget, steps: int, work: Path) -> None:
     changed = dict(CELLS[name])
     random, Cell.one_in = changed.pop("random", False), changed.pop("text", 1)
     every = max(1, steps // 3)
@@ -77,24 +107,23 @@ def train(name: str, run: RunFiles, target: LocalTarget, steps: int, work: Path)
     trainer = Cell(
         load_recipe(RECIPE, given), target, run.completions, DraftVocabulary.load(run.vocabulary), work / name
     )
+    trainer.name, trainer.planned_steps = name, len(trainer.steps)
     if random:
         unfitted(trainer)
     started = time.perf_counter()
     trainer.train()
-    rows = MetricsRow.read_rows(work / name / run_files.METRICS)
-    held_out = {row.step: row.held_out for row in rows if row.held_out}
-    return {
-        "name": name,
-        "changed": CELLS[name],
-        "steps": trainer.step,
-        "seconds": time.perf_counter() - started,
-        "text_tokens": sum(len(row.ids) for row in trainer.rows),
-        "read_tokens": sum(len(trainer.rows[i].ids) for step in trainer.steps for pack in step for i in pack),
-        "parameters": sum(p.numel() for p in trainer.draft.parameters()),
-        "tau": {step: row.tau[3] for step, row in held_out.items()},
-        "match": held_out[trainer.step].match,
-        "alpha": held_out[trainer.step].alpha,
+    trainer.tell(time.perf_counter() - started)
+
+
+def write_result(options: argparse.Namespace, target: LocalTarget) -> None:
+    told = [path for name in CELLS if (path := options.work / f"{name}.json").exists()]
+    about = {
+        "device": torch.cuda.get_device_name() if target.device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "commit": commit(),
+        "command": f"python benchmarks/gpu_ablations.py RUN --steps {options.steps}",
     }
+    files.write_json(options.result, {**about, "cells": [files.read_json(path) for path in told]})
 
 
 def main() -> None:
@@ -113,16 +142,11 @@ def main() -> None:
             (options.work / f"{name}.begun").touch(exist_ok=False)
         except FileExistsError:
             continue
-        told = train(name, RunFiles(options.run), target, options.steps, options.work)
-        files.write_json(options.work / f"{name}.json", told)
-        device = torch.cuda.get_device_name() if target.device.type == "cuda" else "cpu"
-        done = [
-            files.read_json(options.work / f"{cell}.json") for cell in CELLS if (options.work / f"{cell}.json").exists()
-        ]
-        about = {"device": device, "torch": torch.__version__, "commit": commit()}
-        about["command"] = f"python benchmarks/gpu_ablations.py RUN --steps {options.steps}"
-        files.write_json(options.result, {**about, "cells": done})
+        train(name, RunFiles(options.run), target, options.steps, options.work)
+        write_result(options, target)
+        told = files.read_json(options.work / f"{name}.json")
         print(f"{name}: tau " + " ".join(f"{tau:.3f}" for tau in told["tau"].values()), flush=True)
+    write_result(options, target)  # what others began and did not end, too
 
 
 if __name__ == "__main__":
