@@ -295,8 +295,8 @@ class EvaluateRecipe(Model):
     """What decodes: the embedded engine, or a real one; auto: where the target runs in this process vLLM on GPUs that
     have it, else embedded."""
     url: ServerUrl | None = None
-    """Server that runs the target with the draft, in `target.dtype`, as no server tells its own; left out: one is started
-    as `serve` says."""
+    """Server that runs the target with the draft, in `target.dtype`, as no server tells its own; left out: one is
+    started as `serve` says."""
     plain_url: ServerUrl | None = None
     """Server of the target alone, for speed and losslessness; left out: one is started, unless `url` is given."""
     batches: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1,)
