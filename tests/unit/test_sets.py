@@ -26,6 +26,7 @@ from draftsmith.engines import ENGINES
 from draftsmith.engines.base import Setup
 from draftsmith.evaluation.acceptance import conversations, count, summarise
 from draftsmith.evaluation.asking import Question
+from draftsmith.evaluation.compare import pair_up
 from draftsmith.evaluation.evaluate import Evaluation
 
 # Rows as the sets' pages show them, shortened; the texts are ours.
@@ -380,6 +381,10 @@ def test_compare_has_the_sets_with_paired_differences(world, capsys):
     assert command(world, "compare", "--drafts", str(world / "other"), "--evaluate.sets", mine) == 0
     drafts = Comparison.load(RunFiles(world / "run").comparison).drafts
     assert [s.name for s in drafts[1].sets] == ["mine"]
-    assert len(drafts[1].against_first) == 2
-    assert drafts[1].against_first[1].difference == 0
-    assert "mine" in capsys.readouterr().out
+    hows = ["T=0", "T=1", "T=1, sampled drafts"]
+    assert [(name, e.how) for name, e in drafts[1].entries] == [(name, how) for name in ("", "mine") for how in hows]
+    assert [against.difference for against in drafts[1].against_first] == [0] * 6
+    assert re.search(r"mine +3/1/4, T=1, sampled drafts +1\.", capsys.readouterr().out)
+    wanting = drafts[0].model_copy(update={"acceptance": drafts[0].acceptance[:1], "sets": []})
+    told = pair_up([wanting, drafts[1]])[1].against_first
+    assert [against.difference for against in told] == [0] + [None] * 5, "only like is set beside like"

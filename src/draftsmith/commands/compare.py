@@ -10,8 +10,8 @@ from draftsmith.core.errors import DataError
 
 
 class Compare(RecipeCommand):
-    """Decode greedily with several drafts of the same target on the same prompts: one table, one plot, and differences
-    to the first draft, the run's own where it has one."""
+    """Decode with several drafts of the same target on the same prompts, at every shape and temperature of `evaluate`:
+    one table, one plot, and differences to the first draft, the run's own where it has one."""
 
     drafts: tuple[Path, ...] = ()
     """Draft directories, ours or others', beside the run's own."""

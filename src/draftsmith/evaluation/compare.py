@@ -2,10 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from draftsmith.core import files
+from draftsmith.core.errors import DataError
 from draftsmith.core.progress import say
 from draftsmith.core.recipe import MEASURED_WITH
 from draftsmith.core.records.data import EvaluationPrompts
@@ -16,14 +18,17 @@ from draftsmith.drafts.directories import inspect_draft, load_draft
 from draftsmith.engines.base import Engine, Setup
 from draftsmith.evaluation.acceptance import paired_difference
 from draftsmith.evaluation.asking import complete
-from draftsmith.evaluation.evaluate import PROFILE_PROMPTS, Evaluation
+from draftsmith.evaluation.draft_sampling import taking
+from draftsmith.evaluation.evaluate import NO_TEMPERATURE, PROFILE_PROMPTS, Evaluation
 from draftsmith.evaluation.plots import interval_plot
 
 
 def measure(
     engine: Engine, setup: Setup, layers: int, prompts: Path, out: Path, sets: Sequence[EvaluationPrompts] = ()
 ) -> ComparedDraft:
-    """One draft's row: greedy acceptance at every shape of `evaluate.shapes`, its profile, coverage and size."""
+    """One draft's row: acceptance at every shape and temperature of `evaluate`, its profile, coverage and size."""
+    here = setup.recipe.evaluate.model_copy(update={"url": None})  # whose server has one draft
+    setup = replace(setup, recipe=setup.recipe.model_copy(update={"evaluate": here}))
     recipe, directory = setup.recipe, setup.draft
     report = inspect_draft(directory)
     draft, ids_D = load_draft(directory, layers=layers, reading=setup.reading)
@@ -44,12 +49,14 @@ def measure(
     for problem in report.serving:
         say(f"compare: {directory}: {problem}; measured all the same")
     found: dict[str, list[Acceptance]] = defaultdict(list)
-    for shape in evaluation.shapes:
-        with engine.open(setup, shape) as session:
+    for shape, drafts, first in evaluation.ways():
+        with engine.open(taking(setup, drafts), shape) as session:
             asked = evaluation.asked(session)
             questions = asked[""]
-            for name in asked:
-                found[name].append(evaluation.accepted(session, name, asked[name], shape))
+            for name, entry in evaluation.acceptances(session, asked, shape, drafts, first):
+                found[name].append(entry)
+    if not found:
+        raise DataError(NO_TEMPERATURE)
     profile = None
     if engine.in_process:
         profile = evaluation.once("profile", Profile, partial(evaluation.profile, questions))
@@ -76,15 +83,13 @@ def measure(
 
 
 def pair_up(drafts: list[ComparedDraft]) -> list[ComparedDraft]:
-    """Every entry with its paired difference to the first draft's at the same shape."""
-    first = {(name, entry.shape): entry.prompts for name, entry in drafts[0].entries}
-    others = [
-        draft.model_copy(
-            update={"against_first": [paired_difference(first[name, e.shape], e.prompts) for name, e in draft.entries]}
-        )
-        for draft in drafts[1:]
-    ]
-    return [drafts[0], *others]
+    """Every entry with its paired difference to the first draft's of the same setting, where it has one."""
+    first = {(name, e.shape, e.how): e.prompts for name, e in drafts[0].entries}
+
+    def against(draft: ComparedDraft) -> list[PairedDifference]:
+        return [paired_difference(first.get((name, e.shape, e.how), ()), e.prompts) for name, e in draft.entries]
+
+    return [drafts[0], *(draft.model_copy(update={"against_first": against(draft)}) for draft in drafts[1:])]
 
 
 def page(drafts: list[ComparedDraft]) -> str:
@@ -102,7 +107,8 @@ def page(drafts: list[ComparedDraft]) -> str:
                 categories += f"; their mean {entry.macro:.2f}"
             if entry.unasked:
                 categories += f"; {entry.unasked}"
-            rows.append((draft.draft, name or "own prompts", str(entry.shape), tau, f"depths {depths}", categories))
+            setting = f"{entry.shape}, {entry.how}"
+            rows.append((draft.draft, name or "own prompts", setting, tau, f"depths {depths}", categories))
         covered = "unknown" if draft.coverage is None else f"{draft.coverage:.1%}"
         speeds = ", ".join(f"{gain:.2f}x on {machine}" for machine, gain in draft.predicted.items()) or "nothing"
         sizes.append(
@@ -125,7 +131,11 @@ def _labels(drafts: Sequence[str]) -> list[str]:
 def plot(drafts: list[ComparedDraft]) -> str:
     """SVG: tau with its interval by category, one row per draft and shape."""
     labels = _labels([draft.draft for draft in drafts])
-    rows = [(f"{label} {e.shape}", e) for label, draft in zip(labels, drafts, strict=True) for e in draft.acceptance]
+    rows = [
+        (f"{label} {e.shape}, {e.how}", e)
+        for label, draft in zip(labels, drafts, strict=True)
+        for e in draft.acceptance
+    ]
     names = ["all", *sorted({name for _, e in rows for name in e.by_category})]
     series = {name: [e.all if name == "all" else e.by_category.get(name) for _, e in rows] for name in names}
     return interval_plot("tau, 95 % intervals over prompts", [row for row, _ in rows], series)

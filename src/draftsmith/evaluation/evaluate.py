@@ -6,7 +6,7 @@ by side and take turns. What is measured is kept in parts/, so that an interrupt
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -57,6 +57,7 @@ PROFILE_PROMPTS = 48
 # A temperature below may well draw a greedy text; above it, so much of one is no draw.
 SURELY_DRAWS, SURELY_GREEDY = 0.5, 0.8
 SAMPLED_PROMPTS, SAMPLED_TOKENS = 4, 24
+NO_TEMPERATURE = "evaluate.temperatures: none that this server draws at; add 0.0"
 
 
 class Evaluation:
@@ -67,6 +68,7 @@ class Evaluation:
     ):
         self.sets = {found.name: found for found in sets}
         self.told: set[str] = set()  # lines about prompts, said once for all sessions
+        self.left_out: set[float] = set()  # temperatures at which the engine draws nothing
         self.engine, self.setup, self.out = engine, setup, out
         self.recipe, self.settings = setup.recipe, setup.recipe.evaluate
         self.available = list(Prompt.read_rows(prompts_file))
@@ -126,31 +128,22 @@ class Evaluation:
         found: dict[str, list[Acceptance]] = defaultdict(list)
         speed: list[Speed] = []
         proofs: list[Lossless] = []
-        left_out: set[float] = set()
         alone_known = engine.in_process or (settings.url is not None and settings.plain_url is None)
         plain = None if alone_known else self.once("plain", PlainReference, self._plain)
-        for shape in self.shapes:
-            for number, drafts in enumerate(ways(engine, setup, shape)):
-                with engine.open(taking(setup, drafts), shape, settings.url) as drafted:
-                    asked = self.asked(drafted)
-                    questions = asked[""]
-                    for temperature in settings.temperatures:
-                        if number and not temperature:  # greedy texts do not depend on how drafts are taken
-                            continue
-                        if temperature and not self.draws(drafted, questions, temperature):
-                            left_out.add(temperature)
-                            continue
-                        for name in asked:
-                            entry = self.accepted(drafted, name, asked[name], shape, temperature, drafts)
-                            found[name].append(entry)
-                    if number:
-                        continue
-                    speed += self._speeds(drafted.one, questions, shape, plain)
-                    if plain is not None:
-                        proof = partial(self._identity, drafted, questions, shape, plain.outputs)
-                        proofs += filter(None, [self.once(f"lossless-{shape}", Lossless, proof)])
+        for shape, drafts, first in self.ways():
+            with engine.open(taking(setup, drafts), shape, settings.url) as drafted:
+                asked = self.asked(drafted)
+                questions = asked[""]
+                for name, entry in self.acceptances(drafted, asked, shape, drafts, first):
+                    found[name].append(entry)
+                if not first:
+                    continue
+                speed += self._speeds(drafted.one, questions, shape, plain)
+                if plain is not None:
+                    proof = partial(self._identity, drafted, questions, shape, plain.outputs)
+                    proofs += filter(None, [self.once(f"lossless-{shape}", Lossless, proof)])
         if not found:
-            raise DataError("evaluate.temperatures: none that this server draws at; add 0.0")
+            raise DataError(NO_TEMPERATURE)
         profile = sampled_profile = None
         if engine.in_process:
             profile = self.once("profile", Profile, partial(self.profile, questions))
@@ -163,7 +156,7 @@ class Evaluation:
             created_with=created_with,
             settings=self._told_settings(questions, drafted.identity.max_position_embeddings),
             acceptance=found[""],
-            left_out=sorted(left_out),
+            left_out=sorted(self.left_out),
             lossless=lossless,
             speed=speed,
             profile=profile,
@@ -190,12 +183,32 @@ class Evaluation:
 
     # --- accept length --------------------------------------------------------------------------------------------
 
+    def ways(self) -> Iterator[tuple[Shape, DraftSampling, bool]]:
+        """(shape, how its drafts are taken, whether that is the first way) of every session there is to open."""
+        for shape in self.shapes:
+            for number, drafts in enumerate(ways(self.engine, self.setup, shape)):
+                yield shape, drafts, number == 0
+
+    def acceptances(
+        self, session: Target, asked: dict[str, list[Question]], shape: Shape, drafts: DraftSampling, first: bool
+    ) -> Iterator[tuple[str, Acceptance]]:
+        """Of every set at every temperature at which the session draws; greedy texts do not depend on how drafts are
+        taken, so only the first way measures them."""
+        for temperature in self.settings.temperatures:
+            if not (temperature or first):
+                continue
+            if temperature and not self.draws(session, asked[""], temperature):
+                self.left_out.add(temperature)
+                continue
+            for name, questions in asked.items():
+                yield name, self.accepted(session, name, questions, shape, temperature, drafts)
+
     def sampling(self, temperature: float) -> Sampling:
         return Sampling(temperature, self.settings.top_p, self.settings.top_k) if temperature else Sampling()
 
     def accepted(
-        self, session: Target, name: str, questions: list[Question], shape: Shape, temperature: float = 0.0,
-        drafts: DraftSampling = "greedy",
+        self, session: Target, name: str, questions: list[Question], shape: Shape, temperature: float,
+        drafts: DraftSampling,
     ) -> Acceptance:  # fmt: skip
         """Of a named set, or of the run's own prompts (no name)."""
         sampled = drafts == "sampled" and temperature > 0  # at temperature 0 a draw is the first choice

@@ -147,7 +147,7 @@ def speeds_of(run: Run, draft: ComparedDraft) -> dict[str, float]:
         accept = from_results(draft)
     except RecipeError:  # nothing greedy was long enough
         return {}
-    shapes = [entry.shape for entry in draft.acceptance if entry.shape.steps <= accept.deepest]
+    shapes = [shape for shape in dict.fromkeys(e.shape for e in draft.acceptance) if shape.steps <= accept.deepest]
     return {costs.name: predict_all(costs, accept, shapes, [1], 512)[0][0].speedup for costs in machines if shapes}
 
 
