@@ -125,3 +125,15 @@ def test_engines_that_differ_beyond_noise_are_told_apart():
     assert "vllm accepts tau 1.5" in worse[0]
     _, other = compare_engines("vllm", shape, questions, ours, [decoded(a, 39) for a in accepted])
     assert "agree on only 0 of 6 prompts" in other[0]
+
+
+def test_sampled_drafts_are_held_to_their_acceptance_alone():
+    """Texts that are drawn differ; a draft that is taken greedily where it should be drawn is found out."""
+    questions = [Question(str(i), "chat", [1]) for i in range(6)]
+    shape, ours = Shape(3, 1, 4), [decoded([2, 1, 3, 1, 2] * 8) for _ in range(6)]
+    told, problems = compare_engines("vllm", shape, questions, ours, [decoded([1, 2, 1, 3, 2] * 8, 39)] * 6, 1.0)
+    assert (problems, "identical" in told) == ([], False)
+    assert told.startswith("vllm 3/1/4, T=1, sampled drafts: tau 2.79 (1.00 0.57 0.38), embedded 2.85 (")
+    _, problems = compare_engines("vllm", shape, questions, ours, [decoded([1, 0, 2, 1, 0] * 8, 39)] * 6, 1.0)
+    assert re.match(r"vllm accepts tau 1\.8\d where the trained draft has 2\.85", problems[0])
+    assert re.match(r"at depth 1 vllm accepts 6\d% where the trained draft has 100%", problems[1])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -105,6 +106,15 @@ def test_nothing_that_a_tracker_does_stops_training_and_what_it_lacks_is_counted
         assert logged[2] == ["log", 2, {**held_out, "held_out/verifications": 7.0}]
         assert "10.0.0.1" not in journal.read_text(), "servers are nobody's business"
         assert start[2]["config"]["train.ttt_steps"] == "3"
+
+
+def test_a_tracker_that_cannot_be_started_costs_a_line(monkeypatch, tmp_path, capsys):
+    fake(monkeypatch, tmp_path)
+    (tmp_path / "tracking").write_text("a file where its folder goes")
+    train(tmp_path, "wandb")
+    assert len(list(MetricsRow.read_rows(tmp_path / METRICS))) == len(ROWS)
+    (told,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"track: wandb: .*File exists.*; training goes on, and \S+metrics.jsonl has every row", told)
 
 
 def test_a_run_that_goes_on_sends_what_is_new_under_the_same_id(monkeypatch, tmp_path):

@@ -42,8 +42,12 @@ def require_tracker(name: str | None) -> None:
 
 def tracked(recipe: Recipe, out: Path, step: int, main: bool) -> contextlib.AbstractContextManager[object]:
     """Have the rows after `step` sent to `train.track` while this goes on, by the first process alone."""
-    name = recipe.train.track
-    return _Tracker(recipe, name, out, step) if name and main else contextlib.nullcontext()
+    if (name := recipe.train.track) and main:
+        try:
+            return _Tracker(recipe, name, out, step)
+        except OSError as error:  # no room, no process, no memory for one
+            say(f"track: {name}: {error}; training goes on, and {out / run_files.METRICS} has every row")
+    return contextlib.nullcontext()
 
 
 class _Tracker(contextlib.AbstractContextManager[object]):
