@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from arena_tables import RESULTS, ablations, arena, arena_plot, arena_table, arena_times, table
+from arena_tables import RESULTS, ablations, arena, arena_block, arena_plot, table
 
 from draftsmith.cli import quiet_libraries
 from draftsmith.core import run_files
@@ -366,7 +366,7 @@ def between(text: str, mark: str, content: str) -> str:
 
 def readme() -> str:
     text = (ROOT / "README.md").read_text()
-    made = {"results": first_table(), "arena": f"{arena_table()}\n\n{arena_times()}", "cases": cases_table()}
+    made = {"results": first_table(), "arena": arena_block(), "cases": cases_table()}
     for mark, content in made.items():
         text = between(text, mark, content)
     return text

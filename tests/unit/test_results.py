@@ -111,7 +111,7 @@ def test_the_docs_are_what_the_files_say(results):
     readme = (ROOT / "README.md").read_text()
     assert f"<!-- results -->\n{results.first_table()}\n<!-- end results -->" in readme
     assert f"<!-- cases -->\n{results.cases_table()}\n<!-- end cases -->" in readme
-    assert f"<!-- arena -->\n{results.arena_table()}\n\n{results.arena_times()}\n<!-- end arena -->" in readme
+    assert f"<!-- arena -->\n{results.arena_block()}\n<!-- end arena -->" in readme
     assert (ROOT / "docs" / "arena.svg").read_text() == results.arena_plot()
     ablations = ROOT / "docs" / "ablations.md"
     assert ablations.read_text() == results.ablations()

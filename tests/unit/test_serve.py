@@ -21,6 +21,7 @@ from draftsmith.core.records.base import write_rows
 from draftsmith.core.records.data import CompletionsSummary, Prompt
 from draftsmith.core.records.run import Manifest
 from draftsmith.core.run_files import SUMMARY
+from draftsmith.decoding.sampling import Sampling
 from draftsmith.engines import SERVERS
 from draftsmith.engines.base import Setup
 from draftsmith.engines.process import running
@@ -125,6 +126,23 @@ def test_what_cannot_start_is_told_in_one_line(engine):
         running(started, 20),
     ):
         pass
+
+
+def test_an_engine_that_dies_at_work_is_told_with_its_log_at_once(engine, model, tmp_path):
+    """Its server was asked again and again for minutes, and the last word was that nobody answered."""
+    recipe, pids = engine
+    given = recipe()
+    given = given.model_copy(update={"target": given.target.model_copy(update={"model": model})})
+    setup = Setup(given, tmp_path / "draft", tmp_path / "logs")
+    with SERVERS["vllm"].open(setup, None) as session:
+        os.kill(int(pids.read_text().split()[0]), signal.SIGKILL)
+        started = time.monotonic()
+        with pytest.raises(ServeError) as caught:
+            list(session.generate([[5, 6]], Sampling(), 4))
+    assert time.monotonic() - started < 15
+    log = tmp_path / "logs" / "vllm-plain.log"
+    assert str(caught.value) == f"serve: the engine stopped with exit code -9; {log} says why"
+    assert "engine log line" in log.read_text()
 
 
 def test_commands_are_the_engines_own():

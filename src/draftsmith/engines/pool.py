@@ -111,6 +111,10 @@ def reading(what: str) -> Iterator[None]:
         raise Retry(f"{what} ({first_line(error)})") from None
 
 
+def nothing() -> None:
+    """Of servers that others started nobody knows whether they run."""
+
+
 class Pool:
     """Asks replicas on an event loop in a thread of its own: `replicas`, or `last`, which keep the last layer's states.
 
@@ -119,6 +123,8 @@ class Pool:
 
     def __init__(self, settings: ServerRecipe, prove: Callable[[Replica], Coroutine[Any, Any, None]]):
         self.settings, self._identify = settings, prove
+        self.require_alive: Callable[[], None] = nothing
+        """Raises where no attempt more is of use: the servers are ours, and none runs any more."""
         self._authority = _authority((*settings.urls, *settings.last_urls), settings)
         self.replicas = [Replica(url) for url in settings.urls]
         self.last = [Replica(url) for url in settings.last_urls]
@@ -251,6 +257,7 @@ class Pool:
             self._freed.notify_all()
 
     def _rest(self, replica: Replica, error: Retry) -> None:
+        self.require_alive()
         replica.trusted = replica.captures_right = False  # it may come back as something else
         now = time.monotonic()
         if replica.rests_until > now:  # one of many requests that fail together

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -44,7 +44,7 @@ class Launch:
 def running(launched: Launch, patience_s: float, log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """The engine, healthy; stopped in every case."""
     with started(launched, log) as process:
-        wait_until_healthy(process, launched.url, patience_s)
+        wait_until_healthy(process, launched.url, patience_s, log)
         yield process
 
 
@@ -120,11 +120,18 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def wait_until_healthy(process: subprocess.Popen[bytes], url: str, patience_s: float) -> None:
+def require_alive(engines: Mapping[subprocess.Popen[bytes], Path | None]) -> None:
+    """Raises `ServeError` where none of them runs any more; they are told with their logs."""
+    codes = [process.poll() for process in engines]
+    if None not in codes:
+        log = next(filter(None, engines.values()), "its log")
+        raise ServeError(f"serve: the engine stopped with exit code {codes[0]}; {log} says why")
+
+
+def wait_until_healthy(process: subprocess.Popen[bytes], url: str, patience_s: float, log: Path | None = None) -> None:
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise ServeError(f"serve: the engine stopped with exit code {process.returncode}; its log says why")
+        require_alive({process: log})
         try:
             # No proxy stands between us and our own process, and nobody is told anything, so no certificate is needed.
             answer = httpx.get(f"{url}/health", timeout=5, trust_env=False, verify=False)
@@ -134,7 +141,7 @@ def wait_until_healthy(process: subprocess.Popen[bytes], url: str, patience_s: f
             pass  # not up yet
         time.sleep(POLL_S)
     raise ServeError(
-        f"serve.patience_s: the engine did not answer within {patience_s:g} s; give it more or see its log"
+        f"serve.patience_s: the engine did not answer within {patience_s:g} s; give it more or see {log or 'its log'}"
     )
 
 

@@ -3,9 +3,11 @@
 import contextlib
 import re
 import shlex
+import subprocess
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +19,8 @@ from draftsmith.core.recipe import EngineName, Recipe
 from draftsmith.core.shape import Shape
 from draftsmith.decoding.generation import Generation
 from draftsmith.engines.base import Engine, Setup
-from draftsmith.engines.process import Launch, started, wait_until_healthy
+from draftsmith.engines.pool import nothing
+from draftsmith.engines.process import Launch, require_alive, started, wait_until_healthy
 from draftsmith.engines.served import ServedTarget
 from draftsmith.targets.parts import DTYPES, resolve_model
 
@@ -46,17 +49,23 @@ class ServerEngine(Engine):
         if url is None:
             self.require_settings(recipe)
         with contextlib.ExitStack() as stack:
-            urls = (url,) if url else self._start(stack, setup, shape)
+            urls, alive = ((url,), nothing) if url else self._start(stack, setup, shape)
             most = max(recipe.server.concurrency, *recipe.evaluate.batches)
             most = max(most, recipe.regenerate.batch_size) if setup.groups else most
             server = recipe.server.model_copy(update={"urls": urls, "last_urls": (), "concurrency": most})
-            yield stack.enter_context(contextlib.closing(ServedTarget(recipe.target, server, self, recipe.device)))
+            served = stack.enter_context(contextlib.closing(ServedTarget(recipe.target, server, self, recipe.device)))
+            served.pool.require_alive = alive
+            yield served
 
-    def _start(self, stack: contextlib.ExitStack, setup: Setup, shape: Shape | None) -> tuple[str, ...]:
-        """URLs of servers on ports that follow each other; they load side by side."""
+    def _start(
+        self, stack: contextlib.ExitStack, setup: Setup, shape: Shape | None
+    ) -> tuple[tuple[str, ...], Callable[[], None]]:
+        """(URLs of servers on ports that follow each other, what raises `ServeError` once none of them runs); they load
+        side by side."""
         recipe, serve = setup.recipe, setup.recipe.serve
         purpose: Purpose = "draft" if shape else "plain"
-        loading = []
+        urls: list[str] = []
+        engines: dict[subprocess.Popen[bytes], Path | None] = {}
         for number, cards in enumerate(setup.groups or ("",)):
             changed = {"engine": self.name, "port": serve.port + number, **({"shape": shape} if shape else {})}
             chosen = recipe.model_copy(update={"serve": serve.model_copy(update=changed)})
@@ -66,10 +75,11 @@ class ServerEngine(Engine):
             say(f"{self.name}: {launched}")
             name = f"{self.name}-{str(shape).replace('/', '-') if shape else 'plain'}"
             log = setup.logs / f"{name}{f'-{number}' if number else ''}.log"
-            loading.append((stack.enter_context(started(launched, log)), launched.url))
-        for process, url in loading:
-            wait_until_healthy(process, url, serve.patience_s)
-        return tuple(url for _, url in loading)
+            engines[stack.enter_context(started(launched, log))] = log
+            urls.append(launched.url)
+        for (process, kept), url in zip(engines.items(), urls, strict=True):
+            wait_until_healthy(process, url, serve.patience_s, kept)
+        return tuple(urls), partial(require_alive, engines)
 
     # --- how it is asked and read -------------------------------------------------------------------------------
 
