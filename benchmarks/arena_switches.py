@@ -42,6 +42,11 @@ def unfitted(trainer: Trainer) -> None:
     trainer._fit = lambda capture: None
 
 
+def frozen_head(trainer: Trainer) -> None:
+    """The head stays the target's own rows, as EAGLE has it (arXiv 2401.15077): a product and two moments less."""
+    trainer.draft.get_submodule(trainer.draft.head).requires_grad_(False)
+
+
 def averaged(trainer: Trainer) -> None:
     """Checkpoints hold a running mean of the weights."""
     draft, step, checkpoint = trainer.draft, trainer._optimiser_step, trainer._checkpoint
@@ -78,6 +83,7 @@ def noisy(trainer: Trainer) -> None:
 SWITCHES: dict[str, tuple[str, Callable[[Trainer], None]]] = {
     "init-last-layer": ("initialisation by the target's last layer", layer_of_target),
     "init-random": ("a random start instead of the best linear guess", unfitted),
+    "head-frozen": ("the head frozen", frozen_head),
     "averaged": (f"weights averaged, decay {DECAY:g} a step", averaged),
     "noise": (f"noise on the taps, {NOISE:g} of their size", noisy),
 }

@@ -134,6 +134,27 @@ def speed_table(results: list[tuple[str, Results]]) -> list[str]:
     return table(head, rows) if rows else []
 
 
+def sets_table(results: list[tuple[str, Results]]) -> list[str]:
+    """Of the sets that people quote: all turns, macro average over categories, what is accepted by depth."""
+    rows = [
+        [
+            *(engine, found.name, str(e.shape), f"{e.temperature:g}", e.drafts),
+            f"{found.prompts} of {found.prompts_available}",
+            honest(e.all),
+            f"{e.macro:.2f}" if e.macro and len(e.by_category) > 1 else "-",
+            ", ".join(f"{category} {value.short}" for category, value in e.by_category.items()),
+            " / ".join("-" if share is None else f"{share:.2f}" for share in e.acceptance_by_depth),
+            ", ".join(f"to {edge:,} {value.short}" for edge, value in e.by_context.items()),
+        ]
+        for engine, result in results
+        for found in result.sets
+        for e in found.acceptance
+    ]
+    head = ["engine", "set", "shape", "T", "drafts", "prompts", "tau", "mean of the categories", "categories"]
+    head += ["accepted by depth", "by tokens of context"]
+    return ["", *table(head, rows)] if rows else []
+
+
 def provenance(created: Provenance) -> str:
     return f"commit {created.commit}, {created.hardware}: `{created.command}`"
 
@@ -148,7 +169,7 @@ def section(name: str, told: JsonObject) -> list[str]:
             f"tokens, status {trained['status']}.",
             "",
         ]
-    lines += [*acceptance_table(results), ""]
+    lines += [*acceptance_table(results), *sets_table(results), ""]
     verdicts = [(engine, lossless_verdict(r.lossless)) for engine, r in results if r.lossless]
     lines += [f"- losslessness on {engine}: {v.state}; {v.detail}" for engine, v in verdicts]
     speeds = speed_table(results)

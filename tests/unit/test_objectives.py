@@ -45,6 +45,9 @@ def test_loss_and_gradients(name, mass):
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(alphas, torch.minimum(p[rows], torch.softmax(x @ head.T, -1)).sum(-1))
+    frozen, _ = HeadLoss.apply(x, head.detach(), p, rows, weights, Objective(name, eta=ETA), depths)
+    (alone,) = torch.autograd.grad(frozen, x)
+    assert torch.equal(alone, got[0])
 
 
 def test_the_acceptance_that_is_told_is_that_of_the_full_distribution():

@@ -138,7 +138,8 @@ class HeadLoss(torch.autograd.Function):
         depths: Sequence[int],
     ) -> Any:
         grad_x = torch.empty_like(x)
-        grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device)
+        learns = ctx.needs_input_grad[1]  # a frozen head saves a product
+        grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if learns else None
         alphas = torch.empty(len(x), dtype=torch.float32, device=x.device)
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         chunk = chunk_rows(x.device, len(head))
@@ -155,15 +156,16 @@ class HeadLoss(torch.autograd.Function):
             )
             loss += part
             grad_x[rows] = gradient @ head
-            grad_head += gradient.T @ x[rows]
-        ctx.save_for_backward(grad_x, grad_head.to(head.dtype))
+            if grad_head is not None:
+                grad_head += gradient.T @ x[rows]
+        ctx.save_for_backward(grad_x, None if grad_head is None else grad_head.to(head.dtype))
         ctx.mark_non_differentiable(alphas)
         return loss, alphas
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _grad_alphas: Tensor) -> Any:
         grad_x, grad_head = ctx.saved_tensors
-        return grad_x * grad_loss, grad_head * grad_loss, None, None, None, None, None
+        return grad_x * grad_loss, None if grad_head is None else grad_head * grad_loss, None, None, None, None, None
 
 
 def pack_inputs(
