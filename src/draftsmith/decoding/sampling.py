@@ -35,8 +35,8 @@ def probabilities(logits_RV: Tensor, sampling: Sampling) -> Tensor:
         probs = torch.zeros_like(probs).scatter_(-1, kept, kept_p)
         probs = probs / probs.sum(-1, keepdim=True)
     if sampling.top_p < 1.0:
-        probs = probs * nucleus(probs, sampling.top_p)
-    return probs / probs.sum(-1, keepdim=True)
+        probs *= nucleus(probs, sampling.top_p)
+    return probs.div_(probs.sum(-1, keepdim=True))
 
 
 def nucleus(probs_RV: Tensor, top_p: float, first: int = NUCLEUS) -> Tensor:
@@ -48,9 +48,11 @@ def nucleus(probs_RV: Tensor, top_p: float, first: int = NUCLEUS) -> Tensor:
     largest = probs_RV.topk(min(first, vocab), dim=-1).values
     sums = largest.cumsum(-1, dtype=torch.float64)
     inside = sums - largest < top_p  # the token that crosses it stays in
-    least = largest.gather(-1, inside.sum(-1, keepdim=True) - 1)
+    count = inside.sum(-1, keepdim=True)
+    least = largest.gather(-1, count - 1)
     kept = probs_RV >= least
-    if bool((kept.sum(-1) > inside.sum(-1)).any()):  # rows that end among equal entries
+    following = largest.gather(-1, count.clamp(max=largest.shape[-1] - 1))
+    if bool((following == least).any()):  # rows that may end among equal entries
         equal = probs_RV == least
         kept_equal = (inside & (largest == least)).sum(-1, keepdim=True)
         kept = kept & (~equal | (equal.cumsum(-1) <= kept_equal))

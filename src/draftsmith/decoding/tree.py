@@ -73,9 +73,10 @@ class Sampled:
     generator: torch.Generator
 
     def __call__(self, logits_KD: Tensor, topk: int) -> Taken:
-        probs, ids = torch.softmax(logits_KD / self.temperature, dim=-1).topk(topk - 1, dim=-1)
-        rest_KD = logits_KD.scatter(-1, ids, float("-inf"))
-        q_KD = torch.softmax(rest_KD / self.temperature, dim=-1)
+        q_KD = torch.softmax(logits_KD / self.temperature, dim=-1)
+        probs, ids = q_KD.topk(topk - 1, dim=-1)
+        if topk > 1:
+            q_KD = torch.softmax(logits_KD.scatter(-1, ids, float("-inf")) / self.temperature, dim=-1)
         drawn = invert_cdf(q_KD, uniforms(q_KD, self.generator))[:, None]
         score = DRAWN_SHARE * (1 - probs.sum(-1, keepdim=True))
         return torch.cat([probs, score], 1), torch.cat([ids, drawn], 1), q_KD
