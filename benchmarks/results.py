@@ -16,13 +16,13 @@ from draftsmith.core import run_files
 from draftsmith.core.files import JsonObject, read_json, write_atomic, write_json
 from draftsmith.core.recipe_file import load_recipe
 from draftsmith.core.records.data import CompletionsSummary, Timing
-from draftsmith.core.records.evaluation import Results, Tau
+from draftsmith.core.records.evaluation import Acceptance, Results, Tau
 from draftsmith.core.records.run import Manifest, Provenance
 from draftsmith.core.records.training import TrainingSummary
 from draftsmith.core.run_files import RunFiles
 from draftsmith.core.shape import Shape
 from draftsmith.engines import ENGINES
-from draftsmith.evaluation.acceptance import INTERVAL_PROMPTS
+from draftsmith.evaluation.acceptance import INTERVAL_PROMPTS, paired_difference
 from draftsmith.evaluation.lossless import lossless_verdict
 from draftsmith.runs.estimates import costs_of, plan_of
 from draftsmith.runs.run import Run
@@ -134,6 +134,22 @@ def speed_table(results: list[tuple[str, Results]]) -> list[str]:
     return table(head, rows) if rows else []
 
 
+def sampled_gains(results: list[tuple[str, Results]]) -> list[str]:
+    """What drawing drafts gains on taking their first choices, prompt by prompt."""
+    ways: dict[tuple[str, str, float], dict[str, Acceptance]] = {}
+    for engine, result in results:
+        for e in result.acceptance:
+            if e.temperature and e.prompts:
+                ways.setdefault((engine, str(e.shape), e.temperature), {})[e.drafts] = e
+    lines = []
+    for (engine, shape, temperature), both in ways.items():
+        if len(both) == 2:
+            gain = str(paired_difference(both["greedy"].prompts, both["sampled"].prompts))
+            told = gain.replace("against the first on", "against greedy ones on")
+            lines.append(f"- {engine} {shape}, T={temperature:g}: sampled drafts {told}")
+    return lines
+
+
 def sets_table(results: list[tuple[str, Results]]) -> list[str]:
     """Of the sets that people quote: all turns, macro average over categories, what is accepted by depth."""
     rows = [
@@ -170,6 +186,7 @@ def section(name: str, told: JsonObject) -> list[str]:
             "",
         ]
     lines += [*acceptance_table(results), *sets_table(results), ""]
+    lines += sampled_gains(results)
     verdicts = [(engine, lossless_verdict(r.lossless)) for engine, r in results if r.lossless]
     lines += [f"- losslessness on {engine}: {v.state}; {v.detail}" for engine, v in verdicts]
     speeds = speed_table(results)
@@ -336,12 +353,12 @@ def document() -> str:
 
 
 def of_minutes_on_a_gpu() -> str:
-    told, trained = dict(measured(read_json(RESULTS / "smollm2-135m-gpu.json"))), read_json(RESULTS / "h200.json")
-    here, small = told[ENGINES["embedded"].title], trained["small_draft"]
+    told, small = read_json(RESULTS / "smollm2-135m-gpu.json"), read_json(RESULTS / "h200.json")["small_draft"]
+    here = results_of(told["embedded"])
     taus = {(e.shape, e.temperature, e.drafts): e.all for e in here.acceptance}
     speed = max((s for s in here.speed if s.batch == 1), key=lambda s: s.speedup)
     chain, own = Shape.chain(3), ENGINES["embedded"].title
-    others = [f"{r.acceptance[0].all.tau:.2f} on {engine}" for engine, r in told.items() if engine != own]
+    others = [f"{r.acceptance[0].all.tau:.2f} on {engine}" for engine, r in measured(told) if engine != own]
     return (
         f"From {small['completion_tokens'] / 1e6:.1f} M tokens, minutes on an H200 and 40 steps here: "
         f"{taus[chain, 0, 'greedy']} at {chain} ({', '.join(others)}), {taus[Shape(3, 4, 8), 0, 'greedy']} as a tree, "
