@@ -196,42 +196,38 @@ def section(name: str, told: JsonObject) -> list[str]:
 
 
 def throughput() -> list[str]:
-    trained, written = read_json(RESULTS / "train-throughput.json"), read_json(RESULTS / "regenerate-throughput.json")
-    rows = [
-        [
-            r["system"],
-            r["version"],
-            r["dtype"],
-            str(r["batch"]),
-            run["result"]["loss"],
-            f"{r['tokens_per_s']:.0f}",
-            f"{r['above_target_bytes'] / 1e9:.2f} GB",
-            f"{r['share_of_matmul_peak']:.0%}" if "share_of_matmul_peak" in r else "-",
+    """On equal work: the peers make logits of every token and mask those without a loss, so their time is the same
+    whatever carries it, and ours stand beside them with a loss on every token."""
+    written, lines = read_json(RESULTS / "regenerate-throughput.json"), []
+    for name, dtype in (("train-throughput", "bf16"), ("train-throughput-fp32", "fp32")):
+        trained = read_json(RESULTS / f"{name}.json")
+        rows = [
+            [
+                *(r["system"], r["version"], r["dtype"], str(r["batch"]), f"{r['tokens_per_s']:.0f}"),
+                f"{r['above_target_bytes'] / 1e9:.2f} GB",
+                f"{r['share_of_matmul_peak']:.0%}" if "share_of_matmul_peak" in r else "-",
+            ]
+            for run in trained["runs"]
+            for r in run["result"]["rows"]
+            if r["dtype"] == dtype and (r["system"] != "draftsmith" or run["result"]["loss"] == "all")
         ]
-        for run in (trained["runs"] if isinstance(trained["runs"], list) else [trained["runs"]])
-        for r in run["result"]["rows"]
-    ]
-    head = [
-        "system",
-        "version",
-        "dtype",
-        "batch of 512",
-        "loss on",
-        "tokens/s",
-        "memory above the target",
-        "of the matmul peak",
-    ]
-    result, cpu = written["result"], trained["hardware"]["cpu"]
+        rows.sort(key=lambda row: int(row[3]))
+        head = ["system", "version", "dtype", "batch of 512", "tokens/s", "memory above the target"]
+        commands = "; ".join(f"`{run['command']}`" for run in trained["runs"])
+        lines += [
+            f"{trained['hardware']['cpu']}, 2 cores, commit {trained['commit']}: {commands}.",
+            "",
+            *table([*head, "of the matmul peak"], rows),
+            "",
+        ]
+    result = written["result"]
     return [
         "## Training throughput beside the peers",
         "",
-        f"Gemma-3-270m, draft vocabulary 8,192, TTT 7, {cpu}, 2 cores, commit {trained['commit']}.",
+        "Gemma-3-270m, draft vocabulary 8,192, TTT 7, a loss on every token: the peers make logits of all and mask "
+        "those without one, so their time is the same whatever carries it.",
         "",
-        *table(head, rows),
-        "",
-        "The peers make logits of every token and mask those without a loss, so their time is the same either way: on "
-        "equal work, loss on every token, the rows to set beside theirs are draftsmith's `all`.",
-        "",
+        *lines,
         f"Regeneration at batch {result['batch']}: {result['draftsmith']:.0f} completion tokens/s, `transformers`' own "
         f"`generate` {result['transformers']:.0f} (`{written['command']}`).",
         "",
