@@ -196,38 +196,31 @@ def section(name: str, told: JsonObject) -> list[str]:
 
 
 def throughput() -> list[str]:
-    """On equal work: the peers make logits of every token and mask those without a loss, so their time is the same
-    whatever carries it, and ours stand beside them with a loss on every token."""
-    written, lines = read_json(RESULTS / "regenerate-throughput.json"), []
-    for name, dtype in (("train-throughput", "bf16"), ("train-throughput-fp32", "fp32")):
-        trained = read_json(RESULTS / f"{name}.json")
-        rows = [
-            [
-                *(r["system"], r["version"], r["dtype"], str(r["batch"]), f"{r['tokens_per_s']:.0f}"),
-                f"{r['above_target_bytes'] / 1e9:.2f} GB",
-                f"{r['share_of_matmul_peak']:.0%}" if "share_of_matmul_peak" in r else "-",
-            ]
-            for run in trained["runs"]
-            for r in run["result"]["rows"]
-            if r["dtype"] == dtype and (r["system"] != "draftsmith" or run["result"]["loss"] == "all")
+    """On equal work: ours with a loss on every token, as the peers make logits of all of them whatever carries it."""
+    trained, written = read_json(RESULTS / "train-throughput.json"), read_json(RESULTS / "regenerate-throughput.json")
+    rows = [
+        [
+            *(r["system"], r["version"], r["dtype"], str(r["batch"]), f"{r['tokens_per_s']:.0f}"),
+            f"{r['above_target_bytes'] / 1e9:.2f} GB",
+            f"{r['share_of_matmul_peak']:.0%}" if "share_of_matmul_peak" in r else "-",
         ]
-        rows.sort(key=lambda row: int(row[3]))
-        head = ["system", "version", "dtype", "batch of 512", "tokens/s", "memory above the target"]
-        commands = "; ".join(f"`{run['command']}`" for run in trained["runs"])
-        lines += [
-            f"{trained['hardware']['cpu']}, 2 cores, commit {trained['commit']}: {commands}.",
-            "",
-            *table([*head, "of the matmul peak"], rows),
-            "",
-        ]
+        for run in trained["runs"]
+        for r in run["result"]["rows"]
+        if r["dtype"] == "bf16" and (r["system"] != "draftsmith" or run["result"]["loss"] == "all")
+    ]
+    rows.sort(key=lambda row: int(row[3]))
+    head = ["system", "version", "dtype", "batch of 512", "tokens/s", "memory above the target", "of the matmul peak"]
+    commands = "; ".join(f"`{run['command']}`" for run in trained["runs"])
     result = written["result"]
     return [
         "## Training throughput beside the peers",
         "",
         "Gemma-3-270m, draft vocabulary 8,192, TTT 7, a loss on every token: the peers make logits of all and mask "
-        "those without one, so their time is the same whatever carries it.",
+        f"those without one, so their time is the same whatever carries it. {trained['hardware']['cpu']}, 2 cores, "
+        f"commit {trained['commit']}: {commands}.",
         "",
-        *lines,
+        *table(head, rows),
+        "",
         f"Regeneration at batch {result['batch']}: {result['draftsmith']:.0f} completion tokens/s, `transformers`' own "
         f"`generate` {result['transformers']:.0f} (`{written['command']}`).",
         "",
@@ -355,11 +348,15 @@ def of_minutes_on_a_gpu() -> str:
     speed = max((s for s in here.speed if s.batch == 1), key=lambda s: s.speedup)
     chain, own = Shape.chain(3), ENGINES["embedded"].title
     others = [f"{r.acceptance[0].all.tau:.2f} on {engine}" for engine, r in measured(told) if engine != own]
+    greedy = [
+        (found.name, e) for found in here.sets for e in found.acceptance if (e.shape, e.temperature) == (chain, 0)
+    ]
+    sets = ", ".join(f"{name} {e.all.short}" for name, e in greedy)
     return (
         f"From {small['completion_tokens'] / 1e6:.1f} M tokens, minutes on an H200 and 40 steps here: "
-        f"{taus[chain, 0, 'greedy']} at {chain} ({', '.join(others)}), {taus[Shape(3, 4, 8), 0, 'greedy']} as a tree, "
-        f"{taus[chain, 1, 'sampled']} sampled at T = 1; {speed.plain_tokens_per_s:.1f} → "
-        f"{speed.drafted_tokens_per_s:.1f} tokens/s."
+        f"{taus[chain, 0, 'greedy']} at {chain} ({', '.join(others)}; {sets}), "
+        f"{taus[Shape(3, 4, 8), 0, 'greedy']} as a tree, {taus[chain, 1, 'sampled']} sampled at T = 1; "
+        f"{speed.plain_tokens_per_s:.1f} → {speed.drafted_tokens_per_s:.1f} tokens/s."
     )
 
 
