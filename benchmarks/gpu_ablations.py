@@ -95,7 +95,7 @@ class Cell(Trainer):
             "match": held_out[last].match,
             "alpha": held_out[last].alpha,
         }
-        files.write_json(self.out.with_suffix(".json"), told)
+        files.write_json(self.out.parent / f"{self.name}.json", told)
 
 
 def train(name: str, run: RunFiles, target: LocalTarget, steps: int, work: Path) -> None:

@@ -352,11 +352,12 @@ def of_minutes_on_a_gpu() -> str:
         (found.name, e) for found in here.sets for e in found.acceptance if (e.shape, e.temperature) == (chain, 0)
     ]
     sets = ", ".join(f"{name} {e.all.short}" for name, e in greedy)
+    sets += f" ({', '.join(str(e.all.prompts) for _, e in greedy)} prompts)"
     return (
         f"From {small['completion_tokens'] / 1e6:.1f} M tokens, minutes on an H200 and 40 steps here: "
-        f"{taus[chain, 0, 'greedy']} at {chain} ({', '.join(others)}; {sets}), "
+        f"{taus[chain, 0, 'greedy']} at {chain} ({', '.join(others)}), "
         f"{taus[Shape(3, 4, 8), 0, 'greedy']} as a tree, {taus[chain, 1, 'sampled']} sampled at T = 1; "
-        f"{speed.plain_tokens_per_s:.1f} → {speed.drafted_tokens_per_s:.1f} tokens/s."
+        f"{speed.plain_tokens_per_s:.1f} → {speed.drafted_tokens_per_s:.1f} tokens/s; {sets}."
     )
 
 

@@ -201,8 +201,8 @@ def written(files):
     return sum(end - start for row in rows for start, end in row["spans"])
 
 
-@pytest.mark.parametrize("max_turns", [1, 3])
-def test_max_tokens_is_kept_within_a_batch_and_a_continued_run_ends_with_the_same_files(tmp_path, max_turns):
+def talks(tmp_path, max_turns):
+    """The recipe of a run that has prompts of so many user turns."""
     model = save_tiny_target(tmp_path / "m")
     prompts = tmp_path / "asked.jsonl"
     turns = [{"role": "user", "content": f"{WORDS[i % 9]} w{i}"} for i in range(90)]
@@ -211,6 +211,12 @@ def test_max_tokens_is_kept_within_a_batch_and_a_continued_run_ends_with_the_sam
     changes = {"prompts.held_out": 1, "prompts.max_turns": max_turns, "regenerate.shard_prompts": 40}
     recipe = tiny_recipe(model, str(prompts), **changes)
     gather(recipe, tmp_path)
+    return recipe
+
+
+@pytest.mark.parametrize("max_turns", [1, 3])
+def test_max_tokens_is_kept_within_a_batch_and_a_continued_run_ends_with_the_same_files(tmp_path, max_turns):
+    recipe = talks(tmp_path, max_turns)
     batch = recipe.regenerate.batch_size * recipe.regenerate.max_new_tokens
     whole = asked_for(recipe, tmp_path / "whole", None)
     few = asked_for(recipe, tmp_path / "few", 150)
@@ -223,6 +229,18 @@ def test_max_tokens_is_kept_within_a_batch_and_a_continued_run_ends_with_the_sam
     assert asked_for(recipe, tmp_path / "few", None) == whole
     assert asked_for(recipe, tmp_path / "few", 150) == asked_for(recipe, tmp_path / "again", 150)
     assert all(row["ids"][row["spans"][-1][1] :] == [] for row in map(json.loads, more["00000.jsonl"].splitlines()))
+
+
+def test_talks_that_a_limit_ended_go_on_where_it_is_raised(tmp_path):
+    """All of a shard's prompts had an answer by then, so it was taken for complete."""
+    recipe = talks(tmp_path, 3)
+    whole = asked_for(recipe, tmp_path / "whole", None)
+    first = [row for row in Completion.read_rows(tmp_path / "whole" / "00000.jsonl") if row.document == 0]
+    asked_for(recipe, tmp_path / "few", 1 + sum(row.spans[0][1] - row.spans[0][0] for row in first))
+    few = list(Completion.read_rows(tmp_path / "few" / "00000.jsonl"))
+    assert {row.id for row in first} <= {row.id for row in few}
+    assert any("past regenerate.max_tokens" in row.turns_left_out for row in few)
+    assert asked_for(recipe, tmp_path / "few", None) == whole
 
 
 @pytest.mark.parametrize("shard", [30, 60])

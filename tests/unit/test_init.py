@@ -101,7 +101,7 @@ def test_sizes_and_engine_follow_the_machine(tmp_path):
 
 @pytest.mark.parametrize("machine", ["h100-1", None])
 def test_the_rate_follows_the_width(tmp_path, machine):
-    for width, rate in ((1024, 0.004), (2048, 0.001)):
+    for width, rate in ((640, 0.004), (1024, 0.001)):
         config = AutoConfig.for_model("llama", hidden_size=width, num_hidden_layers=8, vocab_size=4096)
         recipe, text, _ = made(model_of(tmp_path / str(width), config=config), tmp_path / str(width), machine)
         assert recipe.train.learning_rate == rate

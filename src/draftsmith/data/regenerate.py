@@ -294,6 +294,7 @@ class Regeneration:
             opened = list(self._open(prompts))
             rows = Completion.whole_rows(path)
             complete = sum(row.document == 0 for row in rows) == len(opened)
+            complete = complete and not any(PAST_LIMIT in row.turns_left_out for row in rows)
             if complete and (left is None or loss_tokens(rows) < left):
                 self._resume(rows)
             else:

@@ -51,12 +51,12 @@ def nucleus(probs_RV: Tensor, top_p: float, first: int = NUCLEUS) -> Tensor:
     count = inside.sum(-1, keepdim=True)
     least = largest.gather(-1, count - 1)
     kept = probs_RV >= least
+    short = sums[:, -1] < top_p
     following = largest.gather(-1, count.clamp(max=largest.shape[-1] - 1))
-    if bool((following == least).any()):  # rows that may end among equal entries
+    if bool(((following == least)[:, 0] & ~short).any()):  # rows that may end among equal entries
         equal = probs_RV == least
         kept_equal = (inside & (largest == least)).sum(-1, keepdim=True)
         kept = kept & (~equal | (equal.cumsum(-1) <= kept_equal))
-    short = sums[:, -1] < top_p
     if first < vocab and bool(short.any()):
         kept[short] = nucleus(probs_RV[short], top_p, 32 * first)
     return kept

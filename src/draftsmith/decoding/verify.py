@@ -57,8 +57,8 @@ def choose(p_RV: Tensor, tokens_Rk: Tensor, q_RV: Tensor | None, generator: torc
         rest = p_RV.scatter(1, tokens_Rk[:, :-1], 0.0)
         shares[:, -1:] /= q_RV.gather(1, tokens_Rk[:, -1:])  # u < 1 caps it at what the children before it leave
         rest = (rest - rest.sum(1, keepdim=True) * q_RV).clamp_(min=0.0)
-    nothing_R1 = rest.sum(1, keepdim=True) <= 0
-    if bool(nothing_R1.any()):  # the children hold all of p, up to rounding
-        rest = torch.where(nothing_R1, p_RV, rest)
+    some_R1 = rest.sum(1, keepdim=True) > 0
+    if not bool(some_R1.all()):  # the children hold all of p, up to rounding
+        rest = torch.where(some_R1, rest, p_RV)
     u_R1 = uniforms(p_RV, generator)[:, None]
     return torch.searchsorted(shares.cumsum(1, dtype=u_R1.dtype), u_R1, right=True).squeeze(1), rest

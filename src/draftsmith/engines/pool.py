@@ -111,7 +111,7 @@ def reading(what: str) -> Iterator[None]:
         raise Retry(f"{what} ({first_line(error)})") from None
 
 
-def nothing() -> None:
+def never_ours() -> None:
     """Of servers that others started nobody knows whether they run."""
 
 
@@ -123,7 +123,7 @@ class Pool:
 
     def __init__(self, settings: ServerRecipe, prove: Callable[[Replica], Coroutine[Any, Any, None]]):
         self.settings, self._identify = settings, prove
-        self.require_alive: Callable[[], None] = nothing
+        self.require_alive: Callable[[], None] = never_ours
         """Raises where no attempt more is of use: the servers are ours, and none runs any more."""
         self._authority = _authority((*settings.urls, *settings.last_urls), settings)
         self.replicas = [Replica(url) for url in settings.urls]

@@ -121,7 +121,7 @@ def _die_with_parent() -> None:
 
 
 def require_alive(engines: Mapping[subprocess.Popen[bytes], Path | None]) -> None:
-    """Raises `ServeError` where none of them runs any more; they are told with their logs."""
+    """Raises `ServeError` where none of them runs any more, with the first one's exit code and log."""
     codes = [process.poll() for process in engines]
     if None not in codes:
         log = next(filter(None, engines.values()), "its log")

@@ -19,7 +19,7 @@ from draftsmith.core.recipe import EngineName, Recipe
 from draftsmith.core.shape import Shape
 from draftsmith.decoding.generation import Generation
 from draftsmith.engines.base import Engine, Setup
-from draftsmith.engines.pool import nothing
+from draftsmith.engines.pool import never_ours
 from draftsmith.engines.process import Launch, require_alive, started, wait_until_healthy
 from draftsmith.engines.served import ServedTarget
 from draftsmith.targets.parts import DTYPES, resolve_model
@@ -49,7 +49,7 @@ class ServerEngine(Engine):
         if url is None:
             self.require_settings(recipe)
         with contextlib.ExitStack() as stack:
-            urls, alive = ((url,), nothing) if url else self._start(stack, setup, shape)
+            urls, alive = ((url,), never_ours) if url else self._start(stack, setup, shape)
             most = max(recipe.server.concurrency, *recipe.evaluate.batches)
             most = max(most, recipe.regenerate.batch_size) if setup.groups else most
             server = recipe.server.model_copy(update={"urls": urls, "last_urls": (), "concurrency": most})

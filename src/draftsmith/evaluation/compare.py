@@ -129,7 +129,7 @@ def _labels(drafts: Sequence[str]) -> list[str]:
 
 
 def plot(drafts: list[ComparedDraft]) -> str:
-    """SVG: tau with its interval by category, one row per draft and shape."""
+    """SVG: tau with its interval by category, one row per draft, shape and way of decoding."""
     labels = _labels([draft.draft for draft in drafts])
     rows = [
         (f"{label} {e.shape}, {e.how}", e)

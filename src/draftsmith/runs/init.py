@@ -27,7 +27,7 @@ from draftsmith.runs.plan import GPU_FLOPS_S, ROOM, Plan, Sizes, plan, size
 from draftsmith.targets.configs import target_config
 from draftsmith.targets.parts import context_of, load_tokenizer, resolve_model
 
-MEASURED_WIDTH = 1024
+MEASURED_WIDTH = 640
 """Hidden size up to which drafts were trained at 0.004 (docs/ablations.md); wider ones take what peers do with Muon."""
 
 

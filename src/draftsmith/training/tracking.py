@@ -45,7 +45,7 @@ def tracked(recipe: Recipe, out: Path, step: int, main: bool) -> contextlib.Abst
     if (name := recipe.train.track) and main:
         try:
             return _Tracker(recipe, name, out, step)
-        except OSError as error:  # no room, no process, no memory for one
+        except (OSError, RuntimeError) as error:  # no room, no process, no thread for one
             say(f"track: {name}: {error}; training goes on, and {out / run_files.METRICS} has every row")
     return contextlib.nullcontext()
 
