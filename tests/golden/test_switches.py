@@ -47,7 +47,7 @@ def trained(data, out, prepare=None) -> tuple[dict[str, torch.Tensor], dict[str,
 
 def test_every_switch_changes_what_it_is_named_after_and_trains(data, switches, tmp_path):
     start, end = trained(data, tmp_path / "plain")
-    changed = {name: set() for name in ("averaged", "noise", "init-random")}
+    changed = {name: set() for name in ("averaged", "noise", "init-random", "head-frozen")}
     changed |= {"init-last-layer": {"fc", "q_proj", "down_proj"}}
     assert set(switches.SWITCHES) == set(changed)
     for name, (_, prepare) in switches.SWITCHES.items():
@@ -55,6 +55,7 @@ def test_every_switch_changes_what_it_is_named_after_and_trains(data, switches, 
         other = {key for key in before if not torch.equal(before[key], start[key])}
         assert all(any(part in key.split(".") for key in other) for part in changed[name]), name
         assert bool(other) == bool(changed[name]), name
+        assert torch.equal(after["lm_head.weight"], before["lm_head.weight"]) == (name == "head-frozen"), name
         assert all(weight.isfinite().all() for weight in after.values()), name
         assert not torch.equal(after["midlayer.self_attn.q_proj.weight"], end["midlayer.self_attn.q_proj.weight"]), name
 
