@@ -130,6 +130,16 @@ def forgotten_siblings(p, tokens, q, generator):  # what they leave of p is comp
     return choose(p, tokens, q, generator)[0], (rest - q).clamp(min=0)
 
 
+@pytest.mark.parametrize("drafts", ["greedy", "sampled"])
+def test_children_that_hold_all_of_p_leave_p(drafts):
+    """Their shares may sum to less than 1 by rounding: then nothing is left to draw the bonus token from."""
+    p = torch.tensor([[0.0, 0.7, 0.3, 0.0], [0.1, 0.6, 0.2, 0.1]])
+    q = None if drafts == "greedy" else torch.tensor([[0.0, 0.0, 1.0, 0.0]]).expand(2, -1)
+    _, rest = choose(p, torch.tensor([[1, 2], [1, 2]]), q, _seeded(0))
+    torch.testing.assert_close(rest[0], p[0])
+    assert rest[1, 1] == 0 < rest[1].sum()
+
+
 @pytest.mark.parametrize("topk", [1, 3])
 @pytest.mark.parametrize("sampling", SETTINGS, ids=str)
 @pytest.mark.parametrize("broken", [whole_residual, target_only_residual, target_only_share, upside_down])

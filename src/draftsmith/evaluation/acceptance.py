@@ -167,7 +167,7 @@ def oracle_walk(hits: Sequence[bool], steps: int, limit: int) -> tuple[int, int]
 def tau_line(entry: Acceptance) -> str:
     """`tau 2.10 [2.02, 2.19] at 3/1/4, T=0 (chat 1.9, code 2.3, math 2.2)`"""
     categories = ", ".join(f"{name} {value.short}" for name, value in entry.by_category.items())
-    line = f"tau {entry.all} at {entry.shape}, {entry.how} ({categories})"
+    line = f"tau {entry.all} at {entry.setting} ({categories})"
     if len(entry.by_category) > 1 and entry.macro is not None:
         line += f", mean of the categories {entry.macro:.2f}"
     if entry.oracle is not None and entry.share_of_oracle is not None:

@@ -84,10 +84,10 @@ def measure(
 
 def pair_up(drafts: list[ComparedDraft]) -> list[ComparedDraft]:
     """Every entry with its paired difference to the first draft's of the same setting, where it has one."""
-    first = {(name, e.shape, e.how): e.prompts for name, e in drafts[0].entries}
+    first = {(name, e.setting): e.prompts for name, e in drafts[0].entries}
 
     def against(draft: ComparedDraft) -> list[PairedDifference]:
-        return [paired_difference(first.get((name, e.shape, e.how), ()), e.prompts) for name, e in draft.entries]
+        return [paired_difference(first.get((name, e.setting), ()), e.prompts) for name, e in draft.entries]
 
     return [drafts[0], *(draft.model_copy(update={"against_first": against(draft)}) for draft in drafts[1:])]
 
@@ -107,8 +107,7 @@ def page(drafts: list[ComparedDraft]) -> str:
                 categories += f"; their mean {entry.macro:.2f}"
             if entry.unasked:
                 categories += f"; {entry.unasked}"
-            setting = f"{entry.shape}, {entry.how}"
-            rows.append((draft.draft, name or "own prompts", setting, tau, f"depths {depths}", categories))
+            rows.append((draft.draft, name or "own prompts", entry.setting, tau, f"depths {depths}", categories))
         covered = "unknown" if draft.coverage is None else f"{draft.coverage:.1%}"
         speeds = ", ".join(f"{gain:.2f}x on {machine}" for machine, gain in draft.predicted.items()) or "nothing"
         sizes.append(
@@ -131,11 +130,7 @@ def _labels(drafts: Sequence[str]) -> list[str]:
 def plot(drafts: list[ComparedDraft]) -> str:
     """SVG: tau with its interval by category, one row per draft, shape and way of decoding."""
     labels = _labels([draft.draft for draft in drafts])
-    rows = [
-        (f"{label} {e.shape}, {e.how}", e)
-        for label, draft in zip(labels, drafts, strict=True)
-        for e in draft.acceptance
-    ]
+    rows = [(f"{label} {e.setting}", e) for label, draft in zip(labels, drafts, strict=True) for e in draft.acceptance]
     names = ["all", *sorted({name for _, e in rows for name in e.by_category})]
     series = {name: [e.all if name == "all" else e.by_category.get(name) for _, e in rows] for name in names}
     return interval_plot("tau, 95 % intervals over prompts", [row for row, _ in rows], series)

@@ -36,7 +36,6 @@ from draftsmith.evaluation.report_sections import (
     depth_plot,
     loss_mask,
     sample_completions,
-    setting,
     size_label,
     tau_plot,
     trees_and_chains,
@@ -188,7 +187,7 @@ def write_report(files_of_run: RunFiles, tokenizer: Any, serve: Mapping[EngineNa
     rows = sample_completions(read_completions(run.files.completions), ANSWERS, run.recipe.seed)
     masked = min(rows, key=lambda row: abs(len(row.ids) - MASK_TOKENS // 2), default=None)  # nearest to readable
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters.update(number=number, share=share, plain=plain, duration=short_duration, setting=setting)
+    page.filters.update(number=number, share=share, plain=plain, duration=short_duration)
     page.filters.update(size_label=size_label, by_reason=by_reason)
     template = page.from_string((files("draftsmith.evaluation") / "report.html").read_text("utf-8"))
     entries = run.results.acceptance if run.results else []

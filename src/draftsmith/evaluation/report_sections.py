@@ -25,10 +25,6 @@ PLOT_POINTS = 300
 TRAINED = "tokens trained on"
 
 
-def setting(entry: Acceptance) -> str:
-    return f"{entry.shape}, {entry.how}"
-
-
 def size_label(size: int) -> str:
     return f"{size // 1024}k" if size % 1024 == 0 else f"{size:,}"
 
@@ -142,7 +138,7 @@ def categories_of(entries: Iterable[Acceptance]) -> list[str]:
 
 def tau_plot(entries: Sequence[Acceptance]) -> Markup:
     categories = categories_of(entries)
-    series = {setting(e): [e.all, *(e.by_category.get(name) for name in categories)] for e in entries}
+    series = {e.setting: [e.all, *(e.by_category.get(name) for name in categories)] for e in entries}
     return interval_plot("tau by category, 95 % intervals over prompts", ["all", *categories], series)
 
 
@@ -154,7 +150,7 @@ def depth_plot(entries: Sequence[Acceptance]) -> Markup:
     return line_plot(
         "Acceptance by depth, given that the depth was reached",
         ("depth", "share accepted"),
-        {setting(entry): line(entry.acceptance_by_depth) for entry in entries},
+        {entry.setting: line(entry.acceptance_by_depth) for entry in entries},
         ticks={d: str(d) for d in range(1, deepest + 1)},
         from_zero=True,
     )

@@ -106,7 +106,7 @@ def _head(recipe: Recipe, target: str, licence: Licence, found: list[Results]) -
             dataset_type=name or "prompts",
             dataset_name=name or f"{results.settings.prompts} prompts held out of training",
             metric_type="accept_length",
-            metric_name=f"tau at {entry.shape}, {entry.how}, on {ENGINES[results.settings.engine].title}",
+            metric_name=f"tau at {entry.setting}, on {ENGINES[results.settings.engine].title}",
             metric_value=round(entry.all.tau, 3),
         )
         for results in found

@@ -93,6 +93,11 @@ class Acceptance(Record):
         """`T=1, sampled drafts`"""
         return f"T={self.temperature:g}" + (", sampled drafts" if self.drafts == "sampled" else "")
 
+    @property
+    def setting(self) -> str:
+        """`3/1/4, T=1, sampled drafts`"""
+        return f"{self.shape}, {self.how}"
+
 
 class Difference(Record):
     """Where a drafted greedy output parts from the plain one."""
